@@ -1,0 +1,165 @@
+"""The one typed description of a run. Each default is written here and nowhere else.
+
+Keys whose type admits a single value are part of the contract and wait for the capability they name.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+AxisSize = Annotated[int, Field(ge=-1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, strict about types, closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    """The pretrained model."""
+
+    source: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """A hub id, a Hugging Face directory or a .gguf file."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Storage of the frozen weights; auto keeps what the file has."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Activations and matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU."""
+
+
+class AdapterSection(Section):
+    """The trainable adapter."""
+
+    method: Literal["lora"] = "lora"
+    """The kind of adapter."""
+    rank: Count = 16
+    """Rank r of the update B A."""
+    alpha: Positive = 32
+    """Scale of the update: alpha / rank."""
+    dropout: Beta = 0.0
+    """Dropout on the adapter's input, in training only."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)."""
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Which linear layers: all but the head, or a list of module names such as [q_proj, v_proj]."""
+    init: str | None = None
+    """A PEFT adapter directory to start from; null starts from zero update."""
+
+
+class DataSection(Section):
+    """The examples."""
+
+    train: str | None = None
+    """A JSON Lines file with messages or prompt/completion rows."""
+    eval: str | None = None
+    """The same for evaluation; evaluated before, after and every train.eval_every steps."""
+    format: Literal["auto", "messages", "prompt-completion"] = "auto"
+    """What a row holds; auto finds out from its keys."""
+    train_on: Literal["responses", "last", "all"] = "responses"
+    """Which tokens are supervised: all assistant messages, only the last one, or everything."""
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    """Tokens per row; longer examples are cut and counted."""
+    packing: bool = True
+    """Whether several examples share a row, without seeing each other."""
+    shuffle: bool = True
+    """Whether the order is drawn anew for every epoch."""
+
+
+class OptimizerSection(Section):
+    """The optimizer and its schedule, counted in optimizer steps."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    learning_rate: Positive = 2.0e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """After the warmup: to zero along a cosine or a line, constant, or constant with a linear last fifth."""
+    warmup: Annotated[float, Field(ge=0)] = 0.03
+    """Below 1 a fraction of all steps; otherwise optimizer steps."""
+    betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """Decay of AdamW's first and second moment."""
+    eps: Positive = 1.0e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    clip_norm: Positive | None = 1.0
+    """Largest global norm of the gradient; null does not clip."""
+
+
+class TrainSection(Section):
+    """The training loop."""
+
+    objective: Literal["sft"] = "sft"
+    """What is minimised."""
+    epochs: Count = 1
+    """Passes over the data."""
+    steps: Count | None = None
+    """Optimizer steps; overrides epochs."""
+    batch_size: Count = 8
+    """Rows (packed rows when packing) per optimizer step, over all devices."""
+    micro_batch_size: Count | None = None
+    """Rows per accumulation step, over all devices; null is the whole batch."""
+    remat: Literal["none", "full", "dots", "auto"] = "auto"
+    """What the backward pass recomputes: nothing, whole layers, or all but the matrix products."""
+    eval_every: Count | None = None
+    """Optimizer steps between evaluations of the loss."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of adapter, order and dropout."""
+
+
+class MeshSection(Section):
+    """Devices along each axis; -1 takes what is left."""
+
+    slices: Literal[1] = 1
+    """Slices joined by the data-centre network."""
+    data: AxisSize = 1
+    """Copies of the weights, each with its part of the batch."""
+    fsdp: AxisSize = -1
+    """Parts of the weights, each with its part of the batch."""
+    context: Literal[1] = 1
+    """Parts of a sequence."""
+    tensor: AxisSize = 1
+    """Parts of each matrix product."""
+
+
+class CheckpointSection(Section):
+    """Checkpoints of the adapter, the optimizer and the position in the data."""
+
+    every: Count = 100
+    """Optimizer steps between checkpoints; the last step always has one."""
+    keep: Count = 2
+    """How many are kept."""
+
+
+class RunSection(Section):
+    """Where the run is recorded."""
+
+    dir: str = "runs/my-run"
+    """The run directory."""
+    trackers: Annotated[list[str], Field(max_length=0)] = []
+    """Further places for the metrics."""
+
+
+class Config(Section):
+    """A run of jaxtune, whole."""
+
+    model: ModelSection = ModelSection()
+    adapter: AdapterSection = AdapterSection()
+    trainable: Literal["all"] = "all"
+    """Which weights train where there is no adapter."""
+    data: DataSection = DataSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    train: TrainSection = TrainSection()
+    mesh: MeshSection = MeshSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _micro_batches_divide(self) -> "Config":
+        size, micro = self.train.batch_size, self.train.micro_batch_size
+        if micro is not None and size % micro:
+            raise ValueError(f"train.micro_batch_size ({micro}) must divide train.batch_size ({size})")
+        return self

@@ -1,0 +1,36 @@
+"""Errors that are the user's to mend, and the helper that suggests the right name."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Wrong usage or wrong input: says what is wrong, where, and how to mend it.
+
+    The command line prints it as one message without a traceback and exits with 2.
+    """
+
+
+class RunFailure(Exception):
+    """A run that was set up correctly and failed (a NaN, an export that does not verify).
+
+    The command line prints it as one message without a traceback and exits with 1.
+    """
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """A ' Did you mean X?' suffix for an unknown `name`, or '' when nothing is near.
+
+    Args:
+        name: what the user wrote.
+        candidates: the names that would have been right.
+    """
+    found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    return f" Did you mean '{found[0]}'?" if found else ""
+
+
+def listed(names: Iterable[str], limit: int = 8) -> str:
+    """Names in one line, cut after `limit` with a count of the rest."""
+    names = list(names)
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

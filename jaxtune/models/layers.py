@@ -1,0 +1,79 @@
+"""The leaves of a decoder: linear map, embedding, normalisation. Weights have Hugging Face's names and layout."""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+INIT_STD = 0.02
+
+
+def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x W^T in x's dtype, with W of Hugging Face's layout [out, in]; float32 means float32 on every platform."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    contract = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
+    return jax.lax.dot_general(x, weight.astype(x.dtype), contract, precision=precision)
+
+
+class Dropout:
+    """The random numbers of one forward pass in training: a key for every row, so that no cut of the batch changes them."""
+
+    def __init__(self, keys: Key[Array, " batch"]) -> None:
+        self.keys = keys
+
+    def fold(self, number: int | jax.Array) -> "Dropout":
+        """The same rows' keys for the part of the model that has this number."""
+        return Dropout(jax.vmap(jax.random.fold_in, in_axes=(0, None))(self.keys, number))
+
+    def __call__(self, x: Float[Array, "batch seq embed"], rate: float, name: str) -> Float[Array, "batch seq embed"]:
+        """x with entries zeroed at `rate` and the rest scaled by 1 / (1 - rate); `name` tells the layer's draws apart."""
+        keys = self.fold(zlib.crc32(name.encode())).keys
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
+        return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
+class Linear(nnx.Module):
+    """y = x W^T (+ b), with W of shape [out, in].
+
+    Args:
+        axes: logical axis names of W, from which its sharding and an adapter's follow.
+    """
+
+    def __init__(self, inputs: int, outputs: int, axes: tuple[str, str], *, bias: bool, dtype: np.dtype, rngs: nnx.Rngs) -> None:
+        init = jax.nn.initializers.normal(INIT_STD)
+        self.weight = nnx.Param(init(rngs.params(), (outputs, inputs), dtype), axes=axes)
+        self.bias = nnx.Param(jnp.zeros((outputs,), dtype), axes=axes[:1]) if bias else None
+
+    def __call__(self, x: Float[Array, "*batch in"], dropout: Dropout | None = None) -> Float[Array, "*batch out"]:
+        """The linear map; `dropout` is for adapters that wrap it."""
+        y = matmul(x, self.weight[...])
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+class Embedding(nnx.Module):
+    """One row of the table [vocab, embed] per token."""
+
+    def __init__(self, vocab: int, embed: int, *, dtype: np.dtype, rngs: nnx.Rngs) -> None:
+        init = jax.nn.initializers.normal(INIT_STD)
+        self.weight = nnx.Param(init(rngs.params(), (vocab, embed), dtype), axes=("vocab", "embed"))
+
+    def __call__(self, tokens: Int[Array, "batch seq"], dtype: np.dtype) -> Float[Array, "batch seq embed"]:
+        """The tokens' rows in the compute dtype."""
+        return self.weight[...][tokens].astype(dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * w, computed in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float, *, dtype: np.dtype) -> None:
+        self.weight = nnx.Param(jnp.ones((size,), dtype), axes=(None,))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
+        """The normalised input in its own dtype."""
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return self.weight[...].astype(x.dtype) * wide.astype(x.dtype)

@@ -1,0 +1,63 @@
+"""From a source to a model on the devices, tensor by tensor; no second copy of the weights exists."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxtune.core.axes import sharding
+from jaxtune.core.dtypes import compute_dtype, storage_dtype
+from jaxtune.models.config import from_hf
+from jaxtune.models.decoder import CausalLM, abstract_model
+from jaxtune.weights.rows import Row, check, rows
+from jaxtune.weights.source import Source
+from jaxtune.weights.tensors import Index, Tensors
+
+
+def load_model(source: Source, mesh: Mesh, *, dtype: str = "auto", compute: str = "auto") -> CausalLM:
+    """The model with its weights sharded over the mesh.
+
+    Args:
+        source: the resolved model.
+        mesh: where the weights go.
+        dtype: storage of the weights; auto keeps what the file has.
+        compute: dtype of activations and matrix products.
+
+    Raises:
+        UserError: an unsupported architecture, or missing, unexpected or misshapen tensors.
+    """
+    config = from_hf(source.config_json(), str(source.path))
+    model = abstract_model(config, jnp.dtype(jnp.float32), compute_dtype(compute))
+    graph, state = nnx.split(model)
+    tensors, table = source.tensors(), rows(state)
+    check(table, tensors, str(source.path), config.tie_embeddings)
+    leaves: dict[tuple[Any, ...], Any] = dict(nnx.to_flat_state(state))
+    for row in table:
+        variable = leaves[row.path]
+        leaves[row.path] = variable.replace(_read(row, tensors, mesh, variable.get_metadata()["axes"], dtype))
+    return nnx.merge(graph, nnx.from_flat_state(leaves))
+
+
+def _read(row: Row, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], dtype: str) -> jax.Array:
+    parts = [tensors[name] for name in row.names]
+    found = np.dtype(jnp.result_type(*{part.dtype for part in parts}))
+    stored = storage_dtype(dtype, found, any(part.quantised for part in parts))
+    shape = (len(parts), *row.shape) if row.stacked else row.shape
+    read = _stacked(row, tensors, stored) if row.stacked else lambda index: parts[0].read(index).astype(stored)
+    return jax.make_array_from_callback(shape, sharding(mesh, axes, shape), read)
+
+
+def _stacked(row: Row, tensors: Tensors, dtype: np.dtype) -> Callable[[Index], np.ndarray]:
+    def read(index: Index) -> np.ndarray:
+        layers = range(len(row.names))[index[0]]
+        extent = tuple(len(range(size)[part]) for size, part in zip(row.shape, index[1:], strict=True))
+        out = np.empty((len(layers), *extent), dtype)
+        for place, layer in enumerate(layers):
+            out[place] = tensors[row.names[layer]].read(index[1:])
+        return out
+
+    return read
