@@ -1,0 +1,81 @@
+"""Linear head and cross-entropy in one, over chunks of tokens: the logits of a whole batch never exist."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxtune.models.layers import matmul
+
+CHUNK = 256
+
+
+@partial(jax.custom_vjp, nondiff_argnums=())
+def linear_cross_entropy(
+    hidden: Float[Array, "tokens embed"],
+    head: Float[Array, "vocab embed"],
+    targets: Int[Array, " tokens"],
+    weights: Float[Array, " tokens"],
+) -> Float[Array, ""]:
+    """sum_t w_t (logsumexp(h_t W^T) - (h_t W^T)[y_t]), in nats.
+
+    The gradient with respect to `hidden` is made in the forward pass, chunk by chunk, so that the backward pass needs no
+    logits; the gradient with respect to `head` is made only where someone asks for it.
+
+    Args:
+        hidden: states before the head, any float dtype.
+        head: the head's matrix, in Hugging Face's layout.
+        targets: the next token at each position.
+        weights: weight of each target, float32; 0 where it is not supervised.
+
+    Returns:
+        The sum of the weighted token losses, float32.
+    """
+    return _forward(hidden, head, targets, weights, hidden_gradient=False, head_gradient=False)[0]
+
+
+def _forward(hidden, head, targets, weights, *, hidden_gradient: bool, head_gradient: bool):
+    tokens, embed = hidden.shape
+    chunk = min(CHUNK, tokens)
+    padding = -tokens % chunk
+    parts = [jnp.pad(part, ((0, padding), *(((0, 0),) * (part.ndim - 1)))) for part in (hidden, targets, weights)]
+    chunks = tuple(part.reshape(-1, chunk, *part.shape[1:]) for part in parts)
+
+    def step(carry, inputs):
+        loss, head_sum = carry
+        h, y, w = inputs
+        logits = matmul(h, head).astype(jnp.float32)
+        largest = jax.nn.logsumexp(logits, axis=-1)
+        loss += jnp.sum(w * (largest - jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0]))
+        if not (hidden_gradient or head_gradient):
+            return (loss, head_sum), None
+        error = w[:, None] * jnp.exp(logits - largest[:, None])
+        error = error.at[jnp.arange(chunk), y].add(-w).astype(h.dtype)
+        if head_gradient:
+            head_sum += jax.lax.dot_general(error, h, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        return (loss, head_sum), _error_times_head(error, head) if hidden_gradient else None
+
+    head_sum = jnp.zeros(head.shape, jnp.float32) if head_gradient else None
+    (loss, head_sum), gradient = jax.lax.scan(step, (jnp.zeros((), jnp.float32), head_sum), chunks)
+    return loss, None if gradient is None else gradient.reshape(-1, embed)[:tokens], head_sum
+
+
+def _error_times_head(error: Float[Array, "tokens vocab"], head: Float[Array, "vocab embed"]) -> Float[Array, "tokens embed"]:
+    precision = jax.lax.Precision.HIGHEST if error.dtype == jnp.float32 else None
+    return jax.lax.dot_general(error, head.astype(error.dtype), (((1,), (0,)), ((), ())), precision=precision)
+
+
+def _fwd(hidden, head, targets, weights):
+    loss, hidden_grad, head_grad = _forward(
+        hidden.value, head.value, targets.value, weights.value, hidden_gradient=hidden.perturbed, head_gradient=head.perturbed
+    )
+    return loss, (hidden_grad, None if head_grad is None else head_grad.astype(head.value.dtype))
+
+
+def _bwd(residuals, cotangent):
+    hidden_grad, head_grad = (None if part is None else (part * cotangent).astype(part.dtype) for part in residuals)
+    return hidden_grad, head_grad, None, None
+
+
+linear_cross_entropy.defvjp(_fwd, _bwd, symbolic_zeros=True)
