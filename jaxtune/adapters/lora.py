@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxtune.models.layers import Dropout, Linear, matmul
+from jaxtune.models.remat import LOW, PROJECTION
 
 
 class LoRAParam(nnx.Param):
@@ -55,8 +57,37 @@ class LoRALinear(Linear):
 
     def __call__(self, x: Float[Array, "*batch in"], dropout: Dropout | None = None) -> Float[Array, "*batch out"]:
         """The adapted linear map; the adapter's input is dropped out only where `dropout` brings keys."""
-        y = super().__call__(x)
+        y = self.product(x)
         if dropout is not None and self.config.dropout:
             x = dropout(x, self.config.dropout, self.name)
-        low = matmul(x, self.lora_A[...]) * jnp.asarray(self.config.scale, x.dtype)
-        return y + matmul(low, self.lora_B[...])
+        update = low_rank(x.reshape(-1, x.shape[-1]), self.lora_A[...], self.lora_B[...] * self.config.scale)
+        return checkpoint_name(y + update.reshape(y.shape), PROJECTION)
+
+
+@jax.custom_vjp
+def low_rank(x: Float[Array, "tokens in"], a: Float[Array, "rank in"], b: Float[Array, "out rank"]) -> Float[Array, "tokens out"]:
+    """(x A^T) B^T, the products in x's dtype, the gradients of A and B in float32.
+
+    The backward pass is written out so that the gradient of B is a product with the thin side transposed; derived, it would
+    transpose the gradient of the output, the widest array of the layer.
+    """
+    return matmul(matmul(x, a), b)
+
+
+def _low_rank_fwd(x, a, b):
+    low = checkpoint_name(matmul(x, a), LOW)
+    return matmul(low, b), (x, low, a, b)
+
+
+def _low_rank_bwd(residuals, dy):
+    x, low, a, b = residuals
+    dlow = matmul(dy, b.T)
+    return matmul(dlow, a.T), _over_tokens(dlow, x), _over_tokens(low, dy).T
+
+
+def _over_tokens(thin: Float[Array, "tokens rank"], wide: Float[Array, "tokens size"]) -> Float[Array, "rank size"]:
+    precision = jax.lax.Precision.HIGHEST if thin.dtype == jnp.float32 else None
+    return jax.lax.dot_general(thin, wide, (((0,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+
+low_rank.defvjp(_low_rank_fwd, _low_rank_bwd)

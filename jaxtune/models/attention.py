@@ -8,7 +8,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
+
+from jaxtune.models.remat import ATTENTION
 
 
 class Mask(NamedTuple):
@@ -31,13 +34,62 @@ class Mask(NamedTuple):
 def attend(
     q_BTNH: Float[Array, "B T N H"], k_BSKH: Float[Array, "B S K H"], v_BSKH: Float[Array, "B S K H"], mask: Mask
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k^T / sqrt(H) + mask) v, the softmax in float32 (Vaswani et al. 2017; grouped: Ainslie et al. 2023)."""
+    """softmax(q k^T / sqrt(H) + mask) v, the softmax in float32 (Vaswani et al. 2017; grouped: Ainslie et al. 2023).
+
+    Keys and values are not repeated: the G query heads of a key/value head are rows of one product.
+    """
     batch, queries, heads, size = q_BTNH.shape
-    kv_heads = k_BSKH.shape[2]
-    precision = jax.lax.Precision.HIGHEST if q_BTNH.dtype == jnp.float32 else None
-    q_BTKGH = q_BTNH.reshape(batch, queries, kv_heads, heads // kv_heads, size) * jnp.asarray(1 / math.sqrt(size), q_BTNH.dtype)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, precision=precision, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask.allowed()[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q_BTNH.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH, precision=precision)
-    return out.reshape(batch, queries, heads, size)
+    groups = heads // k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(batch, queries, -1, groups, size) * jnp.asarray(1 / math.sqrt(size), q_BTNH.dtype)
+    q_BKRH = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(batch, -1, groups * queries, size)
+    bias_BTS = jnp.where(mask.allowed(), 0.0, jnp.finfo(jnp.float32).min).astype(jnp.float32)
+    out_BKRH = _attend(q_BKRH, k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3), bias_BTS)
+    out_BKGTH = out_BKRH.reshape(batch, -1, groups, queries, size)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, size)
+
+
+@jax.custom_vjp
+def _attend(
+    q_BKRH: Float[Array, "B K R H"], k_BKSH: Float[Array, "B K S H"], v_BKSH: Float[Array, "B K S H"], bias_BTS: Float[Array, "B T S"]
+) -> Float[Array, "B K R H"]:
+    """Attention with rows R = G x T; the probabilities are computed again in the backward pass, not kept."""
+    return _attend_fwd(q_BKRH, k_BKSH, v_BKSH, bias_BTS)[0]
+
+
+def _scores(q_BKRH: jax.Array, k_BKSH: jax.Array, bias_BTS: jax.Array) -> jax.Array:
+    scores = _product("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, jnp.float32)
+    batch, kv_heads, rows, keys = scores.shape
+    queries = bias_BTS.shape[1]
+    biased = scores.reshape(batch, kv_heads, rows // queries, queries, keys) + bias_BTS[:, None, None]
+    return biased.reshape(scores.shape)
+
+
+def _attend_fwd(q_BKRH, k_BKSH, v_BKSH, bias_BTS):
+    scores = _scores(q_BKRH, k_BKSH, bias_BTS)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    # One exponential for the sum and the product: fused into the sum it would be computed twice.
+    exps = jax.lax.optimization_barrier(jnp.exp(scores - top))
+    total = jnp.sum(exps, axis=-1, keepdims=True)
+    out = _product("BKRS,BKSH->BKRH", exps.astype(q_BKRH.dtype), v_BKSH, jnp.float32) / total
+    out = checkpoint_name(out.astype(q_BKRH.dtype), ATTENTION)
+    return out, (q_BKRH, k_BKSH, v_BKSH, bias_BTS, out, checkpoint_name(top + jnp.log(total), ATTENTION))
+
+
+def _attend_bwd(residuals, dout):
+    """Gradients from recomputed probabilities P: dV = P^T dO, dS = P (dO V^T - rowsum(dO O)) (Dao et al. 2022, appendix B)."""
+    q, k, v, bias, out, normaliser = residuals
+    probs = jnp.exp(_scores(q, k, bias) - normaliser)
+    mean = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    dscores = (probs * (_product("BKRH,BKSH->BKRS", dout, v, jnp.float32) - mean)).astype(q.dtype)
+    dv = _product("BKRS,BKRH->BKSH", probs.astype(q.dtype), dout, q.dtype)
+    dq = _product("BKRS,BKSH->BKRH", dscores, k, q.dtype)
+    dk = _product("BKRS,BKRH->BKSH", dscores, q, q.dtype)
+    return dq, dk, dv, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _product(equation: str, left: jax.Array, right: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    return jnp.einsum(equation, left, right, precision=precision, preferred_element_type=dtype)

@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
+
+from jaxtune.models.remat import PROJECTION
 
 INIT_STD = 0.02
 
@@ -49,6 +52,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch in"], dropout: Dropout | None = None) -> Float[Array, "*batch out"]:
         """The linear map; `dropout` is for adapters that wrap it."""
+        return checkpoint_name(self.product(x), PROJECTION)
+
+    def product(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """x W^T (+ b), without a name that a remat policy would keep it by."""
         y = matmul(x, self.weight[...])
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 

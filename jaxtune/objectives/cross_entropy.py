@@ -1,7 +1,5 @@
 """Linear head and cross-entropy in one, over chunks of tokens: the logits of a whole batch never exist."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -11,7 +9,7 @@ from jaxtune.models.layers import matmul
 CHUNK = 256
 
 
-@partial(jax.custom_vjp, nondiff_argnums=())
+@jax.custom_vjp
 def linear_cross_entropy(
     hidden: Float[Array, "tokens embed"],
     head: Float[Array, "vocab embed"],
@@ -46,24 +44,29 @@ def _forward(hidden, head, targets, weights, *, hidden_gradient: bool, head_grad
         loss, head_sum = carry
         h, y, w = inputs
         logits = matmul(h, head).astype(jnp.float32)
-        largest = jax.nn.logsumexp(logits, axis=-1)
-        loss += jnp.sum(w * (largest - jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0]))
-        if not (hidden_gradient or head_gradient):
-            return (loss, head_sum), None
-        error = w[:, None] * jnp.exp(logits - largest[:, None])
-        error = error.at[jnp.arange(chunk), y].add(-w).astype(h.dtype)
+        top = jnp.max(logits, axis=-1)
+        # The barrier keeps one exponential for the sum and the gradient; fused into the sum it would be computed twice.
+        exps = jax.lax.optimization_barrier(jnp.exp(logits - top[:, None]))
+        total = jnp.sum(exps, axis=-1)
+        loss += jnp.sum(w * (top + jnp.log(total) - jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0]))
+        gradient = None
+        if hidden_gradient:
+            # w (softmax(logits) - onehot(y)) W, normalised after the product, where it is cheap
+            mean = _times_head(exps.astype(h.dtype), head).astype(jnp.float32) * (w / total)[:, None]
+            gradient = (mean - w[:, None] * head[y].astype(jnp.float32)).astype(h.dtype)
         if head_gradient:
+            error = (exps * (w / total)[:, None]).at[jnp.arange(chunk), y].add(-w).astype(h.dtype)
             head_sum += jax.lax.dot_general(error, h, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        return (loss, head_sum), _error_times_head(error, head) if hidden_gradient else None
+        return (loss, head_sum), gradient
 
     head_sum = jnp.zeros(head.shape, jnp.float32) if head_gradient else None
     (loss, head_sum), gradient = jax.lax.scan(step, (jnp.zeros((), jnp.float32), head_sum), chunks)
     return loss, None if gradient is None else gradient.reshape(-1, embed)[:tokens], head_sum
 
 
-def _error_times_head(error: Float[Array, "tokens vocab"], head: Float[Array, "vocab embed"]) -> Float[Array, "tokens embed"]:
-    precision = jax.lax.Precision.HIGHEST if error.dtype == jnp.float32 else None
-    return jax.lax.dot_general(error, head.astype(error.dtype), (((1,), (0,)), ((), ())), precision=precision)
+def _times_head(x: Float[Array, "tokens vocab"], head: Float[Array, "vocab embed"]) -> Float[Array, "tokens embed"]:
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(x, head.astype(x.dtype), (((1,), (0,)), ((), ())), precision=precision)
 
 
 def _fwd(hidden, head, targets, weights):
