@@ -10,22 +10,26 @@ from jaxtyping import Array, Float, Int
 from jaxtune.models.config import ModelConfig
 
 
-class LayerCache(NamedTuple):
-    """Keys and values of one layer (or, with a leading axis, of all)."""
+class Cache(NamedTuple):
+    """Keys and values of all layers."""
 
-    keys: Float[Array, "*layers batch slots kv_heads head_dim"]
-    values: Float[Array, "*layers batch slots kv_heads head_dim"]
+    keys: Float[Array, "layers batch slots kv_heads head_dim"]
+    values: Float[Array, "layers batch slots kv_heads head_dim"]
 
-    def write(self, keys: jax.Array, values: jax.Array, positions: Int[Array, "batch seq"]) -> "LayerCache":
-        """The cache with new keys and values at their positions; what an earlier, longer pass left there is replaced."""
-        rows = jnp.arange(keys.shape[0])[:, None]
-        return LayerCache(
-            self.keys.at[rows, positions].set(keys.astype(self.keys.dtype), mode="drop"),
-            self.values.at[rows, positions].set(values.astype(self.values.dtype), mode="drop"),
+    def write(self, layer: jax.Array, keys: jax.Array, values: jax.Array, positions: Int[Array, "batch seq"]) -> "Cache":
+        """The cache with a layer's new keys and values at their positions; what an earlier, longer pass left there is replaced."""
+        place = (layer, jnp.arange(keys.shape[0])[:, None], positions)
+        return Cache(
+            self.keys.at[place].set(keys.astype(self.keys.dtype), mode="drop"),
+            self.values.at[place].set(values.astype(self.values.dtype), mode="drop"),
         )
 
+    def repeat(self, batch: int) -> "Cache":
+        """The cache of one row for `batch` rows that go on from it."""
+        return Cache(*(jnp.broadcast_to(part, (part.shape[0], batch, *part.shape[2:])) for part in self))
 
-def make_cache(config: ModelConfig, batch: int, slots: int, dtype: np.dtype) -> LayerCache:
+
+def make_cache(config: ModelConfig, batch: int, slots: int, dtype: np.dtype) -> Cache:
     """An empty cache for all layers.
 
     Args:
@@ -35,4 +39,4 @@ def make_cache(config: ModelConfig, batch: int, slots: int, dtype: np.dtype) -> 
         dtype: storage of keys and values, the model's compute dtype.
     """
     shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
-    return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

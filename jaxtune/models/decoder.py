@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxtune.core.axes import constrain
 from jaxtune.models.attention import Mask, attend
-from jaxtune.models.cache import LayerCache
+from jaxtune.models.cache import Cache
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.layers import Dropout, Embedding, Linear, RMSNorm, matmul
 from jaxtune.models.remat import remat
@@ -19,10 +19,19 @@ from jaxtune.models.rope import Rope, phases, rotate
 
 
 class Context(NamedTuple):
-    """What every layer of one forward pass shares."""
+    """What a layer is told beside its input.
+
+    Attributes:
+        rope: phases of every token.
+        mask: which tokens see which.
+        layer: the layer's number.
+        dropout: this layer's keys; None in evaluation.
+    """
 
     rope: Rope
     mask: Mask
+    layer: jax.Array | int = 0
+    dropout: Dropout | None = None
 
 
 class Attention(nnx.Module):
@@ -38,18 +47,19 @@ class Attention(nnx.Module):
         self.o_proj = Linear(queries, config.hidden_size, ("embed", "heads"), **options)
 
     def __call__(
-        self, x: Float[Array, "B T D"], context: Context, cache: LayerCache | None, dropout: Dropout | None
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        self, x: Float[Array, "B T D"], context: Context, cache: Cache | None
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The attention output, and the cache with this pass's keys and values where one was given."""
         q, k, v = (
-            project(x, dropout).reshape(*x.shape[:2], -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj)
+            project(x, context.dropout).reshape(*x.shape[:2], -1, self.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, context.rope), rotate(k, context.rope)
         if cache is not None:
-            cache = cache.write(k, v, context.mask.query_positions)
-            k, v = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)
+            cache = cache.write(context.layer, k, v, context.mask.query_positions)
+            k, v = cache.keys[context.layer].astype(q.dtype), cache.values[context.layer].astype(q.dtype)
         out = attend(constrain(q, "batch", "seq", "act_heads", None), k, v, context.mask)
-        return self.o_proj(out.reshape(*x.shape[:2], -1), dropout), cache
+        return self.o_proj(out.reshape(*x.shape[:2], -1), context.dropout), cache
 
 
 class MLP(nnx.Module):
@@ -77,12 +87,12 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], context: Context, cache: LayerCache | None, dropout: Dropout | None
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        self, x: Float[Array, "B T D"], context: Context, cache: Cache | None
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The block's output and the cache."""
-        attended, cache = self.self_attn(self.input_layernorm(x), context, cache, dropout)
+        attended, cache = self.self_attn(self.input_layernorm(x), context, cache)
         x = constrain(x + attended, "batch", "seq", "act_embed")
-        x = x + self.mlp(self.post_attention_layernorm(x), dropout)
+        x = x + self.mlp(self.post_attention_layernorm(x), context.dropout)
         return constrain(x, "batch", "seq", "act_embed"), cache
 
 
@@ -95,18 +105,19 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
 
     def __call__(
-        self, x: Float[Array, "B T D"], context: Context, cache: LayerCache | None, dropout: Dropout | None, policy: str
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        self, x: Float[Array, "B T D"], context: Context, cache: Cache | None, policy: str
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Hidden states after the final norm, and the updated cache; one compiled layer, scanned."""
         graph, stacked = nnx.split(self.layers)
 
-        def layer(x: jax.Array, step: tuple) -> tuple[jax.Array, LayerCache | None]:
-            weights, index, layer_cache = step
-            drop = None if dropout is None else dropout.fold(index)
-            return nnx.merge(graph, weights)(x, context, layer_cache, drop)
+        def layer(carry: tuple[jax.Array, Cache | None], step: tuple) -> tuple[tuple[jax.Array, Cache | None], None]:
+            weights, number = step
+            drop = None if context.dropout is None else context.dropout.fold(number)
+            here = context._replace(layer=number, dropout=drop)
+            return nnx.merge(graph, weights)(carry[0], here, carry[1]), None
 
-        indices = jnp.arange(jax.tree.leaves(stacked)[0].shape[0])
-        x, cache = jax.lax.scan(remat(layer, policy), x, (stacked, indices, cache))
+        numbers = jnp.arange(jax.tree.leaves(stacked)[0].shape[0])
+        (x, cache), _ = jax.lax.scan(remat(layer, policy), (x, cache), (stacked, numbers))
         return self.norm(x), cache
 
 
@@ -134,10 +145,10 @@ class CausalLM(nnx.Module):
         *,
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        cache: LayerCache | None = None,
+        cache: Cache | None = None,
         dropout: Dropout | None = None,
         remat_policy: str = "none",
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Hidden states before the head, in the compute dtype, and the cache.
 
         Args:
@@ -157,9 +168,9 @@ class CausalLM(nnx.Module):
             keys = jnp.broadcast_to(jnp.arange(cache.keys.shape[2]), (input_ids.shape[0], cache.keys.shape[2]))
             key_segments = jnp.ones_like(keys)
         rope = phases(self.config.rope, self.config.head_dim, self.config.max_positions, positions)
-        context = Context(rope, Mask(positions, keys, segment_ids, key_segments))
+        context = Context(rope, Mask(positions, keys, segment_ids, key_segments), dropout=dropout)
         x = self.model.embed_tokens(input_ids, self.compute_dtype)
-        return self.model(constrain(x, "batch", "seq", "act_embed"), context, cache, dropout, remat_policy)
+        return self.model(constrain(x, "batch", "seq", "act_embed"), context, cache, remat_policy)
 
     @property
     def head_weight(self) -> Float[Array, "vocab embed"]:
@@ -176,8 +187,8 @@ class CausalLM(nnx.Module):
         *,
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        cache: LayerCache | None = None,
-    ) -> Float[Array, "B T vocab"] | tuple[Float[Array, "B T vocab"], LayerCache]:
+        cache: Cache | None = None,
+    ) -> Float[Array, "B T vocab"] | tuple[Float[Array, "B T vocab"], Cache]:
         """Logits in float32; with a cache, `(logits, cache)`. Arguments as in `hidden_states`."""
         input_ids = jnp.asarray(input_ids, jnp.int32)
         hidden, new = self.hidden_states(input_ids, segment_ids=segment_ids, positions=positions, cache=cache)
