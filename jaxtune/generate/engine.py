@@ -38,9 +38,6 @@ class Engine:
         self.graph, self.state = nnx.split(model)
         self.config, self.dtype = model.config, model.compute_dtype
         self.stop_ids, self.batch = tuple(stop_ids), batch
-        self._prefill = jax.jit(partial(_prefill, self.graph), donate_argnums=1)
-        self._score = jax.jit(partial(_score, self.graph))
-        self._decode = jax.jit(partial(_decode, self.graph, self.stop_ids), static_argnames=("count", "sampling"))
 
     def generate(
         self,
@@ -80,14 +77,14 @@ class Engine:
         cache = make_cache(self.config, 1 if common else rows, slots, self.dtype)
         if common:
             prefix = np.asarray([prompts[0][:common]], np.int32)
-            cache, _ = self._prefill(self.state, cache, prefix, jnp.zeros((), jnp.int32), jnp.asarray([common]))
+            cache, _ = _prefill(self.graph, self.state, cache, prefix, jnp.zeros((), jnp.int32), jnp.asarray([common]))
             cache = cache.repeat(rows)
         ids = np.zeros((rows, _bucket(longest - common)), np.int32)
         lengths = np.ones(rows, np.int32)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt) - common] = prompt[common:]
             lengths[row] = len(prompt) - common
-        cache, logits = self._prefill(self.state, cache, ids, jnp.asarray(common, jnp.int32), lengths)
+        cache, logits = _prefill(self.graph, self.state, cache, ids, jnp.asarray(common, jnp.int32), lengths)
         return Prefilled(cache, jnp.asarray(lengths + common), logits, len(prompts))
 
     def continue_from(self, prefilled: Prefilled, count: int, sampling: Sampling, first_row: int = 0) -> list[list[int]]:
@@ -96,9 +93,8 @@ class Engine:
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(sampling.seed), rows)
         done = jnp.arange(prefilled.lengths.shape[0]) >= prefilled.rows
         # A count that is rounded up compiles once for many; what is too much is cut.
-        tokens, made = self._decode(
-            self.state, prefilled.cache, prefilled.lengths, prefilled.logits, keys, done, jnp.asarray(count), count=_bucket(count), sampling=sampling
-        )
+        start = (prefilled.cache, prefilled.lengths, prefilled.logits, keys, done)
+        tokens, made = _decode(self.graph, self.stop_ids, sampling, _bucket(count), self.state, *start, jnp.asarray(count))
         tokens, made = np.asarray(tokens), np.asarray(made)
         return [tokens[row, : min(made[row], count)].tolist() for row in range(prefilled.rows)]
 
@@ -109,10 +105,12 @@ class Engine:
         counts = np.zeros(rows, np.int32)
         for row, tokens in enumerate(continuations):
             ids[row, : len(tokens)], counts[row] = tokens, len(tokens)
-        sums = self._score(self.state, prefilled.cache, prefilled.lengths, prefilled.logits, ids, counts)
+        sums = _score(self.graph, self.state, prefilled.cache, prefilled.lengths, prefilled.logits, ids, counts)
         return np.asarray(sums)[: prefilled.rows]
 
 
+# The structure of the model is static, so engines of the same model (before and after training) share what is compiled.
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _prefill(graph: nnx.GraphDef, state: Any, cache: Cache, ids: jax.Array, start: jax.Array, lengths: jax.Array) -> tuple[Cache, jax.Array]:
     model = nnx.merge(graph, state)
     positions = jnp.broadcast_to(start + jnp.arange(ids.shape[1]), ids.shape)
@@ -121,6 +119,7 @@ def _prefill(graph: nnx.GraphDef, state: Any, cache: Cache, ids: jax.Array, star
     return cache, model.logits(last)
 
 
+@partial(jax.jit, static_argnums=0)
 def _score(
     graph: nnx.GraphDef, state: Any, cache: Cache, lengths: jax.Array, logits: jax.Array, ids: jax.Array, counts: jax.Array
 ) -> jax.Array:
@@ -134,7 +133,8 @@ def _score(
     return jnp.where(counts > 0, first, 0.0) + jnp.sum(jnp.where(counted, rest, 0.0), axis=-1)
 
 
-def _decode(graph, stop_ids, state, cache, lengths, logits, keys, done, limit, *, count: int, sampling: Sampling):
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _decode(graph, stop_ids, sampling: Sampling, count: int, state, cache, lengths, logits, keys, done, limit):
     """All tokens in one loop on the device: `(tokens [batch, count], how many of each row are the answer)`."""
     model = nnx.merge(graph, state)
     stops = jnp.asarray(stop_ids or (-1,), jnp.int32)

@@ -1,0 +1,184 @@
+"""The loop: it moves batches in and metrics out, one step behind the device, and saves."""
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtune.core.errors import RunFailure
+from jaxtune.data.loader import Plan, batches, on_devices
+from jaxtune.objectives.sft import Batch
+from jaxtune.train.checkpoint import Checkpoints
+from jaxtune.train.interrupt import Interrupted, StopRequest
+from jaxtune.train.metrics import MetricsLog, flops_per_token, peak_flops, perplexity
+from jaxtune.train.optim import schedule
+from jaxtune.train.progress import Task, training_text
+from jaxtune.train.rundir import CONFIG
+from jaxtune.train.setup import OBJECTIVES, Setup, parameters
+from jaxtune.train.step import StepMetrics, TrainState, eval_step, train_step
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step whose metrics are still on the device."""
+
+    index: int
+    tokens: int
+    padding: int
+    peak_bytes: int | None
+    metrics: StepMetrics
+
+
+class Recorder:
+    """Turns the steps' metrics into rows of the log, and stops the run at the first that is not finite."""
+
+    def __init__(self, setup: Setup, log: MetricsLog, task: Task) -> None:
+        self.setup, self.log, self.task = setup, log, task
+        self._rate = schedule(setup.config.optimizer, len(setup.plan))
+        self._flops = flops_per_token(parameters(setup.frozen), parameters(setup.trainable))
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self._peak = peak * setup.mesh.size if peak else None
+        self._since = time.monotonic()
+
+    def restart_clock(self) -> None:
+        """Do not count what was done since the last row (an evaluation, a checkpoint) to the next step."""
+        self._since = time.monotonic()
+
+    def record(self, pending: Pending) -> None:
+        """Fetch a step's metrics and write its row.
+
+        Raises:
+            RunFailure: the loss or the gradient is not finite.
+        """
+        loss, norm, supervised = (float(value) for value in pending.metrics)
+        now = time.monotonic()
+        seconds, self._since = now - self._since, now
+        step = pending.index + 1
+        rate = pending.tokens / seconds
+        row = {
+            "split": "train",
+            "step": step,
+            "epoch": round(self.setup.plan.positions[pending.index].epoch, 6),
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": float(self._rate(pending.index)),
+            "supervised_tokens": supervised,
+            "tokens": pending.tokens,
+            "padding": pending.padding,
+            "step_seconds": round(seconds, 4),
+            "tokens_per_second": round(rate, 1),
+            "mfu": round(rate * self._flops / self._peak, 4) if self._peak else None,
+            "peak_bytes": pending.peak_bytes,
+        }
+        self.log.write(row)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise RunFailure(
+                f"Step {step}: the loss is {loss} and the gradient's norm {norm}. The run has stopped; the checkpoints before it are kept. "
+                "Lower optimizer.learning_rate, set optimizer.clip_norm, or look at this step's rows, and start over with --fresh."
+            )
+        self.task.update(step, training_text(row))
+
+
+def fit(
+    setup: Setup,
+    state: TrainState,
+    log: MetricsLog,
+    checkpoints: Checkpoints,
+    task: Task,
+    evaluate: Callable[[TrainState, int], None],
+) -> TrainState:
+    """Train from `state` to the end of the plan.
+
+    Args:
+        setup: the run.
+        state: where it begins; donated.
+        log: gets a row a step.
+        checkpoints: gets a checkpoint every `checkpoint.every` steps and at the end.
+        task: the progress bar.
+        evaluate: called with the state every `train.eval_every` steps, the last step excepted.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM came; the state is saved.
+        RunFailure: a loss or gradient that is not finite.
+    """
+    config, total = setup.config, len(setup.plan)
+    compiled = _Compiled(setup)
+    recorder = Recorder(setup, log, task)
+    pending: Pending | None = None
+    with StopRequest() as stop:
+        for index, host, batch in batches(setup.plan, int(state.step), setup.cuts, setup.mesh):
+            run, peak = compiled(state, batch)
+            state, metrics = run(state, setup.frozen, batch)
+            if pending:
+                recorder.record(pending)
+            tokens = int(np.count_nonzero(host.segment_ids))
+            pending = Pending(index, tokens, host.segment_ids.size - tokens, peak, metrics)
+            done = index + 1
+            evaluates = bool(config.train.eval_every) and done % (config.train.eval_every or 1) == 0 and done < total
+            saves = done % config.checkpoint.every == 0 or done == total
+            if evaluates or saves or stop.number:
+                recorder.record(pending)
+                pending = None
+                if evaluates:
+                    evaluate(state, done)
+                if saves or stop.number:
+                    checkpoints.save(state)
+                recorder.restart_clock()
+            if stop.number and done < total:
+                checkpoints.wait()
+                raise Interrupted(stop.number, _how_to_go_on(setup, stop.number, done))
+    return state
+
+
+class _Compiled:
+    """The step compiled once a batch shape, with what it takes of a device's memory."""
+
+    def __init__(self, setup: Setup) -> None:
+        config = setup.config
+        self._frozen = setup.frozen
+        self._step = train_step(
+            setup.graph, OBJECTIVES[config.train.objective], setup.optimizer, setup.remat, dropout=config.adapter.dropout > 0
+        )
+        self._programs: dict[tuple[int, ...], tuple[Any, int | None]] = {}
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[Any, int | None]:
+        shape = batch.input_ids.shape
+        if shape not in self._programs:
+            program = self._step.lower(state, self._frozen, batch).compile()
+            memory = program.memory_analysis()
+            self._programs[shape] = program, getattr(memory, "peak_memory_in_bytes", None)
+        return self._programs[shape]
+
+
+class Evaluator:
+    """Loss over all evaluation rows: sums of token losses and weights, divided once.
+
+    Args:
+        setup: the run; its `eval_plan` must be there.
+    """
+
+    def __init__(self, setup: Setup, plan: Plan) -> None:
+        self.setup, self.plan = setup, plan
+        self._step = eval_step(setup.graph, OBJECTIVES[setup.config.train.objective])
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        """Loss in nats per supervised token, and perplexity."""
+        sums = []
+        for index in range(len(self.plan)):
+            batch = on_devices(self.plan.batch(index), 1, self.setup.mesh)
+            sums.append(self._step(state.trainable, self.setup.frozen, Batch(*(part[0] for part in batch))))
+        losses, weights = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
+        return {"loss": float(losses / weights), "perplexity": perplexity(float(losses / weights))}
+
+
+def _how_to_go_on(setup: Setup, number: int, step: int) -> str:
+    directory = setup.config.run.dir
+    return (
+        f"{signal.Signals(number).name}: stopped after step {step} of {len(setup.plan)}; it is saved.\n"
+        f"Go on with: jaxtune train {directory}/{CONFIG}"
+    )

@@ -1,0 +1,78 @@
+"""What a person sees of a run: a bar in a terminal, one line a report elsewhere."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+REPORTS = 20
+
+
+class Reporter:
+    """Messages and progress on stderr, so that stdout carries results alone.
+
+    Args:
+        quiet: say nothing but errors.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """One line, or several."""
+        self.console.print(text, markup=False)
+
+    @contextmanager
+    def task(self, name: str, total: int) -> Iterator["Task"]:
+        """Progress over `total` units."""
+        task = Task(self.console, name, total)
+        with task:
+            yield task
+
+
+class Task:
+    """One bar, or about twenty lines where there is no terminal."""
+
+    def __init__(self, console: Console, name: str, total: int) -> None:
+        self.console, self.name, self.total = console, name, total
+        self.bar: Progress | None = None
+        self._began = time.monotonic()
+        self._first: int | None = None
+
+    def __enter__(self) -> "Task":
+        if self.console.is_terminal and not self.console.quiet:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+            self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
+            self.bar.start()
+            self._id = self.bar.add_task(self.name, total=self.total, text="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def update(self, done: int, text: str = "") -> None:
+        """So many units are done; `text` is what there is to say of them."""
+        if self._first is None:
+            self._first = done - 1
+        if self.bar:
+            self.bar.update(self._id, completed=done, text=text)
+            return
+        every = max(1, self.total // REPORTS)
+        if done % every == 0 or done == self.total or done == self._first + 1:
+            spent = time.monotonic() - self._began
+            left = spent / max(done - self._first, 1) * (self.total - done)
+            self.console.print(f"{self.name} {done}/{self.total}  {text + '  ' if text else ''}{_clock(left)} left", markup=False)
+
+
+def training_text(row: dict[str, Any]) -> str:
+    """A training row in a few words."""
+    return f"loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.2f}  {row['tokens_per_second']:,.0f} tok/s"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"

@@ -1,0 +1,137 @@
+"""The run directory: the whole record of a run, and the guard that it is continued by the same run only."""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxtune.config.loading import dump, validated
+from jaxtune.config.schema import Config
+from jaxtune.core.errors import UserError, listed
+from jaxtune.core.files import read_json, write_json, write_text
+from jaxtune.train.checkpoint import DIRECTORY
+
+CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, REPORT = "config.yaml", "env.json", "samples.jsonl", "adapter", "report.html"
+_OWN = (CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, REPORT, "metrics.jsonl", DIRECTORY)
+
+# What may change when a run is continued: it alters how the numbers are computed or kept, not which.
+_FREE = ("run.", "checkpoint.", "mesh.", "train.micro_batch_size", "train.remat")
+
+_PACKAGES = ("jaxtune", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy")
+
+
+class RunDirectory:
+    """A run directory that is open for training, locked against a second process.
+
+    Args:
+        config: the resolved configuration; `config.run.dir` is the directory.
+        fresh: remove what an earlier run left there.
+
+    Raises:
+        UserError: the directory belongs to a run with another configuration or other data, or is in use.
+    """
+
+    def __init__(self, config: Config, data: dict[str, str], fresh: bool = False) -> None:
+        self.path = Path(config.run.dir)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"run.dir: {self.path} cannot be made: {error.strerror}.") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{self.path}: another process is training in this run directory. Set run.dir to another one.") from None
+        if fresh:
+            self._clear()
+        self._check(config, data)
+        write_text(self.path / CONFIG, dump(config))
+        write_json(self.path / ENVIRONMENT, {**environment(), "data": data})
+
+    def close(self) -> None:
+        """Release the lock."""
+        self._lock.close()
+        (self.path / ".lock").unlink(missing_ok=True)
+
+    def _clear(self) -> None:
+        for name in _OWN:
+            entry = self.path / name
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+    def _check(self, config: Config, data: dict[str, str]) -> None:
+        if not (self.path / CONFIG).exists():
+            return
+        ours, theirs = _flat(config), _flat(read_config(self.path))
+        differing = [key for key in ours if ours[key] != theirs[key] and not key.startswith(_FREE)]
+        advice = f"Set run.dir to another directory, or start over with --fresh, which removes what {self.path} holds."
+        if differing:
+            changes = listed(f"{key} ({theirs[key]} there, {ours[key]} now)" for key in differing)
+            raise UserError(f"{self.path} holds a run with another configuration: {changes}. {advice}")
+        before = read_json(self.path / ENVIRONMENT).get("data", {}) if (self.path / ENVIRONMENT).exists() else {}
+        if changed := [name for name in before if name in data and before[name] != data[name]]:
+            raise UserError(f"{self.path}: the contents of {listed(changed)} changed since this run began. {advice}")
+
+
+def read_config(directory: Path) -> Config:
+    """The configuration of a run directory.
+
+    Raises:
+        UserError: there is none, or it is not one of this version.
+    """
+    path = directory / CONFIG
+    if not path.exists():
+        raise UserError(f"{directory} is not a run directory: it has no {CONFIG}.")
+    return validated(yaml.safe_load(path.read_text(encoding="utf-8")), origin=str(path))
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether `path` is a run directory."""
+    return (Path(path) / CONFIG).is_file()
+
+
+def file_digest(path: str) -> str:
+    """SHA-256 of a file, so that a continued run can tell that its data changed.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. Give a JSON Lines file.") from None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and the working directory's git commit."""
+    import jax
+
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False) if shutil.which("git") else None
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
+        "git_commit": git.stdout.strip() or None if git else None,
+    }
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    return {
+        f"{section}.{key}" if isinstance(value, dict) else section: inner
+        for section, value in config.model_dump(mode="json").items()
+        for key, inner in (value.items() if isinstance(value, dict) else [("", value)])
+    }

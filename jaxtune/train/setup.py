@@ -1,0 +1,165 @@
+"""From a configuration to everything a run needs: data first, weights last, so that a mistake is found before they load."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxtune.adapters.inject import adapted, inject, split_trainable
+from jaxtune.adapters.lora import LoRAConfig
+from jaxtune.config.schema import Config
+from jaxtune.core.errors import UserError
+from jaxtune.core.mesh import make_mesh
+from jaxtune.data.examples import Examples, prepare
+from jaxtune.data.loader import Plan, check_divides
+from jaxtune.data.packing import Layout
+from jaxtune.models.config import from_hf
+from jaxtune.models.decoder import CausalLM
+from jaxtune.objectives.sft import sft
+from jaxtune.train.optim import optimizer
+from jaxtune.train.progress import Reporter
+from jaxtune.weights.load import load_model
+from jaxtune.weights.peft import attach, open_adapter
+from jaxtune.weights.source import Source, resolve
+
+OBJECTIVES = {"sft": sft}
+AUTO_REMAT = "dots"
+
+
+@dataclass
+class Setup:
+    """The parts of a run.
+
+    Attributes:
+        config: the resolved configuration.
+        mesh: the devices.
+        source, tokenizer: the base model's origin and its tokenizer.
+        graph, trainable, frozen: the model, split once.
+        plan: every batch of the run.
+        eval_plan: the evaluation's batches, None where there is no evaluation data.
+        optimizer: the update rule over the whole run.
+    """
+
+    config: Config
+    mesh: Mesh
+    source: Source
+    tokenizer: Any
+    graph: nnx.GraphDef
+    trainable: nnx.State
+    frozen: nnx.State
+    plan: Plan
+    eval_plan: Plan | None
+    optimizer: optax.GradientTransformation
+
+    @property
+    def cuts(self) -> int:
+        """Micro-batches per optimizer step."""
+        train = self.config.train
+        return train.batch_size // (train.micro_batch_size or train.batch_size)
+
+    @property
+    def remat(self) -> str:
+        """The remat policy, `auto` resolved."""
+        return AUTO_REMAT if self.config.train.remat == "auto" else self.config.train.remat
+
+    def model(self, trainable: nnx.State) -> CausalLM:
+        """The model with these trainable leaves."""
+        return nnx.merge(self.graph, trainable, self.frozen)
+
+
+def setup(config: Config, reporter: Reporter) -> Setup:
+    """Build a run.
+
+    Raises:
+        UserError: anything that is wrong with the configuration, the data or the weights.
+    """
+    if config.data.train is None:
+        raise UserError("data.train is not set. Give a JSON Lines file, for example data.train=train.jsonl.")
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    check_divides(config.train.micro_batch_size or config.train.batch_size, mesh, _rows_key(config))
+    adapter = open_adapter(config.adapter.init) if config.adapter.init else None
+    source = resolve(config.model.source)
+    from_hf(source.config_json(), str(source.path))
+    tokenizer = source.tokenizer()
+    if tokenizer is None:
+        raise UserError(f"{config.model.source} has no tokenizer, which training needs. Put its tokenizer files beside the weights.")
+    plan, eval_plan = _plans(config, tokenizer, reporter)
+    reporter.say(f"Loading {config.model.source}")
+    model = load_model(source, mesh, dtype=config.model.dtype, compute=config.model.compute_dtype)
+    numbers = config.adapter
+    if adapter is None:
+        inject(model, numbers.targets, LoRAConfig(numbers.rank, numbers.alpha, numbers.dropout, numbers.rslora), config.train.seed, mesh)
+    else:
+        attach(model, adapter, mesh, numbers.dropout)
+    graph, trainable, frozen = split_trainable(model)
+    _announce(model, trainable, frozen, mesh, reporter)
+    return Setup(config, mesh, source, tokenizer, graph, trainable, frozen, plan, eval_plan, optimizer(config.optimizer, len(plan)))
+
+
+def adopt_adapter(config: Config) -> Config:
+    """The configuration with the rank, scale and targets of the adapter it starts from, if it starts from one.
+
+    Raises:
+        UserError: the configuration says another rank, alpha or scaling than the adapter has.
+    """
+    if config.adapter.init is None:
+        return config
+    adapter = open_adapter(config.adapter.init)
+    found = {
+        "rank": adapter.config.rank,
+        "alpha": adapter.config.alpha,
+        "rslora": adapter.config.rslora,
+        "targets": adapter.targets,
+    }
+    for key, value in found.items():
+        if key in config.adapter.model_fields_set and getattr(config.adapter, key) != value:
+            raise UserError(
+                f"adapter.{key} = {getattr(config.adapter, key)}, and the adapter in adapter.init has {value}. Remove adapter.{key}, or set it to that."
+            )
+    return config.model_copy(update={"adapter": config.adapter.model_copy(update=found)})
+
+
+def _plans(config: Config, tokenizer: Any, reporter: Reporter) -> tuple[Plan, Plan | None]:
+    data, train = config.data, config.train
+    assert data.train is not None
+    examples = prepare(data.train, tokenizer, data)
+    _account(examples, "Training", reporter)
+    layout = Layout(train.batch_size, data.max_length, data.packing, data.shuffle, train.seed)
+    plan = Plan(examples, layout, train.epochs, train.steps)
+    if data.eval is None:
+        return plan, None
+    held_out = prepare(data.eval, tokenizer, data)
+    _account(held_out, "Evaluation", reporter)
+    return plan, Plan(held_out, Layout(train.batch_size, data.max_length, data.packing, False, train.seed), 1)
+
+
+def _account(examples: Examples, name: str, reporter: Reporter) -> None:
+    counts = examples.summary()
+    reporter.say(
+        f"{name} data: {counts['trained_rows']} rows, {counts['tokens']:,} tokens, {counts['supervised_tokens']:,} supervised, "
+        f"longest {counts['longest']}; {counts['truncated']} truncated, {counts['dropped']} dropped"
+    )
+    for places, what in ((examples.truncated, "lost supervised tokens to data.max_length"), (examples.dropped, "have nothing supervised")):
+        if places:
+            reporter.say(f"  {len(places)} rows {what}: {', '.join(places[:3])}{' ...' if len(places) > 3 else ''}")
+
+
+def _announce(model: CausalLM, trainable: nnx.State, frozen: nnx.State, mesh: Mesh, reporter: Reporter) -> None:
+    train, rest = parameters(trainable), parameters(frozen)
+    device = jax.devices()[0].device_kind
+    reporter.say(
+        f"{len(adapted(model))} kinds of layers adapted in each of {model.config.num_layers} layers: {train:,} parameters train "
+        f"({train / (train + rest):.2%}), {rest:,} frozen; {mesh.size} x {device}, {model.compute_dtype.name}"
+    )
+
+
+def parameters(state: nnx.State) -> int:
+    """Numbers in a state."""
+    return sum(leaf.size for leaf in jax.tree.leaves(state))
+
+
+def _rows_key(config: Config) -> str:
+    return "train.micro_batch_size" if config.train.micro_batch_size else "train.batch_size"
