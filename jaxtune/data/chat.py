@@ -40,13 +40,6 @@ def prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
     return tokenizer(conversation.prompt[0]["content"])["input_ids"]
 
 
-def answer_ids(tokenizer: Any, conversation: Conversation, answer: str) -> list[int]:
-    """The supervised ids of `answer`, end of turn included, when it follows the conversation's prompt."""
-    messages = [*conversation.prompt, {"role": "assistant", "content": answer}]
-    example = tokenise(tokenizer, Conversation(conversation.place, messages, conversation.plain), "last")
-    return example.ids[example.supervised].tolist()
-
-
 def tokenise(tokenizer: Any, conversation: Conversation, train_on: str) -> Example:
     """The example of a conversation.
 

@@ -54,6 +54,12 @@ class Task:
         if self.bar:
             self.bar.stop()
 
+    def resize(self, total: int) -> None:
+        """There are so many units, which was not known at the start."""
+        self.total = total
+        if self.bar:
+            self.bar.update(self._id, total=total)
+
     def update(self, done: int, text: str = "") -> None:
         """So many units are done; `text` is what there is to say of them."""
         if self._first is None:

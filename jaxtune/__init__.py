@@ -1,0 +1,15 @@
+"""Fine-tune LLaMA-family models on TPUs and GPUs with JAX, and hand them back to Hugging Face, proven."""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["evaluate", "export", "generate", "load", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public functions, imported when they are first used, so that `import jaxtune` is quick."""
+    if name not in __all__:
+        raise AttributeError(f"module 'jaxtune' has no attribute {name!r}")
+    from jaxtune import api
+
+    return getattr(api, name)

@@ -1,0 +1,201 @@
+"""jaxtune from Python; the command line is a thin layer over these functions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxtune.config.loading import load_config, validated
+from jaxtune.config.schema import Config
+from jaxtune.core import runtime
+from jaxtune.core.errors import UserError
+from jaxtune.core.mesh import make_mesh
+from jaxtune.data.chat import prompt_ids
+from jaxtune.data.formats import Conversation
+from jaxtune.evals.evaluate import evaluate as evaluate_model
+from jaxtune.generate.engine import Engine
+from jaxtune.generate.sampling import Sampling
+from jaxtune.models.decoder import CausalLM
+from jaxtune.train.progress import Reporter
+from jaxtune.train.rundir import ADAPTER, is_run, read_config
+from jaxtune.weights.load import load_model
+from jaxtune.weights.peft import attach, open_adapter
+from jaxtune.weights.source import Source, resolve
+
+Pair = tuple[CausalLM, Any]
+Prompt = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready for use.
+
+    Attributes:
+        model: with its adapter, if any.
+        tokenizer: None where the model comes without.
+        stop_ids: tokens that end an answer.
+        source: where the base comes from; None for a pair that was passed in.
+    """
+
+    model: CausalLM
+    tokenizer: Any
+    stop_ids: list[int]
+    source: Source | None
+
+
+def load(model: str, adapter: str | None = None, dtype: str = "auto", mesh: Mesh | None = None) -> Pair:
+    """`(model, tokenizer)`; `model(input_ids)` gives float32 logits.
+
+    Args:
+        model: a hub id, a Hugging Face directory, a .gguf file or a run directory (whose adapter comes with it).
+        adapter: a PEFT adapter directory.
+        dtype: storage of the weights: auto, float32 or bfloat16.
+        mesh: the devices; all of them by default.
+
+    Raises:
+        UserError: anything that is wrong with the model or the adapter.
+    """
+    loaded = open_model(model, adapter, dtype, mesh)
+    return loaded.model, loaded.tokenizer
+
+
+def open_model(model: str | Pair, adapter: str | None = None, dtype: str = "auto", mesh: Mesh | None = None) -> Loaded:
+    """Like `load`, with the stop tokens; a loaded pair is passed through."""
+    runtime.start()
+    if not isinstance(model, str | Path):
+        network, tokenizer = model
+        eos = getattr(tokenizer, "eos_token_id", None)
+        found = network.config.raw.get("eos_token_id", eos)
+        stops = found if isinstance(found, list) else [token for token in {found, eos} if token is not None]
+        return Loaded(network, tokenizer, sorted(stops), None)
+    model, mesh = str(model), mesh or make_mesh()
+    if is_run(model):
+        if adapter is None and not (Path(model) / ADAPTER).is_dir():
+            raise UserError(f"{model} has no adapter yet. Finish the run with: jaxtune train {model}/config.yaml")
+        adapter = adapter or str(Path(model) / ADAPTER)
+        model = read_config(Path(model)).model.source
+    source = resolve(model)
+    opened = open_adapter(adapter) if adapter else None
+    network = load_model(source, mesh, dtype=dtype)
+    if opened:
+        attach(network, opened, mesh)
+    return Loaded(network, source.tokenizer(), source.stop_ids(), source)
+
+
+def train(config: Config | dict | str | Path, *, fresh: bool = False, quiet: bool = False) -> Any:
+    """Train, or go on with a run that was stopped.
+
+    Args:
+        config: a `Config`, nested keys, or a YAML file.
+        fresh: remove an earlier run in the same directory instead of going on with it.
+        quiet: no progress.
+
+    Returns:
+        The run: `dir`, `metrics` (rows of metrics.jsonl), `adapter` (its directory), `before` and `after`.
+
+    Raises:
+        UserError: anything that is wrong with the configuration, the data or the model.
+        RunFailure: a loss that is not finite, or an export that does not verify.
+    """
+    from jaxtune.training import run
+
+    if isinstance(config, dict):
+        config = validated(config)
+    elif not isinstance(config, Config):
+        config = load_config(Path(config))
+    return run(config, Reporter(quiet), fresh=fresh)
+
+
+def evaluate(
+    model: str | Pair, data: str, adapter: str | None = None, *, task: str = "auto", batch_size: int = 32, quiet: bool = True
+) -> dict[str, Any]:
+    """Metrics of a model on a JSON Lines file; see `evals.evaluate`.
+
+    Raises:
+        UserError: a bad file, model or task, or a model without a tokenizer.
+    """
+    loaded = open_model(model, adapter)
+    with Reporter(quiet).task("Evaluating", 1) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.resize(total)
+            bar.update(done)
+
+        return evaluate_model(loaded.model, with_tokenizer(loaded), loaded.stop_ids, str(data), task, batch_size, progress)
+
+
+def generate(
+    model: str | Pair,
+    prompts: Sequence[Prompt],
+    adapter: str | None = None,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> list[str]:
+    """The model's answer to every prompt.
+
+    Args:
+        model: as in `load`, or a loaded pair.
+        prompts: texts, or lists of messages with role and content. A text is a user's message where the tokenizer has a chat
+            template, and is continued as it is where it has none.
+        adapter: a PEFT adapter directory.
+        max_new_tokens: at most so many tokens each.
+        temperature, top_k, top_p, seed: see `generate.sampling`.
+        batch_size: prompts computed together.
+
+    Raises:
+        UserError: a bad model or prompt, or a model without a tokenizer.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens = {max_new_tokens}: must be at least 1.")
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    loaded = open_model(model, adapter)
+    tokenizer = with_tokenizer(loaded)
+    ids = [prompt_ids(tokenizer, as_conversation(prompt, f"prompt {number + 1}")) for number, prompt in enumerate(prompts)]
+    engine = Engine(loaded.model, loaded.stop_ids, min(batch_size, max(len(prompts), 1)))
+    return tokenizer.batch_decode(engine.generate(ids, max_new_tokens, sampling), skip_special_tokens=True)
+
+
+def export(run_dir: str | Path, to: str = "peft", out: str | Path | None = None) -> Path:
+    """Write a run's adapter in another program's format, verified; see `weights.export`.
+
+    Args:
+        run_dir: the run, finished or not (then its newest checkpoint is taken).
+        to: `peft`.
+        out: the directory to make.
+
+    Raises:
+        UserError: not a run, no checkpoint, or `out` exists.
+        RunFailure: the export does not compute what was trained.
+    """
+    from jaxtune.training import export_run
+
+    if out is None:
+        raise UserError("export: say where to with out=DIR (--out DIR).")
+    if to != "peft":
+        raise UserError(f"export: format {to!r} is not supported; supported is peft.")
+    return export_run(Path(run_dir), Path(out), Reporter(quiet=True))[0]
+
+
+def with_tokenizer(loaded: Loaded) -> Any:
+    """The tokenizer.
+
+    Raises:
+        UserError: the model comes without.
+    """
+    if loaded.tokenizer is None:
+        raise UserError("The model has no tokenizer, which this needs. Put its tokenizer files beside the weights.")
+    return loaded.tokenizer
+
+
+def as_conversation(prompt: Prompt, place: str) -> Conversation:
+    """A prompt as the conversation that it begins."""
+    if isinstance(prompt, str):
+        return Conversation(place, [{"role": "user", "content": prompt}], plain=True)
+    return Conversation(place, list(prompt), plain=False)

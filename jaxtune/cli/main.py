@@ -1,0 +1,69 @@
+"""The command line: one parser, one thin module a command, nothing heavy imported until a command runs."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "quickstart": "the main job, no arguments: real model, real data, report",
+    "train": "train; continues a run directory that has checkpoints",
+    "eval": "loss, perplexity and task metrics of a model on a file",
+    "generate": "the model's answers to prompts",
+    "export": "a run's adapter in another program's format, verified",
+    "report": "one page of one run or several",
+    "config": "the resolved configuration, or its JSON schema",
+}
+INTERRUPTED = 128
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is 0 on success, 2 on wrong usage or input, 1 on a failure, 128 + n on signal n."""
+    options = _parser().parse_args(arguments)
+    from jaxtune.core.errors import RunFailure, UserError
+
+    if os.environ.get("JAXTUNE_DEBUG") == "1":
+        return options.run(options) or 0
+    try:
+        return options.run(options) or 0
+    except UserError as error:
+        print(f"jaxtune: {error}", file=sys.stderr)
+        return 2
+    except RunFailure as error:
+        print(f"jaxtune: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED + 2
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        return _unexpected(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jaxtune", description="Fine-tune LLaMA-family models with JAX, and hand them back to Hugging Face.")
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, text in COMMANDS.items():
+        module = importlib.import_module(f"jaxtune.cli.{name}")
+        command = commands.add_parser(name, help=text, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def _version() -> str:
+    from jaxtune import __version__
+
+    return f"jaxtune {__version__}"
+
+
+def _unexpected(error: Exception) -> int:
+    from jaxtune.train.interrupt import Interrupted
+
+    if isinstance(error, Interrupted):
+        print(f"jaxtune: {error}", file=sys.stderr)
+        return INTERRUPTED + error.number
+    print(f"jaxtune: {type(error).__name__}: {error}\nThis is a defect of jaxtune. Set JAXTUNE_DEBUG=1 to see where.", file=sys.stderr)
+    return 1

@@ -1,0 +1,48 @@
+"""Arguments and output that several commands share."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """`--json FILE`."""
+    parser.add_argument("--json", metavar="FILE", help="also write the figures as JSON ('-': to stdout)")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """`MODEL [--adapter DIR]`."""
+    parser.add_argument("model", metavar="MODEL", help="hub id, Hugging Face directory, .gguf file or run directory")
+    parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter (a run directory brings its own)")
+
+
+def write_json(path: str | None, value: Any) -> None:
+    """What `--json` asks for."""
+    if path == "-":
+        json.dump(value, sys.stdout, indent=2)
+        print()
+    elif path:
+        from pathlib import Path
+
+        from jaxtune.core import files
+
+        files.write_json(Path(path), value)
+
+
+def metrics_table(columns: dict[str, dict[str, Any]]) -> str:
+    """Metrics side by side, one column a name, with the interval of the last."""
+    names = ("rows", "loss", "perplexity", "accuracy", "accuracy_greedy", "macro_f1")
+    last = list(columns.values())[-1]
+    lines = [" " * 16 + "".join(f"{name:>12}" for name in columns)]
+    for name in names:
+        if name not in last:
+            continue
+        cells = "".join(_cell(values.get(name)) for values in columns.values())
+        interval = last.get("intervals", {}).get(name)
+        lines.append(f"{name:<16}{cells}" + (f"   95%: {interval[0]:.4g} to {interval[1]:.4g}" if interval else ""))
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:>12.4f}" if isinstance(value, float) else f"{value!s:>12}"

@@ -1,0 +1,22 @@
+"""One page of one run or several: curves, metrics before and after, samples, data, configuration.
+
+  jaxtune report RUN [RUN ...] [--out FILE.html]
+"""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
+    parser.add_argument("--out", metavar="FILE.html", help="where to (default: report.html in the first run)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write the page."""
+    from pathlib import Path
+
+    from jaxtune.report.page import write_report
+
+    runs = [Path(run) for run in options.runs]
+    print(write_report(runs, Path(options.out) if options.out else runs[0] / "report.html"))

@@ -1,0 +1,48 @@
+"""Train, or go on with a run that was stopped.
+
+  jaxtune train CONFIG.yaml [key=value ...] [--fresh]
+  jaxtune train --model MODEL --data FILE [key=value ...]
+"""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("arguments", nargs="*", metavar="CONFIG.yaml | key=value", help="a configuration file, and keys that override it")
+    parser.add_argument("--model", help="the same as model.source=...")
+    parser.add_argument("--data", help="the same as data.train=...")
+    parser.add_argument("--fresh", action="store_true", help="remove an earlier run in the same directory instead of going on with it")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    from jaxtune.cli.options import add_json
+
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train."""
+    from jaxtune.cli.config import from_arguments
+    from jaxtune.cli.options import write_json
+    from jaxtune.train.progress import Reporter
+    from jaxtune.training import run as train
+
+    shortcuts = [f"{key}={value}" for key, value in (("model.source", options.model), ("data.train", options.data)) if value]
+    config = from_arguments([*options.arguments, *shortcuts])
+    result = train(config, Reporter(options.quiet), fresh=options.fresh)
+    print(summary(result))
+    write_json(options.json, {"dir": str(result.dir), "adapter": str(result.adapter), "before": result.before, "after": result.after})
+
+
+def summary(result) -> str:
+    """What came of a run, for a person."""
+    from jaxtune.cli.options import metrics_table
+
+    lines = []
+    if result.before and result.after:
+        lines += [metrics_table({"before": result.before, "after": result.after}), ""]
+    proof = result.verification
+    lines.append(f"Adapter: {result.adapter}")
+    lines.append(f"  verified over {proof.tokens} tokens: reloaded logits differ by {proof.reload_difference:.1e} (largest {proof.largest_logit:.1f})")
+    by_peft = f"  PEFT's differ by {proof.peft_difference:.1e}" if proof.peft_note is None else f"  not compared with PEFT: {proof.peft_note}"
+    lines += [by_peft, f"Report:  {result.dir}/report.html"]
+    return "\n".join(lines)

@@ -1,0 +1,136 @@
+"""Evaluation of a model on a file: loss and perplexity always, accuracy where the answers are classes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxtune.config.schema import DataSection
+from jaxtune.core.errors import UserError
+from jaxtune.data.chat import Example, prompt_ids, tokenise
+from jaxtune.data.examples import Examples, prepare
+from jaxtune.data.formats import Conversation, conversation
+from jaxtune.data.packing import Layout, build_batch, epoch_batches, row_length
+from jaxtune.data.sources import read_rows
+from jaxtune.evals.tasks import CLASSIFICATION, TASKS, classes, classification_metrics, detect, interval, normalised
+from jaxtune.generate.engine import Engine
+from jaxtune.generate.sampling import Sampling
+from jaxtune.models.decoder import CausalLM
+from jaxtune.objectives.sft import Batch, sft
+from jaxtune.train.metrics import perplexity
+
+_EXTRA_TOKENS = 4
+
+
+def evaluate(
+    model: CausalLM, tokenizer: Any, stop_ids: Sequence[int], path: str, task: str = "auto", batch: int = 32, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """Metrics of a model on a file of answered rows.
+
+    Args:
+        model: with or without an adapter.
+        tokenizer: its tokenizer.
+        stop_ids: tokens that end an answer.
+        path: a JSON Lines file.
+        task: `lm`, `classification`, or `auto` to go by the answers.
+        batch: rows computed together; it changes no number.
+        progress: called with rows done and rows in all.
+
+    Raises:
+        UserError: a bad file, or a task that the file does not fit.
+    """
+    if task not in TASKS:
+        raise UserError(f"--task {task}: unknown; there are {', '.join(TASKS)}.")
+    rows = [conversation(row) for row in read_rows(path)]
+    task = detect(rows) if task == "auto" else task
+    if task == CLASSIFICATION:
+        result = _classification(model, tokenizer, stop_ids, rows, path, batch, progress)
+    else:
+        result = _language_model(model, tokenizer, path, batch, progress)
+    return {"task": task, "rows": len(rows), **result}
+
+
+def _language_model(model: CausalLM, tokenizer: Any, path: str, batch: int, progress: Any) -> dict[str, Any]:
+    data = DataSection(max_length=model.config.max_positions)
+    examples = prepare(path, tokenizer, data)
+    losses, weights = row_losses(model, examples, batch, progress)
+    loss = float(losses.sum() / weights.sum())
+    return {
+        **_loss(loss, weights),
+        "truncated": len(examples.truncated),
+        "dropped": len(examples.dropped),
+        "intervals": {"loss": interval(len(losses), lambda rows: float(losses[rows].sum() / weights[rows].sum()))},
+    }
+
+
+def row_losses(model: CausalLM, examples: Examples, batch: int, progress: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    """`(sum of token losses, supervised tokens)` of every example, in nats, float64."""
+    graph, state = nnx.split(model)
+    lengths = examples.lengths
+    layout = Layout(batch, int(lengths.max()), packing=False, shuffle=False, seed=0)
+    losses, weights = np.zeros(len(lengths)), np.zeros(len(lengths))
+    done = 0
+    for rows in epoch_batches(lengths, layout, 0):
+        arrays = build_batch(rows, examples.items, batch, row_length(rows, lengths, layout))
+        found = np.asarray(_losses_by_row(graph, state, arrays))
+        losses[done : done + len(rows)] = found[: len(rows)]
+        weights[done : done + len(rows)] = arrays.weights.sum(axis=1)[: len(rows)]
+        done += len(rows)
+        if progress:
+            progress(done, len(lengths))
+    return losses, weights
+
+
+def _by_row(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> jax.Array:
+    model = nnx.merge(graph, state)
+    return jax.lax.map(lambda row: sft(model, Batch(*(part[None] for part in row)), None, "none")[0], batch)
+
+
+_losses_by_row = jax.jit(_by_row, static_argnums=0)
+
+
+def _classification(
+    model: CausalLM, tokenizer: Any, stop_ids: Sequence[int], rows: list[Conversation], path: str, batch: int, progress: Any
+) -> dict[str, Any]:
+    """Each prompt is read once; from its cache every class is scored and an answer is generated."""
+    names = classes(rows, path)
+    engine = Engine(model, stop_ids, batch)
+    prompts = [prompt_ids(tokenizer, row) for row in rows]
+    answers = [[_continuation(tokenizer, row, prompt, name) for name in names] for row, prompt in zip(rows, prompts, strict=True)]
+    longest = max(len(tokens) for row in answers for tokens in row)
+    scores = np.zeros((len(rows), len(names)))
+    texts: list[str] = []
+    for start in range(0, len(rows), batch):
+        part = slice(start, start + batch)
+        read = engine.prefill(prompts[part], longest + _EXTRA_TOKENS)
+        for column in range(len(names)):
+            scores[part, column] = engine.score(read, [row[column] for row in answers[part]])
+        texts += tokenizer.batch_decode(engine.continue_from(read, longest + _EXTRA_TOKENS, Sampling()), skip_special_tokens=True)
+        if progress:
+            progress(min(start + batch, len(rows)), len(rows))
+    truth = np.asarray([names.index(row.answer or "") for row in rows])
+    greedy = np.asarray([normalised(text) == normalised(row.answer or "") for text, row in zip(texts, rows, strict=True)])
+    losses = -scores[np.arange(len(rows)), truth]
+    weights = np.asarray([len(row[index]) for row, index in zip(answers, truth, strict=True)], np.float64)
+    metrics = classification_metrics(truth, scores.argmax(axis=1), greedy, names)
+    metrics["intervals"]["loss"] = interval(len(rows), lambda chosen: float(losses[chosen].sum() / weights[chosen].sum()))
+    return {**_loss(float(losses.sum() / weights.sum()), weights), **metrics}
+
+
+def _continuation(tokenizer: Any, row: Conversation, prompt: list[int], answer: str) -> list[int]:
+    """The ids from the end of the prompt through the end of turn, were `answer` the answer."""
+    messages = [*row.prompt, {"role": "assistant", "content": answer}]
+    example: Example = tokenise(tokenizer, Conversation(row.place, messages, row.plain), "last")
+    last = int(np.flatnonzero(example.supervised)[-1])
+    ids = example.ids.tolist()
+    if ids[: len(prompt)] != prompt:
+        raise UserError(f"{row.place}: the chat template's prompt is not a prefix of the answered chat, so an answer cannot be scored.")
+    return ids[len(prompt) : last + 1]
+
+
+def _loss(loss: float, weights: np.ndarray) -> dict[str, Any]:
+    return {"loss": loss, "perplexity": perplexity(loss), "supervised_tokens": int(weights.sum())}
+
+

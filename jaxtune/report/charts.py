@@ -1,0 +1,46 @@
+"""The report's charts, as pieces of a page that holds plotly's script."""
+
+from typing import Any
+
+_LAYOUT = {"height": 320, "margin": {"l": 55, "r": 15, "t": 45, "b": 40}, "template": "plotly_white", "legend": {"orientation": "h"}}
+
+
+def curve(title: str, series: dict[str, tuple[list, list]]) -> str:
+    """Lines over optimizer steps.
+
+    Args:
+        title: what is drawn and its unit.
+        series: steps and values by name.
+    """
+    import plotly.graph_objects as go
+
+    lines = [
+        go.Scatter(x=steps, y=values, name=name, mode="lines+markers" if len(steps) < 60 else "lines")
+        for name, (steps, values) in series.items()
+    ]
+    return _div(go.Figure(lines), title, "step")
+
+
+def histogram(title: str, series: dict[str, list[int]]) -> str:
+    """Overlaid histograms."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure([go.Histogram(x=values, name=name, opacity=0.7, nbinsx=40) for name, values in series.items()])
+    figure.update_layout(barmode="overlay")
+    return _div(figure, title, "tokens")
+
+
+def confusion(title: str, table: dict[str, Any]) -> str:
+    """A confusion matrix, rows true and columns predicted."""
+    import plotly.graph_objects as go
+
+    names, counts = table["classes"], table["rows_true_columns_predicted"]
+    heat = go.Heatmap(z=counts, x=names, y=names, text=counts, texttemplate="%{text}", colorscale="Blues", showscale=False)
+    figure = go.Figure(heat)
+    figure.update_yaxes(autorange="reversed", title="true")
+    return _div(figure, f"Confusion, {title}", "predicted")
+
+
+def _div(figure: Any, title: str, x: str) -> str:
+    figure.update_layout(title=title, xaxis_title=x, **_LAYOUT)
+    return figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})

@@ -1,0 +1,220 @@
+"""A whole run: evaluate, train, evaluate, export, report."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxtune.config.schema import Config
+from jaxtune.core import runtime
+from jaxtune.core.errors import UserError
+from jaxtune.core.files import write_json, write_jsonl
+from jaxtune.data.chat import prompt_ids
+from jaxtune.data.formats import Conversation, conversation
+from jaxtune.data.sources import read_rows
+from jaxtune.evals.evaluate import evaluate
+from jaxtune.generate.engine import Engine
+from jaxtune.models.decoder import CausalLM
+from jaxtune.report.page import write_report
+from jaxtune.train.checkpoint import Checkpoints
+from jaxtune.train.loop import Evaluator, fit
+from jaxtune.train.metrics import MetricsLog, read_metrics
+from jaxtune.train.progress import Reporter
+from jaxtune.train.rundir import ADAPTER, REPORT, SAMPLES, RunDirectory, file_digest, is_run, read_config
+from jaxtune.train.setup import Setup, adopt_adapter, setup
+from jaxtune.train.step import TrainState, init_state
+from jaxtune.weights.export import TEXT, Verification, as_dict, export_adapter
+
+_SAMPLES, _SAMPLE_TOKENS = 5, 64
+_VERIFY_ROWS, _VERIFY_TOKENS = 4, 128
+DATA_SUMMARY, VERIFICATION = "data.json", "verification.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        dir: its directory.
+        adapter: the PEFT adapter.
+        before, after: metrics on the evaluation data; None where there is none.
+        verification: what the export was compared on.
+    """
+
+    dir: Path
+    adapter: Path
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+    verification: Verification | None
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl."""
+        return read_metrics(self.dir)
+
+
+def run(config: Config, reporter: Reporter, *, fresh: bool = False) -> Run:
+    """Train as `config` says, or go on where an earlier call was stopped.
+
+    Raises:
+        UserError, RunFailure, Interrupted: see `api.train` and `train.loop.fit`.
+    """
+    runtime.start()
+    config = adopt_adapter(config)
+    files = {key: value for key, value in (("data.train", config.data.train), ("data.eval", config.data.eval)) if value}
+    digests = {key: file_digest(value) for key, value in files.items()}
+    parts = setup(config, reporter)
+    directory = RunDirectory(config, digests, fresh)
+    try:
+        with jax.set_mesh(parts.mesh):
+            return _run(parts, directory.path, reporter)
+    finally:
+        directory.close()
+
+
+def export_run(directory: Path, out: Path, reporter: Reporter) -> tuple[Path, Verification]:
+    """A verified PEFT export of a run's newest checkpoint.
+
+    Raises:
+        UserError: not a run, or no checkpoint yet.
+    """
+    runtime.start()
+    if not is_run(directory):
+        raise UserError(f"{directory} is not a run directory: it has no config.yaml.")
+    config = read_config(directory)
+    parts = setup(config, reporter)
+    checkpoints = Checkpoints(directory, config.checkpoint.keep)
+    try:
+        if checkpoints.latest is None:
+            raise UserError(f"{directory} has no checkpoint yet. Train first: jaxtune train {directory}/config.yaml")
+        state = checkpoints.restore(_initial(parts))
+    finally:
+        checkpoints.close()
+    with jax.set_mesh(parts.mesh):
+        return out, _export(parts, state, out, replace=False)
+
+
+def _run(parts: Setup, directory: Path, reporter: Reporter) -> Run:
+    config, total = parts.config, len(parts.plan)
+    write_json(directory / DATA_SUMMARY, _data_summary(parts))
+    checkpoints = Checkpoints(directory, config.checkpoint.keep)
+    state = _initial(parts)
+    if checkpoints.latest is not None:
+        state = checkpoints.restore(state)
+        reporter.say(f"Going on after step {int(state.step)} of {total} ({directory})")
+    log = MetricsLog(directory, int(state.step))
+    try:
+        before = _measured(parts, state, log, directory, 0, reporter)
+        samples = _samples_before(parts, state, directory)
+        on_the_way = _evaluation(parts, log, reporter)
+        with reporter.task("Training", total) as task:
+            state = fit(parts, state, log, checkpoints, task, on_the_way)
+        checkpoints.wait()
+        after = _measured(parts, state, log, directory, total, reporter)
+    finally:
+        log.close()
+        checkpoints.close()
+    model = parts.model(state.trainable)
+    for sample, text in zip(samples, _answers(parts, model, samples), strict=True):
+        sample["after"] = text
+    write_jsonl(directory / SAMPLES, samples)
+    reporter.say("Exporting the adapter, reloading it and comparing logits")
+    verification = _export(parts, state, directory / ADAPTER, replace=True)
+    write_json(directory / VERIFICATION, as_dict(verification))
+    write_report([directory], directory / REPORT)
+    return Run(directory, directory / ADAPTER, before, after, verification)
+
+
+def _initial(parts: Setup) -> TrainState:
+    """The state before the first step. Its leaves are copies: the step donates its state, and `parts` is used again."""
+    state = init_state(jax.tree.map(jnp.copy, parts.trainable), parts.optimizer, parts.config.train.seed)
+    everywhere = NamedSharding(parts.mesh, PartitionSpec())
+
+    def place(leaf: Any) -> Any:
+        return leaf if isinstance(leaf.sharding, NamedSharding) else jax.device_put(leaf, everywhere)
+
+    return jax.tree.map(place, state)
+
+
+def _measured(parts: Setup, state: TrainState, log: MetricsLog, directory: Path, step: int, reporter: Reporter) -> dict[str, Any] | None:
+    """The evaluation before (step 0) or after training: from the log where an earlier call has it, else made and logged."""
+    data = parts.config.data.eval
+    if data is None:
+        return None
+    found = [row for row in read_metrics(directory) if row["split"] == "eval" and row["step"] == step and "task" in row]
+    if found:
+        return found[0]
+    with reporter.task("Evaluating before" if step == 0 else "Evaluating after", 1) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.resize(total)
+            bar.update(done)
+
+        model = parts.model(state.trainable)
+        result = evaluate(model, parts.tokenizer, parts.source.stop_ids(), data, progress=progress)
+    row = {"split": "eval", "step": step, "epoch": _epoch(parts, step), **result}
+    log.write(row)
+    return row
+
+
+def _evaluation(parts: Setup, log: MetricsLog, reporter: Reporter) -> Callable[[TrainState, int], None]:
+    """The evaluation on the way: the loss."""
+    plan = parts.eval_plan
+    if plan is None:
+        return lambda state, step: None
+    evaluator = Evaluator(parts, plan)
+
+    def measure(state: TrainState, step: int) -> None:
+        result = evaluator(state)
+        log.write({"split": "eval", "step": step, "epoch": _epoch(parts, step), **result})
+        reporter.say(f"step {step}: evaluation loss {result['loss']:.4f}, perplexity {result['perplexity']:.3f}")
+
+    return measure
+
+
+def _epoch(parts: Setup, step: int) -> float:
+    return round(parts.plan.positions[step - 1].epoch, 6) if step else 0.0
+
+
+def _sample_rows(parts: Setup) -> list[Conversation]:
+    data = parts.config.data
+    rows = read_rows(data.eval or data.train or "")
+    return [conversation(row, data.format) for row in rows[:_SAMPLES]]
+
+
+def _samples_before(parts: Setup, state: TrainState, directory: Path) -> list[dict[str, Any]]:
+    """Prompts with the answers wanted and the answers before training; read back where an earlier call wrote them."""
+    if (directory / SAMPLES).exists():
+        return [row.value for row in read_rows(str(directory / SAMPLES))]
+    rows = [{"prompt": row.prompt, "wanted": row.answer, "place": row.place} for row in _sample_rows(parts)]
+    for row, text in zip(rows, _answers(parts, parts.model(state.trainable), rows), strict=True):
+        row["before"] = text
+    write_jsonl(directory / SAMPLES, rows)
+    return rows
+
+
+def _answers(parts: Setup, model: CausalLM, samples: list[dict[str, Any]]) -> list[str]:
+    ids = [prompt_ids(parts.tokenizer, Conversation(sample["place"], sample["prompt"], plain=True)) for sample in samples]
+    engine = Engine(model, parts.source.stop_ids(), batch=max(len(ids), 2))
+    return parts.tokenizer.batch_decode(engine.generate(ids, _SAMPLE_TOKENS), skip_special_tokens=True)
+
+
+def _export(parts: Setup, state: TrainState, out: Path, *, replace: bool) -> Verification:
+    texts = [item.ids[:_VERIFY_TOKENS].tolist() for item in parts.plan.examples.items[:_VERIFY_ROWS]]
+    texts += [parts.tokenizer(text)["input_ids"] for text in TEXT]
+    model, kind = parts.model(state.trainable), parts.config.model
+    return export_adapter(
+        out, model, parts.source, parts.tokenizer, texts, parts.mesh, dtype=kind.dtype, compute=kind.compute_dtype, replace=replace
+    )
+
+
+def _data_summary(parts: Setup) -> dict[str, Any]:
+    plans = {"train": parts.plan, "eval": parts.eval_plan}
+    return {
+        name: {**plan.examples.summary(), "lengths": plan.examples.lengths.tolist(), "steps": len(plan)} for name, plan in plans.items() if plan
+    }
