@@ -1,6 +1,9 @@
 """Fine-tune LLaMA-family models on TPUs and GPUs with JAX, and hand them back to Hugging Face, proven."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxtune.api import evaluate, export, generate, load, train
 
 __version__ = "0.1.0"
 __all__ = ["evaluate", "export", "generate", "load", "train"]

@@ -37,6 +37,7 @@ class Loaded:
         tokenizer: None where the model comes without.
         stop_ids: tokens that end an answer.
         source: where the base comes from; None for a pair that was passed in.
+
     """
 
     model: CausalLM
@@ -56,6 +57,7 @@ def load(model: str, adapter: str | None = None, dtype: str = "auto", mesh: Mesh
 
     Raises:
         UserError: anything that is wrong with the model or the adapter.
+
     """
     loaded = open_model(model, adapter, dtype, mesh)
     return loaded.model, loaded.tokenizer
@@ -98,6 +100,7 @@ def train(config: Config | dict | str | Path, *, fresh: bool = False, quiet: boo
     Raises:
         UserError: anything that is wrong with the configuration, the data or the model.
         RunFailure: a loss that is not finite, or an export that does not verify.
+
     """
     from jaxtune.training import run
 
@@ -115,6 +118,7 @@ def evaluate(
 
     Raises:
         UserError: a bad file, model or task, or a model without a tokenizer.
+
     """
     loaded = open_model(model, adapter)
     with Reporter(quiet).task("Evaluating", 1) as bar:
@@ -146,11 +150,15 @@ def generate(
             template, and is continued as it is where it has none.
         adapter: a PEFT adapter directory.
         max_new_tokens: at most so many tokens each.
-        temperature, top_k, top_p, seed: see `generate.sampling`.
+        temperature: 0 is greedy.
+        top_k: only the k most likely tokens; 0 is all.
+        top_p: only the most likely tokens that together reach p.
+        seed: seed of the draws.
         batch_size: prompts computed together.
 
     Raises:
         UserError: a bad model or prompt, or a model without a tokenizer.
+
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens = {max_new_tokens}: must be at least 1.")
@@ -173,6 +181,7 @@ def export(run_dir: str | Path, to: str = "peft", out: str | Path | None = None)
     Raises:
         UserError: not a run, no checkpoint, or `out` exists.
         RunFailure: the export does not compute what was trained.
+
     """
     from jaxtune.training import export_run
 
@@ -188,6 +197,7 @@ def with_tokenizer(loaded: Loaded) -> Any:
 
     Raises:
         UserError: the model comes without.
+
     """
     if loaded.tokenizer is None:
         raise UserError("The model has no tokenizer, which this needs. Put its tokenizer files beside the weights.")

@@ -44,6 +44,7 @@ class Run:
         adapter: the PEFT adapter.
         before, after: metrics on the evaluation data; None where there is none.
         verification: what the export was compared on.
+
     """
 
     dir: Path
@@ -63,6 +64,7 @@ def run(config: Config, reporter: Reporter, *, fresh: bool = False) -> Run:
 
     Raises:
         UserError, RunFailure, Interrupted: see `api.train` and `train.loop.fit`.
+
     """
     runtime.start()
     config = adopt_adapter(config)
@@ -82,6 +84,7 @@ def export_run(directory: Path, out: Path, reporter: Reporter) -> tuple[Path, Ve
 
     Raises:
         UserError: not a run, or no checkpoint yet.
+
     """
     runtime.start()
     if not is_run(directory):
@@ -112,7 +115,7 @@ def _run(parts: Setup, directory: Path, reporter: Reporter) -> Run:
         before = _measured(parts, state, log, directory, 0, reporter)
         samples = _samples_before(parts, state, directory)
         on_the_way = _evaluation(parts, log, reporter)
-        with reporter.task("Training", total) as task:
+        with reporter.task("Training", total, int(state.step)) as task:
             state = fit(parts, state, log, checkpoints, task, on_the_way)
         checkpoints.wait()
         after = _measured(parts, state, log, directory, total, reporter)
@@ -141,7 +144,9 @@ def _initial(parts: Setup) -> TrainState:
     return jax.tree.map(place, state)
 
 
-def _measured(parts: Setup, state: TrainState, log: MetricsLog, directory: Path, step: int, reporter: Reporter) -> dict[str, Any] | None:
+def _measured(
+    parts: Setup, state: TrainState, log: MetricsLog, directory: Path, step: int, reporter: Reporter
+) -> dict[str, Any] | None:
     """The evaluation before (step 0) or after training: from the log where an earlier call has it, else made and logged."""
     data = parts.config.data.eval
     if data is None:
@@ -209,12 +214,22 @@ def _export(parts: Setup, state: TrainState, out: Path, *, replace: bool) -> Ver
     texts += [parts.tokenizer(text)["input_ids"] for text in TEXT]
     model, kind = parts.model(state.trainable), parts.config.model
     return export_adapter(
-        out, model, parts.source, parts.tokenizer, texts, parts.mesh, dtype=kind.dtype, compute=kind.compute_dtype, replace=replace
+        out,
+        model,
+        parts.source,
+        parts.tokenizer,
+        texts,
+        parts.mesh,
+        dtype=kind.dtype,
+        compute=kind.compute_dtype,
+        replace=replace,
     )
 
 
 def _data_summary(parts: Setup) -> dict[str, Any]:
     plans = {"train": parts.plan, "eval": parts.eval_plan}
     return {
-        name: {**plan.examples.summary(), "lengths": plan.examples.lengths.tolist(), "steps": len(plan)} for name, plan in plans.items() if plan
+        name: {**plan.examples.summary(), "lengths": plan.examples.lengths.tolist(), "steps": len(plan)}
+        for name, plan in plans.items()
+        if plan
     }

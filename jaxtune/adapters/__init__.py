@@ -1,0 +1,1 @@
+"""LoRA, and putting it on a model."""

@@ -30,6 +30,7 @@ def matching(model: nnx.Module, targets: str | Sequence[str]) -> dict[str, Linea
 
     Raises:
         UserError: a name matches nothing; with the candidates.
+
     """
     candidates = linears(model)
     if targets == ALL_LINEAR:
@@ -53,6 +54,7 @@ def inject(model: nnx.Module, targets: str | Sequence[str], config: LoRAConfig, 
 
     Returns:
         The paths of the adapted layers.
+
     """
     chosen = matching(model, targets)
     for path, linear in chosen.items():

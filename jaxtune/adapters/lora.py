@@ -26,6 +26,7 @@ class LoRAConfig:
         alpha: the update is scaled by alpha / r, or by alpha / sqrt(r) with `rslora` (Kalajdzievski 2023).
         dropout: rate on the adapter's input in training.
         rslora: see alpha.
+
     """
 
     rank: int

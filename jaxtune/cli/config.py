@@ -1,7 +1,7 @@
 """Print the resolved configuration as YAML, or the JSON schema for editors.
 
-  jaxtune config [CONFIG.yaml] [key=value ...]
-  jaxtune config --schema
+jaxtune config [CONFIG.yaml] [key=value ...]
+jaxtune config --schema
 """
 
 import argparse
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("arguments", nargs="*", metavar="CONFIG.yaml | key=value", help="a configuration file, and keys that override it")
+    parser.add_argument(
+        "arguments", nargs="*", metavar="CONFIG.yaml | key=value", help="a configuration file, and keys that override it"
+    )
     parser.add_argument("--schema", action="store_true", help="print the JSON schema instead")
 
 
@@ -30,6 +32,7 @@ def from_arguments(arguments: list[str]) -> "Config":
 
     Raises:
         UserError: two files, or anything that is wrong with them.
+
     """
     from jaxtune.config.loading import load_config
     from jaxtune.core.errors import UserError, listed

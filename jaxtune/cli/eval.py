@@ -1,6 +1,6 @@
 """Loss, perplexity and, where the answers are classes, accuracy of a model on a file of answered rows.
 
-  jaxtune eval MODEL [--adapter DIR] --data FILE [--task auto|lm|classification]
+jaxtune eval MODEL [--adapter DIR] --data FILE [--task auto|lm|classification]
 """
 
 import argparse
@@ -13,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--data", required=True, metavar="FILE", help="a JSON Lines file")
     parser.add_argument("--task", default="auto", help="auto, lm or classification (default: auto, by the answers)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows computed together; changes no number (default: 32)")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, metavar="N", help="rows computed together; changes no number (default: 32)"
+    )
     add_json(parser)
 
 

@@ -1,6 +1,6 @@
 """Write a run's adapter in PEFT's format; it takes its name only once its reload computes what was trained.
 
-  jaxtune export RUN --to peft --out DIR
+jaxtune export RUN --to peft --out DIR
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The model's answers to one prompt, or to every row of a JSON Lines file (keys prompt or messages).
 
-  jaxtune generate MODEL [--adapter DIR] --prompt TEXT
-  jaxtune generate MODEL [--adapter DIR] --file prompts.jsonl
+jaxtune generate MODEL [--adapter DIR] --prompt TEXT
+jaxtune generate MODEL [--adapter DIR] --file prompts.jsonl
 """
 
 import argparse

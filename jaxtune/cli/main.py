@@ -42,12 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jaxtune", description="Fine-tune LLaMA-family models with JAX, and hand them back to Hugging Face.")
+    parser = argparse.ArgumentParser(
+        prog="jaxtune", description="Fine-tune LLaMA-family models with JAX, and hand them back to Hugging Face."
+    )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, text in COMMANDS.items():
         module = importlib.import_module(f"jaxtune.cli.{name}")
-        command = commands.add_parser(name, help=text, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        command = commands.add_parser(
+            name, help=text, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return parser
@@ -65,5 +69,8 @@ def _unexpected(error: Exception) -> int:
     if isinstance(error, Interrupted):
         print(f"jaxtune: {error}", file=sys.stderr)
         return INTERRUPTED + error.number
-    print(f"jaxtune: {type(error).__name__}: {error}\nThis is a defect of jaxtune. Set JAXTUNE_DEBUG=1 to see where.", file=sys.stderr)
+    print(
+        f"jaxtune: {type(error).__name__}: {error}\nThis is a defect of jaxtune. Set JAXTUNE_DEBUG=1 to see where.",
+        file=sys.stderr,
+    )
     return 1

@@ -19,6 +19,7 @@ def write_news(directory: Path) -> tuple[Path, Path]:
 
     Raises:
         UserError: the package is not installed.
+
     """
     train, test = [], []
     shuffled = random.Random(SEED)

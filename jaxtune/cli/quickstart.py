@@ -1,16 +1,16 @@
 """The main job, no arguments: SmolLM2-135M-Instruct learns to name the topic of news articles, on a CPU, in minutes.
 
-  jaxtune quickstart [--dir runs/quickstart]
+jaxtune quickstart [--dir runs/quickstart]
 """
 
 import argparse
 
-# Found on this task by trying a few: shorter rows and more of them a step cost less than padding would.
+# About eleven articles a step, packed: forty steps, each as long as one of 1,024 tokens takes.
 SETTINGS = {
     "adapter": {"rank": 16, "alpha": 32.0},
-    "data": {"max_length": 256},
+    "data": {"max_length": 512},
     "optimizer": {"learning_rate": 1e-3, "warmup": 3},
-    "train": {"batch_size": 4},
+    "train": {"batch_size": 2},
     "checkpoint": {"every": 20},
 }
 
@@ -49,7 +49,9 @@ def run(options: argparse.Namespace) -> None:
     result = train(validated(keys), reporter, fresh=options.fresh)
     print(summary(result))
     print(f"\nThe next three commands to try:\n{_next(directory, tested)}")
-    write_json(options.json, {"dir": str(result.dir), "adapter": str(result.adapter), "before": result.before, "after": result.after})
+    write_json(
+        options.json, {"dir": str(result.dir), "adapter": str(result.adapter), "before": result.before, "after": result.after}
+    )
 
 
 def _next(directory, tested) -> str:

@@ -1,6 +1,6 @@
 """One page of one run or several: curves, metrics before and after, samples, data, configuration.
 
-  jaxtune report RUN [RUN ...] [--out FILE.html]
+jaxtune report RUN [RUN ...] [--out FILE.html]
 """
 
 import argparse

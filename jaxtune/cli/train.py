@@ -1,7 +1,7 @@
 """Train, or go on with a run that was stopped.
 
-  jaxtune train CONFIG.yaml [key=value ...] [--fresh]
-  jaxtune train --model MODEL --data FILE [key=value ...]
+jaxtune train CONFIG.yaml [key=value ...] [--fresh]
+jaxtune train --model MODEL --data FILE [key=value ...]
 """
 
 import argparse
@@ -9,10 +9,14 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("arguments", nargs="*", metavar="CONFIG.yaml | key=value", help="a configuration file, and keys that override it")
+    parser.add_argument(
+        "arguments", nargs="*", metavar="CONFIG.yaml | key=value", help="a configuration file, and keys that override it"
+    )
     parser.add_argument("--model", help="the same as model.source=...")
     parser.add_argument("--data", help="the same as data.train=...")
-    parser.add_argument("--fresh", action="store_true", help="remove an earlier run in the same directory instead of going on with it")
+    parser.add_argument(
+        "--fresh", action="store_true", help="remove an earlier run in the same directory instead of going on with it"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     from jaxtune.cli.options import add_json
 
@@ -30,7 +34,9 @@ def run(options: argparse.Namespace) -> None:
     config = from_arguments([*options.arguments, *shortcuts])
     result = train(config, Reporter(options.quiet), fresh=options.fresh)
     print(summary(result))
-    write_json(options.json, {"dir": str(result.dir), "adapter": str(result.adapter), "before": result.before, "after": result.after})
+    write_json(
+        options.json, {"dir": str(result.dir), "adapter": str(result.adapter), "before": result.before, "after": result.after}
+    )
 
 
 def summary(result) -> str:
@@ -42,7 +48,13 @@ def summary(result) -> str:
         lines += [metrics_table({"before": result.before, "after": result.after}), ""]
     proof = result.verification
     lines.append(f"Adapter: {result.adapter}")
-    lines.append(f"  verified over {proof.tokens} tokens: reloaded logits differ by {proof.reload_difference:.1e} (largest {proof.largest_logit:.1f})")
-    by_peft = f"  PEFT's differ by {proof.peft_difference:.1e}" if proof.peft_note is None else f"  not compared with PEFT: {proof.peft_note}"
+    lines.append(
+        f"  verified over {proof.tokens} tokens: reloaded logits differ by {proof.reload_difference:.1e} (largest {proof.largest_logit:.1f})"
+    )
+    by_peft = (
+        f"  PEFT's differ by {proof.peft_difference:.1e}"
+        if proof.peft_note is None
+        else f"  not compared with PEFT: {proof.peft_note}"
+    )
     lines += [by_peft, f"Report:  {result.dir}/report.html"]
     return "\n".join(lines)

@@ -34,6 +34,7 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None, va
 
     Raises:
         UserError: the file is missing or not YAML, a key is unknown, a value has the wrong type; with file, line and key.
+
     """
     tree, places = _read(path) if path else ({}, {})
     for key, value in _flatten(values or {}).items():
@@ -57,6 +58,7 @@ def validated(tree: dict, places: dict[str, str] | None = None, origin: str = "c
         tree: nested dictionaries.
         places: where each dotted key was written, for the message.
         origin: what to name where `places` does not know.
+
     """
     try:
         return Config.model_validate(tree)

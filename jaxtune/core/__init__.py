@@ -1,0 +1,1 @@
+"""What every layer uses: errors, files, dtypes, mesh and axis rules."""

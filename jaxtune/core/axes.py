@@ -33,6 +33,7 @@ class Rules:
 
         Raises:
             ValueError: two dimensions of one array would lie on the same mesh axis, or a name is unknown.
+
         """
         known = {field.name for field in fields(self)}
         if unknown := [axis for axis in axes if axis is not None and axis not in known]:
@@ -54,6 +55,8 @@ def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], r
         mesh: the device mesh.
         axes: logical names of the trailing dimensions; leading ones (stacked layers) are not sharded.
         shape: the array's shape.
+        rules: the table of axes.
+
     """
     spec = (None,) * (len(shape) - len(axes)) + tuple(rules.spec(axes))
     kept = []

@@ -25,6 +25,7 @@ def storage_dtype(name: str, found: np.dtype, quantised: bool) -> np.dtype:
         name: the `model.dtype` key; 'auto' keeps what the file has.
         found: the dtype in the file.
         quantised: whether the file held a block-quantised tensor, which 'auto' keeps at the compute precision.
+
     """
     if name != "auto":
         return DTYPES[name]

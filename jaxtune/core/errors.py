@@ -24,6 +24,7 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     Args:
         name: what the user wrote.
         candidates: the names that would have been right.
+
     """
     found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
     return f" Did you mean '{found[0]}'?" if found else ""

@@ -43,6 +43,7 @@ def read_json(path: Path) -> Any:
 
     Raises:
         UserError: the file is missing or is not JSON, with the line.
+
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -62,6 +63,7 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Raises:
         UserError: `target` exists and is not empty, and `replace` is false.
+
     """
     if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} already exists and is not empty. Choose another directory or remove it.")

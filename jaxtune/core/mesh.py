@@ -12,11 +12,14 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list | No
     """A mesh over all devices with the axes `data`, `fsdp` and `tensor`.
 
     Args:
-        data, fsdp, tensor: devices along each axis; one of them may be -1, what is left.
+        data: copies of the weights; one of the three may be -1, what is left.
+        fsdp: parts of the weights, each with its part of the batch.
+        tensor: parts of each matrix product.
         devices: the devices to use; all of this process's platform by default.
 
     Raises:
         UserError: the sizes do not multiply to the number of devices.
+
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}

@@ -20,6 +20,7 @@ class Example:
     Attributes:
         ids: int32 token ids.
         supervised: for every token whether predicting it is trained.
+
     """
 
     ids: np.ndarray
@@ -31,6 +32,7 @@ def prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
 
     Raises:
         UserError: the tokenizer has no chat template and the row is a chat.
+
     """
     if tokenizer.chat_template:
         text = _render(tokenizer, conversation.prompt, conversation.place, generate=True)
@@ -50,6 +52,7 @@ def tokenise(tokenizer: Any, conversation: Conversation, train_on: str) -> Examp
 
     Raises:
         UserError: the template fails, or renders an answer in a way that leaves unclear which tokens are the answer.
+
     """
     if tokenizer.chat_template:
         return _tokenise_chat(tokenizer, conversation, train_on)

@@ -22,6 +22,7 @@ class Examples:
         items: the examples in the file's order.
         truncated: places of rows that lost supervised tokens to the cut.
         dropped: places of rows with nothing supervised (left).
+
     """
 
     source: str
@@ -65,6 +66,7 @@ def prepare(path: str, tokenizer: Any, data: DataSection, progress: Callable[[in
 
     Raises:
         UserError: a bad row, with its line; or no row has anything supervised.
+
     """
     items, truncated, dropped = [], [], []
     for number, row in enumerate(read_rows(path)):

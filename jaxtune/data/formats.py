@@ -18,6 +18,7 @@ class Conversation:
         place: file and line, for messages.
         messages: dictionaries with role and content.
         plain: whether it was written as prompt and completion, and so needs no chat template.
+
     """
 
     place: str
@@ -46,6 +47,7 @@ def conversation(row: Row, kind: str = "auto", *, answered: bool = True) -> Conv
 
     Raises:
         UserError: neither format, a key that is missing or of the wrong type, an unknown role; with file and line.
+
     """
     if kind == "auto":
         kind = MESSAGES if "messages" in row.value else PROMPT_COMPLETION if "prompt" in row.value else ""
@@ -56,7 +58,9 @@ def conversation(row: Row, kind: str = "auto", *, answered: bool = True) -> Conv
         if answered or "completion" in row.value:
             texts.append(_text(row, "completion"))
         roles = ("user", "assistant")
-        return Conversation(row.place, [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)], plain=True)
+        return Conversation(
+            row.place, [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)], plain=True
+        )
     raise UserError(f"{row.place}: neither 'messages' nor 'prompt' and 'completion' among the keys {listed(row.value)}.")
 
 
@@ -77,7 +81,9 @@ def _messages(row: Row) -> list[dict[str, Any]]:
         if not isinstance(message, dict) or "role" not in message:
             raise UserError(f"{where} is not an object with role and content.")
         if message["role"] not in ROLES:
-            raise UserError(f"{where}: unknown role {message['role']!r}; roles are {listed(ROLES)}.{nearest(str(message['role']), ROLES)}")
+            raise UserError(
+                f"{where}: unknown role {message['role']!r}; roles are {listed(ROLES)}.{nearest(str(message['role']), ROLES)}"
+            )
         if not isinstance(message.get("content"), str):
             raise UserError(f"{where}: 'content' is not a string.")
     return messages

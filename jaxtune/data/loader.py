@@ -23,6 +23,7 @@ class Position:
     Attributes:
         epoch: epochs done after this batch, as a fraction.
         rows: its packed rows.
+
     """
 
     epoch: float
@@ -37,6 +38,7 @@ class Plan:
         layout: how it is laid into batches.
         epochs: passes over the data.
         steps: number of batches; overrides `epochs`.
+
     """
 
     def __init__(self, examples: Examples, layout: Layout, epochs: int, steps: int | None = None) -> None:
@@ -72,6 +74,7 @@ def batches(plan: Plan, start: int, cuts: int, mesh: Mesh, ahead: int = 2) -> It
         cuts: micro-batches per batch.
         mesh: the mesh over which rows are sharded.
         ahead: batches that are prepared in advance.
+
     """
     import grain
 
@@ -94,6 +97,7 @@ def check_divides(rows: int, mesh: Mesh, key: str) -> None:
 
     Raises:
         UserError: they do not; with the nearest number that does.
+
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % ways:

@@ -27,6 +27,7 @@ class Layout:
         packing: whether examples share rows.
         shuffle: whether the order is drawn by seed and epoch.
         seed: seed of the order.
+
     """
 
     rows: int
@@ -43,6 +44,7 @@ def epoch_batches(lengths: np.ndarray, layout: Layout, epoch: int) -> list[list[
         lengths: positions that each example takes.
         layout: see `Layout`.
         epoch: number of the epoch from 0.
+
     """
     order = np.arange(len(lengths))
     if layout.shuffle:
@@ -80,10 +82,15 @@ def build_batch(rows: Sequence[PackedRow], examples: Sequence[Example], count: i
 
     Raises:
         RunFailure: no token of the batch is supervised.
+
     """
     shape = (count, length)
     batch = Batch(
-        np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        np.zeros(shape, np.int32),
+        np.zeros(shape, np.int32),
+        np.zeros(shape, np.float32),
+        np.zeros(shape, np.int32),
+        np.zeros(shape, np.int32),
     )
     for number, row in enumerate(rows):
         at = 0

@@ -14,6 +14,7 @@ class Row:
     Attributes:
         place: file and line, for messages.
         value: the parsed object.
+
     """
 
     place: str
@@ -25,6 +26,7 @@ def read_rows(path: str) -> list[Row]:
 
     Raises:
         UserError: the file is missing, empty, not UTF-8, or has a line that is not a JSON object, with its number.
+
     """
     file = Path(path).expanduser()
     try:

@@ -1,0 +1,1 @@
+"""Loss, perplexity and task metrics."""

@@ -25,7 +25,13 @@ _EXTRA_TOKENS = 4
 
 
 def evaluate(
-    model: CausalLM, tokenizer: Any, stop_ids: Sequence[int], path: str, task: str = "auto", batch: int = 32, progress: Callable[[int, int], None] | None = None
+    model: CausalLM,
+    tokenizer: Any,
+    stop_ids: Sequence[int],
+    path: str,
+    task: str = "auto",
+    batch: int = 32,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Metrics of a model on a file of answered rows.
 
@@ -40,6 +46,7 @@ def evaluate(
 
     Raises:
         UserError: a bad file, or a task that the file does not fit.
+
     """
     if task not in TASKS:
         raise UserError(f"--task {task}: unknown; there are {', '.join(TASKS)}.")
@@ -94,20 +101,24 @@ _losses_by_row = jax.jit(_by_row, static_argnums=0)
 def _classification(
     model: CausalLM, tokenizer: Any, stop_ids: Sequence[int], rows: list[Conversation], path: str, batch: int, progress: Any
 ) -> dict[str, Any]:
-    """Each prompt is read once; from its cache every class is scored and an answer is generated."""
+    """Each prompt is read once; from its cache every class is scored and an answer is generated. Rows go by length, to pad little."""
     names = classes(rows, path)
+    batch = -(-len(rows) // -(-len(rows) // batch))  # as many batches, the last one as full as the others
     engine = Engine(model, stop_ids, batch)
-    prompts = [prompt_ids(tokenizer, row) for row in rows]
+    read = sorted(((prompt_ids(tokenizer, row), row) for row in rows), key=lambda pair: len(pair[0]))
+    prompts, rows = [prompt for prompt, _ in read], [row for _, row in read]
     answers = [[_continuation(tokenizer, row, prompt, name) for name in names] for row, prompt in zip(rows, prompts, strict=True)]
     longest = max(len(tokens) for row in answers for tokens in row)
     scores = np.zeros((len(rows), len(names)))
     texts: list[str] = []
     for start in range(0, len(rows), batch):
         part = slice(start, start + batch)
-        read = engine.prefill(prompts[part], longest + _EXTRA_TOKENS)
+        filled = engine.prefill(prompts[part], longest + _EXTRA_TOKENS)
         for column in range(len(names)):
-            scores[part, column] = engine.score(read, [row[column] for row in answers[part]])
-        texts += tokenizer.batch_decode(engine.continue_from(read, longest + _EXTRA_TOKENS, Sampling()), skip_special_tokens=True)
+            scores[part, column] = engine.score(filled, [row[column] for row in answers[part]])
+        texts += tokenizer.batch_decode(
+            engine.continue_from(filled, longest + _EXTRA_TOKENS, Sampling()), skip_special_tokens=True
+        )
         if progress:
             progress(min(start + batch, len(rows)), len(rows))
     truth = np.asarray([names.index(row.answer or "") for row in rows])
@@ -126,11 +137,11 @@ def _continuation(tokenizer: Any, row: Conversation, prompt: list[int], answer: 
     last = int(np.flatnonzero(example.supervised)[-1])
     ids = example.ids.tolist()
     if ids[: len(prompt)] != prompt:
-        raise UserError(f"{row.place}: the chat template's prompt is not a prefix of the answered chat, so an answer cannot be scored.")
+        raise UserError(
+            f"{row.place}: the chat template's prompt is not a prefix of the answered chat, so an answer cannot be scored."
+        )
     return ids[len(prompt) : last + 1]
 
 
 def _loss(loss: float, weights: np.ndarray) -> dict[str, Any]:
     return {"loss": loss, "perplexity": perplexity(loss), "supervised_tokens": int(weights.sum())}
-
-

@@ -30,6 +30,7 @@ def classes(rows: Sequence[Conversation], path: str) -> list[str]:
 
     Raises:
         UserError: a row does not end with an answer.
+
     """
     for row in rows:
         if row.answer is None:
@@ -53,6 +54,7 @@ def classification_metrics(truth: np.ndarray, chosen: np.ndarray, greedy: np.nda
         chosen: index of its most likely class.
         greedy: whether the generated answer is the right one.
         names: the classes.
+
     """
     confusion = np.zeros((len(names), len(names)), int)
     np.add.at(confusion, (truth, chosen), 1)

@@ -1,0 +1,1 @@
+"""Sampling and the prefill/decode engine."""

@@ -32,6 +32,7 @@ class Engine:
         model: the model, with or without an adapter.
         stop_ids: tokens that end an answer.
         batch: rows that are computed together.
+
     """
 
     def __init__(self, model: CausalLM, stop_ids: Sequence[int], batch: int = 32) -> None:
@@ -53,6 +54,7 @@ class Engine:
             max_new_tokens: at most so many tokens each.
             sampling: greedy by default.
             progress: called with the number of prompts done.
+
         """
         out: list[list[int]] = []
         for start in range(0, len(prompts), self.batch):
@@ -67,6 +69,7 @@ class Engine:
 
         Raises:
             UserError: a prompt is empty.
+
         """
         if any(len(prompt) == 0 for prompt in prompts):
             raise UserError("An empty prompt: there is nothing to go on from.")
@@ -101,7 +104,7 @@ class Engine:
     def score(self, prefilled: Prefilled, continuations: Sequence[Sequence[int]]) -> np.ndarray:
         """Log-probability of one continuation per prompt, in nats, its tokens summed."""
         rows = prefilled.lengths.shape[0]
-        ids = np.zeros((rows, _bucket(max(map(len, continuations)), 4)), np.int32)
+        ids = np.zeros((rows, max(2, *map(len, continuations))), np.int32)
         counts = np.zeros(rows, np.int32)
         for row, tokens in enumerate(continuations):
             ids[row, : len(tokens)], counts[row] = tokens, len(tokens)
@@ -111,7 +114,9 @@ class Engine:
 
 # The structure of the model is static, so engines of the same model (before and after training) share what is compiled.
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _prefill(graph: nnx.GraphDef, state: Any, cache: Cache, ids: jax.Array, start: jax.Array, lengths: jax.Array) -> tuple[Cache, jax.Array]:
+def _prefill(
+    graph: nnx.GraphDef, state: Any, cache: Cache, ids: jax.Array, start: jax.Array, lengths: jax.Array
+) -> tuple[Cache, jax.Array]:
     model = nnx.merge(graph, state)
     positions = jnp.broadcast_to(start + jnp.arange(ids.shape[1]), ids.shape)
     hidden, cache = model.hidden_states(ids, positions=positions, cache=cache)
@@ -125,9 +130,9 @@ def _score(
 ) -> jax.Array:
     model = nnx.merge(graph, state)
     first = jax.nn.log_softmax(logits)[jnp.arange(ids.shape[0]), ids[:, 0]]
-    positions = lengths[:, None] + jnp.arange(ids.shape[1])
-    hidden, _ = model.hidden_states(ids, positions=positions, cache=cache)
-    following = jax.nn.log_softmax(model.logits(hidden[:, :-1]))
+    positions = lengths[:, None] + jnp.arange(ids.shape[1] - 1)
+    hidden, _ = model.hidden_states(ids[:, :-1], positions=positions, cache=cache)
+    following = jax.nn.log_softmax(model.logits(hidden))
     rest = jnp.take_along_axis(following, ids[:, 1:, None], axis=-1)[..., 0]
     counted = jnp.arange(1, ids.shape[1])[None] < counts[:, None]
     return jnp.where(counts > 0, first, 0.0) + jnp.sum(jnp.where(counted, rest, 0.0), axis=-1)
@@ -172,9 +177,9 @@ def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     return shared - shared % _LEAST_PREFIX
 
 
-def _bucket(size: int, least: int = 16) -> int:
-    """The next of a few sizes: 16, 32, 64 ... with a step between, so that shapes stay few."""
-    bucket = least
+def _bucket(size: int) -> int:
+    """The next of a few sizes: 16, 24, 32, 48, 64, 96 ... so that shapes stay few."""
+    bucket = 16
     while bucket < size:
         bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 and bucket * 3 // 2 >= size else 1 << bucket.bit_length()
     return bucket

@@ -18,6 +18,7 @@ class Sampling:
         top_k: only the k most likely tokens; 0 is all.
         top_p: only the most likely tokens that together reach p; 1 is all.
         seed: seed of the draws; each row of a batch has its own.
+
     """
 
     temperature: float = 0.0

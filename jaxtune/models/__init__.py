@@ -1,0 +1,1 @@
+"""The decoder, one file an idea."""

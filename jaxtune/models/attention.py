@@ -50,7 +50,10 @@ def attend(
 
 @jax.custom_vjp
 def _attend(
-    q_BKRH: Float[Array, "B K R H"], k_BKSH: Float[Array, "B K S H"], v_BKSH: Float[Array, "B K S H"], bias_BTS: Float[Array, "B T S"]
+    q_BKRH: Float[Array, "B K R H"],
+    k_BKSH: Float[Array, "B K S H"],
+    v_BKSH: Float[Array, "B K S H"],
+    bias_BTS: Float[Array, "B T S"],
 ) -> Float[Array, "B K R H"]:
     """Attention with rows R = G x T; the probabilities are computed again in the backward pass, not kept."""
     return _attend_fwd(q_BKRH, k_BKSH, v_BKSH, bias_BTS)[0]

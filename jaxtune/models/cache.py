@@ -37,6 +37,7 @@ def make_cache(config: ModelConfig, batch: int, slots: int, dtype: np.dtype) -> 
         batch: rows.
         slots: positions per row, prompt and generated tokens together.
         dtype: storage of keys and values, the model's compute dtype.
+
     """
     shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

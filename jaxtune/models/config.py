@@ -87,6 +87,7 @@ def from_hf(raw: dict[str, Any], where: str) -> ModelConfig:
 
     Raises:
         UserError: another architecture, or a key or value whose meaning this code does not implement.
+
     """
     names = raw.get("architectures") or []
     if raw.get("model_type") != "llama" or any(name != "LlamaForCausalLM" for name in names):
@@ -123,13 +124,17 @@ def _refuse_unknown(raw: dict[str, Any], where: str) -> None:
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UserError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported for Llama; supported is 'silu'.")
     if raw.get("quantization_config"):
-        raise UserError(f"{where}: quantization_config: weights quantised by other tools cannot be read. Use the unquantised model.")
+        raise UserError(
+            f"{where}: quantization_config: weights quantised by other tools cannot be read. Use the unquantised model."
+        )
     if any(kind != "full_attention" for kind in raw.get("layer_types") or []):
         raise UserError(f"{where}: layer_types other than full_attention are not supported for Llama.")
     known = _NEUTRAL | _READ | {"quantization_config"}
     unknown = [key for key, value in raw.items() if key not in known and value not in (None, False, 0, [], {})]
     if unknown:
-        raise UserError(f"{where}: keys that jaxtune does not understand: {listed(unknown)}. Remove what does not change the model.")
+        raise UserError(
+            f"{where}: keys that jaxtune does not understand: {listed(unknown)}. Remove what does not change the model."
+        )
 
 
 def _rope(raw: dict[str, Any], where: str) -> RopeConfig:

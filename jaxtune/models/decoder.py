@@ -1,7 +1,8 @@
 """The decoder: a stack of transformer blocks, written once and scanned over its layers."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +27,12 @@ class Context(NamedTuple):
         mask: which tokens see which.
         layer: the layer's number.
         dropout: this layer's keys; None in evaluation.
+
     """
 
     rope: Rope
     mask: Mask
-    layer: jax.Array | int = 0
+    layer: Any = 0
     dropout: Dropout | None = None
 
 
@@ -40,11 +42,11 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: np.dtype, rngs: nnx.Rngs) -> None:
         self.head_dim = config.head_dim
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        options = dict(bias=config.attention_bias, dtype=dtype, rngs=rngs)
-        self.q_proj = Linear(config.hidden_size, queries, ("heads", "embed"), **options)
-        self.k_proj = Linear(config.hidden_size, keys, ("kv_heads", "embed"), **options)
-        self.v_proj = Linear(config.hidden_size, keys, ("kv_heads", "embed"), **options)
-        self.o_proj = Linear(queries, config.hidden_size, ("embed", "heads"), **options)
+        linear = partial(Linear, bias=config.attention_bias, dtype=dtype, rngs=rngs)
+        self.q_proj = linear(config.hidden_size, queries, ("heads", "embed"))
+        self.k_proj = linear(config.hidden_size, keys, ("kv_heads", "embed"))
+        self.v_proj = linear(config.hidden_size, keys, ("kv_heads", "embed"))
+        self.o_proj = linear(queries, config.hidden_size, ("embed", "heads"))
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: Cache | None
@@ -66,10 +68,10 @@ class MLP(nnx.Module):
     """down(silu(gate(x)) * up(x)) (SwiGLU, Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig, *, dtype: np.dtype, rngs: nnx.Rngs) -> None:
-        options = dict(bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, ("mlp", "embed"), **options)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, ("mlp", "embed"), **options)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, ("embed", "mlp"), **options)
+        linear = partial(Linear, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size, ("mlp", "embed"))
+        self.up_proj = linear(config.hidden_size, config.intermediate_size, ("mlp", "embed"))
+        self.down_proj = linear(config.intermediate_size, config.hidden_size, ("embed", "mlp"))
 
     def __call__(self, x: Float[Array, "B T D"], dropout: Dropout | None) -> Float[Array, "B T D"]:
         """The feed-forward output."""
@@ -128,6 +130,7 @@ class CausalLM(nnx.Module):
         config: the architecture.
         dtype: dtype of the weights, as stored.
         compute_dtype: dtype of activations and matrix products.
+
     """
 
     def __init__(self, config: ModelConfig, *, dtype: np.dtype, compute_dtype: np.dtype, rngs: nnx.Rngs) -> None:
@@ -158,6 +161,7 @@ class CausalLM(nnx.Module):
             cache: keys and values of earlier tokens; slot s holds position s. Excludes `segment_ids`.
             dropout: keys of the adapters' dropout; None in evaluation.
             remat_policy: see `models.remat`.
+
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
@@ -193,7 +197,7 @@ class CausalLM(nnx.Module):
         input_ids = jnp.asarray(input_ids, jnp.int32)
         hidden, new = self.hidden_states(input_ids, segment_ids=segment_ids, positions=positions, cache=cache)
         logits = self.logits(hidden)
-        return logits if cache is None else (logits, new)
+        return logits if new is None else (logits, new)
 
 
 def _stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:

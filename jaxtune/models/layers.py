@@ -15,7 +15,7 @@ INIT_STD = 0.02
 
 
 def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x W^T in x's dtype, with W of Hugging Face's layout [out, in]; float32 means float32 on every platform."""
+    """X W^T in x's dtype, with W of Hugging Face's layout [out, in]; float32 means float32 on every platform."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     contract = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
     return jax.lax.dot_general(x, weight.astype(x.dtype), contract, precision=precision)
@@ -32,7 +32,7 @@ class Dropout:
         return Dropout(jax.vmap(jax.random.fold_in, in_axes=(0, None))(self.keys, number))
 
     def __call__(self, x: Float[Array, "batch seq embed"], rate: float, name: str) -> Float[Array, "batch seq embed"]:
-        """x with entries zeroed at `rate` and the rest scaled by 1 / (1 - rate); `name` tells the layer's draws apart."""
+        """X with entries zeroed at `rate` and the rest scaled by 1 / (1 - rate); `name` tells the layer's draws apart."""
         keys = self.fold(zlib.crc32(name.encode())).keys
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
         return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
@@ -43,6 +43,7 @@ class Linear(nnx.Module):
 
     Args:
         axes: logical axis names of W, from which its sharding and an adapter's follow.
+
     """
 
     def __init__(self, inputs: int, outputs: int, axes: tuple[str, str], *, bias: bool, dtype: np.dtype, rngs: nnx.Rngs) -> None:
@@ -55,7 +56,7 @@ class Linear(nnx.Module):
         return checkpoint_name(self.product(x), PROJECTION)
 
     def product(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """x W^T (+ b), without a name that a remat policy would keep it by."""
+        """X W^T (+ b), without a name that a remat policy would keep it by."""
         y = matmul(x, self.weight[...])
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 

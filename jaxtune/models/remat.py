@@ -19,6 +19,7 @@ def remat(function: Callable, policy: str) -> Callable:
         function: one layer's forward pass.
         policy: `none` keeps everything; `dots` keeps the results of linear layers and of the attention and recomputes
             what is cheap; `full` keeps only the layer's input.
+
     """
     if policy == "none":
         return function

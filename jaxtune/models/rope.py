@@ -18,13 +18,14 @@ class Rope(NamedTuple):
 
 
 def phases(config: RopeConfig, head_dim: int, max_positions: int, positions: Int[Array, "batch seq"]) -> Rope:
-    """cos and sin of position x inverse frequency, in float32 whatever the compute dtype.
+    """Cos and sin of position x inverse frequency, in float32 whatever the compute dtype.
 
     Args:
         config: kind of RoPE and its numbers.
         head_dim: size of a head; half as many frequencies.
         max_positions: the model's `max_position_embeddings`, which `dynamic` and `yarn` refer to.
         positions: position of each token in its segment.
+
     """
     frequencies, scale = _frequencies(config, head_dim, max_positions, positions)
     angle = positions.astype(jnp.float32)[..., None] * frequencies

@@ -29,6 +29,7 @@ def linear_cross_entropy(
 
     Returns:
         The sum of the weighted token losses, float32.
+
     """
     return _forward(hidden, head, targets, weights, hidden_gradient=False, head_gradient=False)[0]
 

@@ -20,6 +20,7 @@ class Batch(NamedTuple):
         weights: weight of that prediction; 0 where it is not supervised.
         segment_ids: number of the example in its row from 1; 0 is padding.
         positions: position in the example.
+
     """
 
     input_ids: Int[Any, "*cut batch seq"]

@@ -2,7 +2,12 @@
 
 from typing import Any
 
-_LAYOUT = {"height": 320, "margin": {"l": 55, "r": 15, "t": 45, "b": 40}, "template": "plotly_white", "legend": {"orientation": "h"}}
+_LAYOUT = {
+    "height": 320,
+    "margin": {"l": 55, "r": 15, "t": 45, "b": 40},
+    "template": "plotly_white",
+    "legend": {"orientation": "h"},
+}
 
 
 def curve(title: str, series: dict[str, tuple[list, list]]) -> str:
@@ -11,6 +16,7 @@ def curve(title: str, series: dict[str, tuple[list, list]]) -> str:
     Args:
         title: what is drawn and its unit.
         series: steps and values by name.
+
     """
     import plotly.graph_objects as go
 

@@ -28,6 +28,7 @@ def write_report(runs: list[Path], out: Path) -> Path:
 
     Raises:
         UserError: a directory that is not a run, or has no metrics yet.
+
     """
     write_text(out, _page([_read(run) for run in runs]))
     return out
@@ -39,7 +40,9 @@ def _read(run: Path) -> dict[str, Any]:
     rows = read_metrics(run)
     if not rows:
         raise UserError(f"{run} has no metrics yet. Train first: jaxtune train {run}/{CONFIG}")
-    optional = {name: run / file for name, file in (("env", ENVIRONMENT), ("data", "data.json"), ("verification", "verification.json"))}
+    optional = {
+        name: run / file for name, file in (("env", ENVIRONMENT), ("data", "data.json"), ("verification", "verification.json"))
+    }
     samples = run / SAMPLES
     return {
         "name": str(run),
@@ -65,7 +68,9 @@ def _page(runs: list[dict[str, Any]]) -> str:
 def _curves(runs: list[dict[str, Any]]) -> str:
     def series(split: str, key: str) -> dict[str, tuple[list, list]]:
         suffix = " (evaluation)" if split == "eval" else ""
-        found = {run["name"] + suffix: [(row["step"], row[key]) for row in run[split] if row.get(key) is not None] for run in runs}
+        found = {
+            run["name"] + suffix: [(row["step"], row[key]) for row in run[split] if row.get(key) is not None] for run in runs
+        }
         return {name: ([x for x, _ in points], [y for _, y in points]) for name, points in found.items() if points}
 
     charts = [
@@ -95,9 +100,15 @@ def _before_after(rows: list[dict[str, Any]]) -> str:
         if name not in before:
             continue
         interval = (after or {}).get("intervals", {}).get(name)
-        cells = [_number(before[name]), _number(after[name]) if after else "", f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else ""]
+        cells = [
+            _number(before[name]),
+            _number(after[name]) if after else "",
+            f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else "",
+        ]
         lines.append(f"<tr><th>{name}</th>" + "".join(f'<td class="number">{cell}</td>' for cell in cells) + "</tr>")
-    tables = [confusion(label, row["confusion"]) for label, row in (("before", before), ("after", after)) if row and "confusion" in row]
+    tables = [
+        confusion(label, row["confusion"]) for label, row in (("before", before), ("after", after)) if row and "confusion" in row
+    ]
     grid = f'<div class="grid">{"".join(tables)}</div>' if tables else ""
     return f"<h2>Evaluation on {before['rows']} rows ({before['task']})</h2><table>{''.join(lines)}</table>{grid}"
 
@@ -119,7 +130,9 @@ def _data(data: dict[str, Any]) -> str:
         return ""
     names = [name for name in next(iter(data.values())) if name != "lengths"]
     head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(_number(part[name]))}</td>" for name in names) + "</tr>" for part in data.values())
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(_number(part[name]))}</td>" for name in names) + "</tr>" for part in data.values()
+    )
     chart = histogram("Tokens per example", {name: part["lengths"] for name, part in data.items()})
     return f"<h2>Data</h2><table><tr>{head}</tr>{body}</table>{chart}"
 
@@ -128,7 +141,9 @@ def _proof(result: dict[str, Any]) -> str:
     if not result:
         return ""
     peft = result["peft_difference"]
-    by_peft = f"{peft:.1e} when loaded by PEFT" if peft is not None else f"not loaded by PEFT ({html.escape(result['peft_note'])})"
+    by_peft = (
+        f"{peft:.1e} when loaded by PEFT" if peft is not None else f"not loaded by PEFT ({html.escape(result['peft_note'])})"
+    )
     return (
         f"<h2>Export</h2><p>Over {result['tokens']} tokens of text, logits up to {result['largest_logit']:.1f}: the adapter on disk differs from the "
         f"trained model by {result['reload_difference']:.1e} when reloaded into a fresh base, {by_peft}.</p>"

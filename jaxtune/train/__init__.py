@@ -1,0 +1,1 @@
+"""State, optimizer, the pure step, the loop and its record."""

@@ -18,6 +18,7 @@ class Checkpoints:
     Args:
         directory: the run directory.
         keep: how many stay; older ones are removed when a newer one is whole.
+
     """
 
     def __init__(self, directory: Path, keep: int = 2) -> None:
@@ -43,6 +44,7 @@ class Checkpoints:
 
         Raises:
             UserError: its leaves are not those of this run.
+
         """
         flat = _flatten(like)
         abstract = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in flat.items()}
@@ -52,7 +54,9 @@ class Checkpoints:
             reason = str(error).splitlines()[0]
             raise UserError(f"The checkpoint of step {self.latest} does not fit this configuration: {reason}") from None
         if found.keys() != flat.keys():
-            raise UserError(f"The checkpoint of step {self.latest} has other leaves: {listed(sorted(found.keys() ^ flat.keys()))}.")
+            raise UserError(
+                f"The checkpoint of step {self.latest} has other leaves: {listed(sorted(found.keys() ^ flat.keys()))}."
+            )
         leaves = [found[name] for name in flat]
         restored = jax.tree.unflatten(jax.tree.structure(_without_key(like)), leaves[:-1])
         return restored._replace(key=jax.random.wrap_key_data(leaves[-1]))

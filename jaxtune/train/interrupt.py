@@ -11,6 +11,7 @@ class Interrupted(Exception):
 
     Attributes:
         number: the signal's number.
+
     """
 
     def __init__(self, number: int, message: str) -> None:

@@ -54,6 +54,7 @@ class Recorder:
 
         Raises:
             RunFailure: the loss or the gradient is not finite.
+
         """
         loss, norm, supervised = (float(value) for value in pending.metrics)
         now = time.monotonic()
@@ -66,7 +67,7 @@ class Recorder:
             "epoch": round(self.setup.plan.positions[pending.index].epoch, 6),
             "loss": loss,
             "grad_norm": norm,
-            "learning_rate": float(self._rate(pending.index)),
+            "learning_rate": float(np.asarray(self._rate(pending.index))),
             "supervised_tokens": supervised,
             "tokens": pending.tokens,
             "padding": pending.padding,
@@ -105,6 +106,7 @@ def fit(
     Raises:
         Interrupted: Ctrl-C or SIGTERM came; the state is saved.
         RunFailure: a loss or gradient that is not finite.
+
     """
     config, total = setup.config, len(setup.plan)
     compiled = _Compiled(setup)
@@ -150,9 +152,16 @@ class _Compiled:
         shape = batch.input_ids.shape
         if shape not in self._programs:
             program = self._step.lower(state, self._frozen, batch).compile()
-            memory = program.memory_analysis()
-            self._programs[shape] = program, getattr(memory, "peak_memory_in_bytes", None)
+            self._programs[shape] = program, _memory(program)
         return self._programs[shape]
+
+
+def _memory(program: Any) -> int | None:
+    """Bytes that a step takes of a device at most: arguments, results that do not replace them, and temporaries."""
+    found = program.memory_analysis()
+    if found is None:
+        return None
+    return found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
 
 
 class Evaluator:
@@ -160,6 +169,7 @@ class Evaluator:
 
     Args:
         setup: the run; its `eval_plan` must be there.
+
     """
 
     def __init__(self, setup: Setup, plan: Plan) -> None:

@@ -28,6 +28,7 @@ class MetricsLog:
     Args:
         directory: the run directory.
         step: the step that the run goes on from; rows of later steps, written by a run that was killed, are removed.
+
     """
 
     def __init__(self, directory: Path, step: int) -> None:

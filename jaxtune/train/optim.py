@@ -24,6 +24,7 @@ def schedule(config: OptimizerSection, steps: int) -> optax.Schedule:
     Args:
         config: peak, kind and warmup.
         steps: optimizer steps of the whole run.
+
     """
     warmup, peak = warmup_steps(config, steps), config.learning_rate
     rest = max(steps - warmup, 1)

@@ -16,6 +16,7 @@ class Reporter:
 
     Args:
         quiet: say nothing but errors.
+
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -26,9 +27,9 @@ class Reporter:
         self.console.print(text, markup=False)
 
     @contextmanager
-    def task(self, name: str, total: int) -> Iterator["Task"]:
-        """Progress over `total` units."""
-        task = Task(self.console, name, total)
+    def task(self, name: str, total: int, start: int = 0) -> Iterator["Task"]:
+        """Progress over `total` units, of which `start` were done before."""
+        task = Task(self.console, name, total, start)
         with task:
             yield task
 
@@ -36,18 +37,18 @@ class Reporter:
 class Task:
     """One bar, or about twenty lines where there is no terminal."""
 
-    def __init__(self, console: Console, name: str, total: int) -> None:
-        self.console, self.name, self.total = console, name, total
+    def __init__(self, console: Console, name: str, total: int, start: int) -> None:
+        self.console, self.name, self.total, self.start = console, name, total, start
         self.bar: Progress | None = None
         self._began = time.monotonic()
-        self._first: int | None = None
+        self._reported = False
 
     def __enter__(self) -> "Task":
         if self.console.is_terminal and not self.console.quiet:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
             self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
             self.bar.start()
-            self._id = self.bar.add_task(self.name, total=self.total, text="")
+            self._id = self.bar.add_task(self.name, total=self.total, completed=self.start, text="")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -62,15 +63,13 @@ class Task:
 
     def update(self, done: int, text: str = "") -> None:
         """So many units are done; `text` is what there is to say of them."""
-        if self._first is None:
-            self._first = done - 1
         if self.bar:
             self.bar.update(self._id, completed=done, text=text)
             return
         every = max(1, self.total // REPORTS)
-        if done % every == 0 or done == self.total or done == self._first + 1:
-            spent = time.monotonic() - self._began
-            left = spent / max(done - self._first, 1) * (self.total - done)
+        if done % every == 0 or done == self.total or not self._reported:
+            self._reported = True
+            left = (time.monotonic() - self._began) / max(done - self.start, 1) * (self.total - done)
             self.console.print(f"{self.name} {done}/{self.total}  {text + '  ' if text else ''}{_clock(left)} left", markup=False)
 
 

@@ -35,6 +35,7 @@ class RunDirectory:
 
     Raises:
         UserError: the directory belongs to a run with another configuration or other data, or is in use.
+
     """
 
     def __init__(self, config: Config, data: dict[str, str], fresh: bool = False) -> None:
@@ -47,7 +48,9 @@ class RunDirectory:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{self.path}: another process is training in this run directory. Set run.dir to another one.") from None
+            raise UserError(
+                f"{self.path}: another process is training in this run directory. Set run.dir to another one."
+            ) from None
         if fresh:
             self._clear()
         self._check(config, data)
@@ -83,6 +86,7 @@ def read_config(directory: Path) -> Config:
 
     Raises:
         UserError: there is none, or it is not one of this version.
+
     """
     path = directory / CONFIG
     if not path.exists():
@@ -100,6 +104,7 @@ def file_digest(path: str) -> str:
 
     Raises:
         UserError: there is no such file.
+
     """
     try:
         with Path(path).expanduser().open("rb") as file:
@@ -118,7 +123,9 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False) if shutil.which("git") else None
+    git = (
+        subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False) if shutil.which("git") else None
+    )
     devices = jax.devices()
     return {
         "python": platform.python_version(),

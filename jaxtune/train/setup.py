@@ -41,6 +41,7 @@ class Setup:
         plan: every batch of the run.
         eval_plan: the evaluation's batches, None where there is no evaluation data.
         optimizer: the update rule over the whole run.
+
     """
 
     config: Config
@@ -75,6 +76,7 @@ def setup(config: Config, reporter: Reporter) -> Setup:
 
     Raises:
         UserError: anything that is wrong with the configuration, the data or the weights.
+
     """
     if config.data.train is None:
         raise UserError("data.train is not set. Give a JSON Lines file, for example data.train=train.jsonl.")
@@ -85,18 +87,28 @@ def setup(config: Config, reporter: Reporter) -> Setup:
     from_hf(source.config_json(), str(source.path))
     tokenizer = source.tokenizer()
     if tokenizer is None:
-        raise UserError(f"{config.model.source} has no tokenizer, which training needs. Put its tokenizer files beside the weights.")
+        raise UserError(
+            f"{config.model.source} has no tokenizer, which training needs. Put its tokenizer files beside the weights."
+        )
     plan, eval_plan = _plans(config, tokenizer, reporter)
     reporter.say(f"Loading {config.model.source}")
     model = load_model(source, mesh, dtype=config.model.dtype, compute=config.model.compute_dtype)
     numbers = config.adapter
     if adapter is None:
-        inject(model, numbers.targets, LoRAConfig(numbers.rank, numbers.alpha, numbers.dropout, numbers.rslora), config.train.seed, mesh)
+        inject(
+            model,
+            numbers.targets,
+            LoRAConfig(numbers.rank, numbers.alpha, numbers.dropout, numbers.rslora),
+            config.train.seed,
+            mesh,
+        )
     else:
         attach(model, adapter, mesh, numbers.dropout)
     graph, trainable, frozen = split_trainable(model)
     _announce(model, trainable, frozen, mesh, reporter)
-    return Setup(config, mesh, source, tokenizer, graph, trainable, frozen, plan, eval_plan, optimizer(config.optimizer, len(plan)))
+    return Setup(
+        config, mesh, source, tokenizer, graph, trainable, frozen, plan, eval_plan, optimizer(config.optimizer, len(plan))
+    )
 
 
 def adopt_adapter(config: Config) -> Config:
@@ -104,6 +116,7 @@ def adopt_adapter(config: Config) -> Config:
 
     Raises:
         UserError: the configuration says another rank, alpha or scaling than the adapter has.
+
     """
     if config.adapter.init is None:
         return config
@@ -117,7 +130,7 @@ def adopt_adapter(config: Config) -> Config:
     for key, value in found.items():
         if key in config.adapter.model_fields_set and getattr(config.adapter, key) != value:
             raise UserError(
-                f"adapter.{key} = {getattr(config.adapter, key)}, and the adapter in adapter.init has {value}. Remove adapter.{key}, or set it to that."
+                f"adapter.{key} = {getattr(config.adapter, key)}, and adapter.init has {value}. Remove adapter.{key}, or set it to that."
             )
     return config.model_copy(update={"adapter": config.adapter.model_copy(update=found)})
 
@@ -142,7 +155,10 @@ def _account(examples: Examples, name: str, reporter: Reporter) -> None:
         f"{name} data: {counts['trained_rows']} rows, {counts['tokens']:,} tokens, {counts['supervised_tokens']:,} supervised, "
         f"longest {counts['longest']}; {counts['truncated']} truncated, {counts['dropped']} dropped"
     )
-    for places, what in ((examples.truncated, "lost supervised tokens to data.max_length"), (examples.dropped, "have nothing supervised")):
+    for places, what in (
+        (examples.truncated, "lost supervised tokens to data.max_length"),
+        (examples.dropped, "have nothing supervised"),
+    ):
         if places:
             reporter.say(f"  {len(places)} rows {what}: {', '.join(places[:3])}{' ...' if len(places) > 3 else ''}")
 

@@ -22,6 +22,7 @@ class TrainState(NamedTuple):
         trainable: the leaves that train, float32.
         opt_state: the optimizer's moments of these leaves.
         key: root of the dropout's random numbers.
+
     """
 
     step: jax.Array
@@ -37,6 +38,7 @@ class StepMetrics(NamedTuple):
         loss: nats per supervised token, over the global batch.
         grad_norm: global norm of the mean gradient, before clipping.
         supervised: sum of the supervised tokens' weights.
+
     """
 
     loss: jax.Array
@@ -63,6 +65,7 @@ def train_step(
         optimizer: the update rule.
         remat: the remat policy's name.
         dropout: whether the model has dropout, and so needs random numbers.
+
     """
 
     def loss_sum(trainable: nnx.State, frozen: nnx.State, batch: Batch, keys: jax.Array | None):
@@ -88,7 +91,7 @@ def train_step(
         loss, weight, grads = total
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable: Any = optax.apply_updates(state.trainable, updates)
         new = TrainState(state.step + 1, trainable, opt_state, state.key)
         return new, StepMetrics(loss / weight, optax.global_norm(grads), weight)
 

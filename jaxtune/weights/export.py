@@ -2,6 +2,7 @@
 
 import importlib.util
 import tempfile
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Verification:
         reload_difference: largest difference of logits, trained model against reload by this program.
         peft_difference: the same against PEFT in float32; None where it was not run.
         peft_note: why it was not run.
+
     """
 
     tokens: int
@@ -50,7 +52,16 @@ class Verification:
 
 
 def export_adapter(
-    out: Path, model: CausalLM, source: Source, tokenizer: Any, texts: list[list[int]], mesh: Mesh, *, dtype: str, compute: str, replace: bool = False
+    out: Path,
+    model: CausalLM,
+    source: Source,
+    tokenizer: Any,
+    texts: list[list[int]],
+    mesh: Mesh,
+    *,
+    dtype: str,
+    compute: str,
+    replace: bool = False,
 ) -> Verification:
     """Write the adapter of `model` in PEFT's format, reload it into a fresh base, compare logits, and only then name it `out`.
 
@@ -61,11 +72,13 @@ def export_adapter(
         tokenizer: saved with the adapter; may be None.
         texts: ids of the texts that are compared on.
         mesh: where the fresh base goes.
-        dtype, compute: storage and compute dtype of the trained model's base.
+        dtype: storage dtype of the trained model's base.
+        compute: its compute dtype.
         replace: whether an existing `out` is replaced.
 
     Raises:
         RunFailure: the reload does not compute the same; nothing is left at `out`.
+
     """
     batch = _pad(texts)
     trained = logits(model, batch)
@@ -78,7 +91,9 @@ def export_adapter(
         top = float(np.abs(trained).max())
         difference = float(np.abs(logits(fresh, batch) - trained).max())
         if not difference <= SAME * top:
-            raise RunFailure(f"The exported adapter computes something else: logits differ by {difference:.2e} (largest {top:.1f}). Not written.")
+            raise RunFailure(
+                f"The exported adapter computes something else: logits differ by {difference:.2e} (largest {top:.1f}). Not written."
+            )
         note = _why_not_peft(source)
         against_peft = None if note else _compare_with_peft(fresh, staging, source, batch)
         result = Verification(int((batch[1] > 0).sum()), top, difference, against_peft, note)
@@ -122,24 +137,30 @@ def _compare_with_peft(fresh: CausalLM, adapter: Path, source: Source, batch: tu
 
     Raises:
         RunFailure: they differ by more than rounding.
+
     """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     fresh.compute_dtype = jnp.dtype(jnp.float32)
     ours = logits(fresh, batch)
     where = {"pretrained_model_name_or_path": str(source.path)}
     if source.gguf:
         where = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
-    base = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
-    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other packages among themselves
+        base = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
         peft = PeftModel.from_pretrained(base, adapter, cache_dir=scratch).eval()
         ids, mask = (torch.from_numpy(part.astype(np.int64)) for part in batch)
         theirs = peft(input_ids=ids, attention_mask=mask).logits.float().numpy()[batch[1] > 0]
     difference, top = float(np.abs(ours - theirs).max()), float(np.abs(ours).max())
     if not difference <= PEFT * top:
-        raise RunFailure(f"PEFT computes something else with the exported adapter: logits differ by {difference:.2e} (largest {top:.1f}). Not written.")
+        raise RunFailure(
+            f"PEFT computes something else with the exported adapter: logits differ by {difference:.2e} (largest {top:.1f}). Not written."
+        )
     return difference
 
 

@@ -65,6 +65,7 @@ def open_gguf(path: Path) -> GGUF:
 
     Raises:
         UserError: the file is not GGUF, is cut short, or holds a block format that cannot be de-quantised.
+
     """
     try:
         with path.open("rb") as file:

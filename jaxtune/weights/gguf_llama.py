@@ -33,6 +33,7 @@ def config_json(file: GGUF) -> dict[str, Any]:
 
     Raises:
         UserError: another architecture, or metadata whose meaning this code does not implement.
+
     """
     architecture = file.metadata.get("general.architecture")
     if architecture != "llama":

@@ -35,6 +35,7 @@ def tokenizer(file: GGUF) -> Any:
 
     Raises:
         UserError: the file has no tokenizer, or one of a kind that is not implemented.
+
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -46,7 +47,9 @@ def tokenizer(file: GGUF) -> Any:
     tokens = meta["tokens"]
     _add_special(backend, tokens, meta.get("token_type", []))
     bos, eos = (_token(tokens, meta.get(f"{name}_token_id")) for name in ("bos", "eos"))
-    _add_bos_and_eos(backend, bos if meta.get("add_bos_token", kind == "llama") else None, eos if meta.get("add_eos_token") else None)
+    _add_bos_and_eos(
+        backend, bos if meta.get("add_bos_token", kind == "llama") else None, eos if meta.get("add_eos_token") else None
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=bos,
@@ -81,7 +84,9 @@ def _sentencepiece(meta: dict[str, Any]) -> Tokenizer:
         found = [(left, right) for left, right in splits if left in vocab and right in vocab]
         pairs += [(-score, vocab[left], vocab[right], left, right) for left, right in found]
     merges = [(left, right) for *_, left, right in sorted(pairs)]
-    backend = Tokenizer(BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, unk_token=tokens[meta.get("unknown_token_id", 0)]))
+    backend = Tokenizer(
+        BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, unk_token=tokens[meta.get("unknown_token_id", 0)])
+    )
     prefix = [normalizers.Prepend("\u2581")] if meta.get("add_space_prefix", True) else []
     backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "\u2581")])
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []

@@ -29,6 +29,7 @@ def load_model(source: Source, mesh: Mesh, *, dtype: str = "auto", compute: str 
 
     Raises:
         UserError: an unsupported architecture, or missing, unexpected or misshapen tensors.
+
     """
     config = from_hf(source.config_json(), str(source.path))
     model = abstract_model(config, jnp.dtype(jnp.float32), compute_dtype(compute))
@@ -47,7 +48,7 @@ def _read(row: Row, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], 
     found = np.dtype(jnp.result_type(*{part.dtype for part in parts}))
     stored = storage_dtype(dtype, found, any(part.quantised for part in parts))
     shape = (len(parts), *row.shape) if row.stacked else row.shape
-    read = _stacked(row, tensors, stored) if row.stacked else lambda index: parts[0].read(index).astype(stored)
+    read: Any = _stacked(row, tensors, stored) if row.stacked else lambda index: parts[0].read(index).astype(stored)
     return jax.make_array_from_callback(shape, sharding(mesh, axes, shape), read)
 
 

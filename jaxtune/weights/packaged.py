@@ -11,6 +11,7 @@ def package_directory(name: str) -> Path:
 
     Raises:
         UserError: it is not installed; with the command that does.
+
     """
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:

@@ -38,6 +38,7 @@ class Adapter:
         config: rank, scale and dropout.
         targets: as given, module names or `all-linear`.
         tensors: the factors under PEFT's names, unread.
+
     """
 
     path: Path
@@ -51,6 +52,7 @@ def open_adapter(directory: str | Path) -> Adapter:
 
     Raises:
         UserError: no adapter there, another kind of adapter, or an option that is not implemented.
+
     """
     path = Path(directory).expanduser()
     if not (path / CONFIG).exists() or not (path / WEIGHTS).exists():
@@ -82,6 +84,7 @@ def attach(model: nnx.Module, adapter: Adapter, mesh: Mesh, dropout: float = 0.0
 
     Raises:
         UserError: missing, unexpected or misshapen keys, by name.
+
     """
     numbers = adapter.config
     paths = inject(model, adapter.targets, LoRAConfig(numbers.rank, numbers.alpha, dropout, numbers.rslora), 0, mesh)
@@ -102,6 +105,7 @@ def write_adapter(directory: Path, model: nnx.Module, base_name: str) -> None:
         directory: where to; see `weights.export` for a verified export.
         model: the model with an adapter.
         base_name: what PEFT users load the base by.
+
     """
     from safetensors.numpy import save_file
 
@@ -112,7 +116,9 @@ def write_adapter(directory: Path, model: nnx.Module, base_name: str) -> None:
             values = np.asarray(variable[...])
             tensors |= dict(zip(_names(path, factor, values.shape[0]), values, strict=True))
     numbers = next(iter(layers.values())).config
-    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, directory / WEIGHTS, metadata={"format": "pt"})
+    save_file(
+        {name: np.ascontiguousarray(value) for name, value in tensors.items()}, directory / WEIGHTS, metadata={"format": "pt"}
+    )
     write_json(directory / CONFIG, _config(numbers, sorted({path.rpartition(".")[2] for path in layers}), base_name))
 
 
@@ -152,6 +158,8 @@ def _check(adapter: Adapter, layers: dict[str, LoRALinear]) -> None:
         problems.append(f"unexpected: {listed(unexpected)}")
     wrong = [name for name, shape in shapes.items() if name in adapter.tensors and adapter.tensors[name].shape != shape]
     if wrong:
-        problems.append("of the wrong shape: " + listed(f"{n} {list(adapter.tensors[n].shape)} instead of {list(shapes[n])}" for n in wrong))
+        problems.append(
+            "of the wrong shape: " + listed(f"{n} {list(adapter.tensors[n].shape)} instead of {list(shapes[n])}" for n in wrong)
+        )
     if problems:
         raise UserError(f"{adapter.path / WEIGHTS}: the adapter does not fit this model. Tensors " + "; ".join(problems) + ".")

@@ -27,6 +27,7 @@ class Row:
         shape: shape of one tensor in the file.
         names: Hugging Face's names, one a layer where the leaf is stacked.
         stacked: whether the leaf has a leading layer axis.
+
     """
 
     path: tuple[str, ...]
@@ -40,6 +41,7 @@ def rows(state: nnx.State) -> list[Row]:
 
     Args:
         state: the parameters, as arrays or as shapes.
+
     """
     table = []
     for path, variable in nnx.to_flat_state(state):
@@ -60,6 +62,7 @@ def check(table: list[Row], tensors: Tensors, where: str, tied_head: bool) -> No
 
     Raises:
         UserError: missing, unexpected and misshapen tensors, by name.
+
     """
     expected = {name: row.shape for row in table for name in row.names}
     found = {name for name in tensors if not name.endswith(_DERIVED)}

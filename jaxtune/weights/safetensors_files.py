@@ -26,11 +26,14 @@ def open_directory(path: Path) -> Tensors:
 
     Raises:
         UserError: no weights, a shard that is missing or cut short, or an index that disagrees with its shards.
+
     """
     if (path / INDEX).exists():
         return _open_sharded(path)
     if not (path / SINGLE).exists():
-        raise UserError(f"{path} holds no {SINGLE} and no {INDEX}. Save the model with save_pretrained(..., safe_serialization=True).")
+        raise UserError(
+            f"{path} holds no {SINGLE} and no {INDEX}. Save the model with save_pretrained(..., safe_serialization=True)."
+        )
     return open_file(path / SINGLE)
 
 
@@ -39,6 +42,7 @@ def open_file(path: Path) -> Tensors:
 
     Raises:
         UserError: the file is cut short or not safetensors, or holds a dtype other than a float of 16 bits or more.
+
     """
     try:
         file = safe_open(path, framework="np")

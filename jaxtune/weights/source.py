@@ -25,6 +25,7 @@ class Source:
         name: what a user would write elsewhere to mean this model: the hub id or the absolute path.
         path: the directory or file on disk.
         gguf: the parsed file, where it is one.
+
     """
 
     name: str
@@ -67,6 +68,7 @@ def resolve(model: str) -> Source:
 
     Raises:
         UserError: there is no such thing, or the hub does not give it out.
+
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -87,6 +89,7 @@ def load_tokenizer(path: Path) -> Any | None:
 
     Raises:
         UserError: there is one and it cannot be read.
+
     """
     if not any((path / name).exists() for name in _TOKENIZER_FILES):
         return None
@@ -105,9 +108,13 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except GatedRepoError:
-        raise UserError(f"{name} is gated. Accept its licence on its hub page, then run 'hf auth login' or set HF_TOKEN.") from None
+        raise UserError(
+            f"{name} is gated. Accept its licence on its hub page, then run 'hf auth login' or set HF_TOKEN."
+        ) from None
     except RepositoryNotFoundError:
-        raise UserError(f"{name} is neither a path here nor a model on the hub. For a private one, run 'hf auth login'.") from None
+        raise UserError(
+            f"{name} is neither a path here nor a model on the hub. For a private one, run 'hf auth login'."
+        ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         reason = str(error).splitlines()[0]

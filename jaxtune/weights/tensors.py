@@ -17,6 +17,7 @@ class LazyTensor:
         dtype: the dtype in which `read` returns it.
         read: reads the part that an index of slices names.
         quantised: whether the file holds it in blocks of few bits; `read` de-quantises.
+
     """
 
     shape: tuple[int, ...]
