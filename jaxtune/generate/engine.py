@@ -156,7 +156,7 @@ def _decode(graph, stop_ids, sampling: Sampling, count: int, state, cache, lengt
         token = pick(logits, number)
         done |= jnp.isin(token, stops)
         tokens = tokens.at[:, number].set(token)
-        made += ~done
+        made += (~done).astype(jnp.int32)
         positions = (lengths + number)[:, None]
         hidden, cache = model.hidden_states(token[:, None], positions=positions, cache=cache)
         return number + 1, cache, model.logits(hidden[:, 0]), tokens, done, made

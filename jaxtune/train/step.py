@@ -90,10 +90,11 @@ def train_step(
             total, _ = jax.lax.scan(add, zeros, cuts)
         loss, weight, grads = total
         grads = jax.tree.map(lambda g: g / weight, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable: Any = optax.apply_updates(state.trainable, updates)
         new = TrainState(state.step + 1, trainable, opt_state, state.key)
-        return new, StepMetrics(loss / weight, optax.global_norm(grads), weight)
+        return new, StepMetrics(loss / weight, optax.tree.norm(grads), weight)
 
     return jax.jit(step, donate_argnums=0)
 

@@ -25,7 +25,7 @@ _PREFIX = "base_model.model."
 _NEUTRAL = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_alpha", "lora_dropout", "r",
     "target_modules", "task_type", "peft_type", "use_rslora", "revision", "peft_version", "megatron_core", "runtime_config",
-    "loftq_config", "corda_config", "eva_config",
+    "loftq_config", "qalora_group_size", "corda_config", "eva_config",
 }  # fmt: skip
 
 

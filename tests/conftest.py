@@ -1,0 +1,41 @@
+"""Eight fake CPU devices, strict dtype promotion, compiled programs kept between runs."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Child processes of the tests share the folder of compiled programs.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "jaxtune-tests-xla"))
+
+import jax  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+import pytest  # noqa: E402
+
+from jaxtune.core.mesh import make_mesh  # noqa: E402
+from tests import tools  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def one_device():
+    """A mesh of one device, for what does not concern sharding."""
+    return make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory):
+    """Directory of a tiny random Llama with a byte-level tokenizer and a ChatML template."""
+    return tools.save_model(tmp_path_factory.mktemp("chat_model"), tools.tiny_config(), tools.byte_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The packaged real model's file."""
+    from jaxtune.weights.packaged import smollm2
+
+    return smollm2()

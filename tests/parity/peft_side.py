@@ -1,0 +1,50 @@
+"""The same training in PyTorch with transformers and PEFT: the outside reference of a run."""
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+
+
+def lora(model, rank=4, alpha=8.0, targets="all-linear", rslora=False, seed=1, b_std=0.0):
+    """`model` with a PEFT adapter; B is drawn where `b_std` is given, so that gradients reach A at once."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, use_rslora=rslora, task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    if b_std:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=b_std)
+    return model
+
+
+def token_loss(model, rows):
+    """`(sum of losses, tokens)` over rows of (ids, supervised)."""
+    total, count = torch.zeros(()), 0
+    for ids, supervised in rows:
+        logits = model(torch.as_tensor(ids)[None].long()).logits[0, :-1].float()
+        targets, chosen = torch.as_tensor(ids[1:]).long(), torch.as_tensor(np.asarray(supervised[1:]))
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        total, count = total + losses[chosen].sum(), count + int(chosen.sum())
+    return total, count
+
+
+def train(model, batches, rates, clip=1.0):
+    """AdamW over batches of rows; `(loss, gradient norm)` of every step."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    found = []
+    for rows, rate in zip(batches, rates, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+        total, count = token_loss(model, rows)
+        (total / count).backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append((float(total.detach()) / count, float(norm)))
+    return found
+
+
+def factors(model):
+    """The adapter's tensors under the names of its file."""
+    return {name.replace(".default", ""): value.detach().numpy().copy() for name, value in model.named_parameters() if "lora_" in name}

@@ -1,0 +1,102 @@
+"""Gradients and whole training runs against transformers + PEFT."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from transformers import AutoModelForCausalLM
+
+from jaxtune.adapters.inject import split_trainable
+from jaxtune.config.loading import validated
+from jaxtune.data.examples import prepare
+from jaxtune.objectives.sft import Batch, sft
+from jaxtune.train.metrics import read_metrics
+from jaxtune.train.progress import Reporter
+from jaxtune.train.setup import setup
+from jaxtune.training import run
+from jaxtune.weights.load import load_model
+from jaxtune.weights.peft import attach, open_adapter
+from jaxtune.weights.source import resolve
+from tests import tools
+from tests.parity import peft_side
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "attention_bias": True, "head_dim": 24}], ids=["plain", "tied"])
+def test_gradients_equal_peft(changes, remat, tmp_path, one_device):
+    config = tools.tiny_config(**changes)
+    tools.save_model(tmp_path / "base", config)
+    reference = peft_side.lora(tools.random_model(config), b_std=0.1)
+    reference.save_pretrained(tmp_path / "adapter")
+    random = np.random.default_rng(0)
+    rows = [(random.integers(0, 256, 20), random.random(20) < 0.5) for _ in range(3)]
+
+    total, count = peft_side.token_loss(reference, rows)
+    total.backward()
+    expected = {name.replace(".default", ""): p.grad.numpy() for name, p in reference.named_parameters() if p.grad is not None}
+
+    model = load_model(resolve(str(tmp_path / "base")), one_device)
+    attach(model, open_adapter(tmp_path / "adapter"), one_device)
+    graph, trainable, frozen = split_trainable(model)
+    ids, supervised = (np.stack(part) for part in zip(*rows, strict=True))
+    ones = np.ones((3, 19), np.int32)
+    batch = Batch(
+        ids[:, :-1].astype(np.int32), ids[:, 1:].astype(np.int32), supervised[:, 1:].astype(np.float32), ones, np.cumsum(ones, 1) - 1
+    )
+    loss, grads = jax.jit(jax.value_and_grad(lambda part: sft(nnx.merge(graph, part, frozen), batch, None, remat)[0]))(trainable)
+    np.testing.assert_allclose(loss, float(total.detach()), rtol=1e-5)
+    found = {}
+    for path, leaf in nnx.to_flat_state(grads):
+        before, after = ".".join(map(str, path)).split(".layers.")
+        for layer, value in enumerate(np.asarray(leaf.get_value())):
+            found[f"base_model.model.{before}.layers.{layer}.{after}.weight"] = value
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.linalg.norm(found[name] - value) <= 1e-3 * np.linalg.norm(value), name
+
+
+def test_trap27_twenty_steps_of_the_real_model_equal_peft(smollm2, tmp_path):
+    """Same adapter to start from, same rows, same order: loss, gradient norm, learning rate and the change of the adapter."""
+    steps, rows_a_step = 20, 2
+    reference = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
+    reference = peft_side.lora(reference, rank=16, alpha=32.0)
+    reference.save_pretrained(tmp_path / "start", save_embedding_layers=False)
+    start = peft_side.factors(reference)
+    topics = ["sea", "sun", "rain", "wind"]
+    chats = [tools.chat(f"Say a word about the {topics[n % 4]}, number {n}.", f"{topics[n % 4]} {n * n}") for n in range(steps * rows_a_step)]
+    config = validated(
+        {
+            "model": {"source": str(smollm2)},
+            "adapter": {"init": str(tmp_path / "start")},
+            "data": {"train": tools.write_rows(tmp_path / "rows.jsonl", chats), "packing": False, "shuffle": False, "max_length": 128},
+            "optimizer": {"learning_rate": 1e-3, "warmup": 5, "schedule": "cosine"},
+            "train": {"batch_size": rows_a_step},
+            "mesh": {"data": 1, "fsdp": 1, "tensor": 8} if len(jax.devices()) == 8 else {},
+            "run": {"dir": str(tmp_path / "run")},
+        }
+    )
+    result = run(config, Reporter(quiet=True))
+    ours = [row for row in read_metrics(result.dir) if row["split"] == "train"]
+
+    parts = setup(config, Reporter(quiet=True))
+    items = prepare(config.data.train, parts.tokenizer, config.data).items
+    batches = [[(item.ids, item.supervised) for item in items[k : k + rows_a_step]] for k in range(0, len(items), rows_a_step)]
+    warm = [1e-3 * (k + 1) / 5 for k in range(5)]
+    rates = warm + [1e-3 * 0.5 * (1 + np.cos(np.pi * (k - 5) / (steps - 5))) for k in range(5, steps)]
+    theirs = peft_side.train(reference, batches, rates)
+
+    for row, (loss, norm), rate in zip(ours, theirs, rates, strict=True):
+        assert abs(row["loss"] - loss) < 1e-3, row
+        assert abs(row["grad_norm"] - norm) < 0.005 * norm, row
+        assert row["learning_rate"] == pytest.approx(rate, rel=1e-6), row
+    final = peft_side.factors(reference)
+    adapter = open_adapter(result.adapter)
+    ours_end = {name: adapter.tensors[name].all() for name in final}
+    error = sum(np.sum((ours_end[name] - final[name]) ** 2) for name in final) ** 0.5
+    change = sum(np.sum((final[name] - start[name]) ** 2) for name in final) ** 0.5
+    assert error < 0.02 * change, (error, change)
+    assert result.verification.peft_note is None
+    assert dataclasses.asdict(result.verification)["reload_difference"] < 1e-4
