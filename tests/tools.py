@@ -1,6 +1,9 @@
 """What many tests need: tiny models made by transformers, tokenizers made here, rows, and numbers of PyTorch's side."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +46,9 @@ def byte_tokenizer(template=CHATML, eos="<|im_end|>", add_bos=False):
     backend.add_special_tokens(SPECIAL)
     if add_bos:
         backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=eos, pad_token=eos, chat_template=template)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token=eos, pad_token=eos, chat_template=template
+    )
 
 
 def save_model(directory, config, tokenizer=None, seed=0, dtype=torch.float32, **options):
@@ -103,3 +108,17 @@ def sums(count, seed=0):
         numbers = random.integers(0, 10, random.integers(1, 7))
         rows.append(chat("+".join(map(str, numbers)) + "?", str(numbers.sum())))
     return rows
+
+
+def child_environment(torch=False):
+    """One CPU device; without `torch` only our own reader verifies exports, which is quicker."""
+    hide = {} if torch else {"PYTHONPATH": str(Path(__file__).parent / "train" / "without_torch")}
+    return os.environ | {"JAX_PLATFORMS": "cpu"} | hide
+
+
+def jaxtune(*arguments, torch=False, timeout=500, **options):
+    """The command line in a process of its own."""
+    command = [sys.executable, "-m", "jaxtune.cli", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=child_environment(torch), check=False, **options
+    )

@@ -34,7 +34,7 @@ def schedule(config: OptimizerSection, steps: int) -> optax.Schedule:
         index = jnp.asarray(index, jnp.float32)
         after = jnp.clip((index - warmup) / rest, 0.0, 1.0)
         shape = {
-            "cosine": 0.5 * (1 + jnp.cos(jnp.pi * after)),
+            "cosine": jnp.square(jnp.sin(0.5 * jnp.pi * (1 - after))),  # = (1 + cos(pi after)) / 2, exact near zero
             "linear": 1 - after,
             "constant": jnp.ones_like(after),
             "wsd": jnp.clip((steps - index) / decay, 0.0, 1.0),

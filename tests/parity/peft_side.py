@@ -47,4 +47,6 @@ def train(model, batches, rates, clip=1.0):
 
 def factors(model):
     """The adapter's tensors under the names of its file."""
-    return {name.replace(".default", ""): value.detach().numpy().copy() for name, value in model.named_parameters() if "lora_" in name}
+    return {
+        name.replace(".default", ""): value.detach().numpy().copy() for name, value in model.named_parameters() if "lora_" in name
+    }

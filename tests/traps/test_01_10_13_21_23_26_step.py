@@ -42,7 +42,9 @@ class Run:
         model = load_model(resolve(str(directory)), mesh)
         inject(model, "all-linear", LoRAConfig(4, 8.0, dropout), 0, mesh)
         self.graph, self.trainable, self.frozen = split_trainable(model)
-        self.optimizer = optimizer(OptimizerSection(**({"learning_rate": 1e-2, "warmup": 0.0, "schedule": "constant"} | options)), 10)
+        self.optimizer = optimizer(
+            OptimizerSection(**({"learning_rate": 1e-2, "warmup": 0.0, "schedule": "constant"} | options)), 10
+        )
         self.step = train_step(self.graph, sft, self.optimizer, remat, dropout > 0)
         self.state = init_state(jax.tree.map(jnp.copy, self.trainable), self.optimizer, 0)
 
