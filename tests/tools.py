@@ -29,10 +29,10 @@ SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "
 
 def tiny_config(**changes):
     """A Llama of 3 layers; grouped-query attention unless told otherwise."""
-    numbers = dict(
-        vocab_size=288, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512, bos_token_id=256, eos_token_id=257, pad_token_id=257, initializer_range=0.2,
-    )  # fmt: skip
+    numbers = {
+        "vocab_size": 288, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 512, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257, "initializer_range": 0.2,
+    }  # fmt: skip
     return LlamaConfig(**(numbers | changes))
 
 

@@ -84,7 +84,7 @@ def setup(config: Config, reporter: Reporter) -> Setup:
     check_divides(config.train.micro_batch_size or config.train.batch_size, mesh, _rows_key(config))
     adapter = open_adapter(config.adapter.init) if config.adapter.init else None
     source = resolve(config.model.source)
-    from_hf(source.config_json(), str(source.path))
+    from_hf(source.config_json(), str(source.config_path))
     tokenizer = source.tokenizer()
     if tokenizer is None:
         raise UserError(

@@ -31,7 +31,7 @@ def load_model(source: Source, mesh: Mesh, *, dtype: str = "auto", compute: str 
         UserError: an unsupported architecture, or missing, unexpected or misshapen tensors.
 
     """
-    config = from_hf(source.config_json(), str(source.path))
+    config = from_hf(source.config_json(), str(source.config_path))
     model = abstract_model(config, jnp.dtype(jnp.float32), compute_dtype(compute))
     graph, state = nnx.split(model)
     tensors, table = source.tensors(), rows(state)

@@ -32,11 +32,16 @@ class Source:
     path: Path
     gguf: GGUF | None = None
 
+    @property
+    def config_path(self) -> Path:
+        """The file that describes the architecture, for messages."""
+        return self.path if self.gguf else self.path / "config.json"
+
     def config_json(self) -> dict[str, Any]:
         """The parsed `config.json`, or what it would say of a GGUF file."""
         if self.gguf:
             return gguf_llama.config_json(self.gguf)
-        return read_json(self.path / "config.json")
+        return read_json(self.config_path)
 
     def tensors(self) -> Tensors:
         """All weights by Hugging Face's names, unread."""

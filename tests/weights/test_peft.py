@@ -1,0 +1,190 @@
+"""Adapters in and out, against PEFT itself."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.numpy import load_file, save_file
+
+from jaxtune.adapters.inject import adapted, inject
+from jaxtune.adapters.lora import LoRAConfig
+from jaxtune.core.errors import RunFailure, UserError
+from jaxtune.weights import export
+from jaxtune.weights.export import export_adapter
+from jaxtune.weights.load import load_model
+from jaxtune.weights.peft import attach, open_adapter, write_adapter
+from jaxtune.weights.source import resolve
+from tests import tools
+from tests.parity import peft_side
+
+TEXTS = [[5, 9, 200, 7, 3], [1, 2, 3, 4, 5, 6, 7]]
+
+
+def with_adapter(directory, mesh, targets="all-linear", seed=0, **numbers):
+    """The model with an adapter whose B is not zero."""
+    model = load_model(resolve(str(directory)), mesh)
+    inject(model, targets, LoRAConfig(**({"rank": 4, "alpha": 8.0} | numbers)), seed, mesh)
+    for number, layer in enumerate(adapted(model).values()):
+        layer.lora_B.set_value(0.1 * jax.random.normal(jax.random.key(number), layer.lora_B.shape))
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"targets": ["q_proj", "v_proj"]}], ids=["all", "rslora", "q_v"])
+def test_an_adapter_of_peft_computes_the_same_here_and_comes_back_the_same(options, tmp_path, one_device):
+    config = tools.tiny_config(attention_bias=True)
+    tools.save_model(tmp_path / "base", config)
+    reference = peft_side.lora(tools.random_model(config), b_std=0.1, **options)
+    reference.save_pretrained(tmp_path / "adapter")
+    model = load_model(resolve(str(tmp_path / "base")), one_device)
+    attach(model, open_adapter(tmp_path / "adapter"), one_device)
+    ids = np.random.default_rng(0).integers(0, 288, (2, 12))
+    np.testing.assert_allclose(model(ids), tools.torch_logits(reference, ids), atol=1e-4)
+    (tmp_path / "back").mkdir()
+    write_adapter(tmp_path / "back", model, "base")
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "back"))
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_trap12_square_factors_are_not_transposed(tmp_path, one_device):
+    """Rank equal to the width: A, B and the layer are all square, so only values can tell."""
+    config = tools.tiny_config(num_key_value_heads=4, intermediate_size=32)
+    tools.save_model(tmp_path / "base", config)
+    model = with_adapter(tmp_path / "base", one_device, rank=32, alpha=16.0)
+    (tmp_path / "adapter").mkdir()
+    write_adapter(tmp_path / "adapter", model, "base")
+    loaded = PeftModel.from_pretrained(tools.random_model(config), tmp_path / "adapter").eval()
+    ids = np.random.default_rng(0).integers(0, 288, (2, 12))
+    np.testing.assert_allclose(model(ids), tools.torch_logits(loaded, ids), atol=2e-4)
+    plain = np.asarray(load_model(resolve(str(tmp_path / "base")), one_device)(ids))
+    assert np.abs(np.asarray(model(ids)) - plain).max() > 0.1
+
+
+def test_initialisation_is_pefts(tmp_path, one_device):
+    """A uniform within 1 / sqrt(in), B zero; equal for a layer whatever else is adapted, different between layers and seeds."""
+    tools.save_model(tmp_path, tools.tiny_config())
+
+    def factors(targets, seed):
+        model = load_model(resolve(str(tmp_path)), one_device)
+        inject(model, targets, LoRAConfig(16, 32.0), seed, one_device)
+        return {path.rpartition(".")[2]: np.asarray(layer.lora_A[...]) for path, layer in adapted(model).items()}, adapted(model)
+
+    everything, layers = factors("all-linear", 0)
+    assert len(everything) == 7
+    assert not any(np.asarray(layer.lora_B[...]).any() for layer in layers.values())
+    bound = 1 / np.sqrt(32)
+    assert everything["q_proj"].dtype == np.float32
+    assert np.abs(everything["q_proj"]).max() <= bound
+    assert everything["q_proj"].std() == pytest.approx(bound / np.sqrt(3), rel=0.05)
+    np.testing.assert_array_equal(factors(["v_proj"], 0)[0]["v_proj"], everything["v_proj"])
+    assert not np.array_equal(everything["q_proj"][0], everything["q_proj"][1])
+    assert not np.array_equal(everything["q_proj"], everything["o_proj"])
+    assert not np.array_equal(factors(["v_proj"], 1)[0]["v_proj"], everything["v_proj"])
+
+
+@pytest.fixture
+def adapter(chat_model, tmp_path, one_device):
+    (tmp_path / "adapter").mkdir()
+    write_adapter(tmp_path / "adapter", with_adapter(chat_model, one_device), "base")
+    return tmp_path / "adapter"
+
+
+def test_trap16_the_file_holds_the_declared_keys_and_no_other(adapter):
+    keys = load_file(adapter / "adapter_model.safetensors").keys()
+    names = [
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ]
+    expected = {f"base_model.model.model.layers.{i}.{n}.lora_{f}.weight" for i in range(3) for n in names for f in "AB"}
+    assert keys == expected
+
+
+KEYS = {
+    "missing": (lambda t, k: t.pop(k), "missing: {key}"),
+    "unexpected": (lambda t, k: t.update({k + "x": t[k]}), "unexpected: {key}x"),
+    "misshapen": (lambda t, k: t.update({k: t[k][:-1].copy()}), "of the wrong shape: {key}"),
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_trap18_keys_that_do_not_fit_are_listed(name, adapter, chat_model, one_device):
+    change, expected = KEYS[name]
+    path, key = adapter / "adapter_model.safetensors", "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+    tensors = load_file(path)
+    change(tensors, key)
+    save_file(tensors, path)
+    with pytest.raises(UserError) as error:
+        attach(load_model(resolve(str(chat_model)), one_device), open_adapter(adapter), one_device)
+    assert expected.format(key=key) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "option", [{"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"rank_pattern": {"q_proj": 2}}, {"new": 1}]
+)
+def test_options_that_are_not_implemented_are_refused(option, adapter):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | option))
+    with pytest.raises(UserError, match=f"does not implement: {next(iter(option))}"):
+        open_adapter(adapter)
+
+
+def exported(directory, model, chat_model, mesh):
+    source = resolve(str(chat_model))
+    return export_adapter(directory, model, source, source.tokenizer(), TEXTS, mesh, dtype="auto", compute="auto")
+
+
+def test_export_is_verified_by_both_and_carries_the_tokenizer(chat_model, tmp_path, one_device):
+    result = exported(tmp_path / "out", with_adapter(chat_model, one_device), chat_model, one_device)
+    assert result.tokens == 12
+    assert result.reload_difference < 1e-5
+    assert result.peft_difference < 1e-3
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"} <= names
+    assert resolve(str(chat_model)).tokenizer().chat_template in [tools.CHATML]
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(chat_model)
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tools.CHATML
+
+
+@pytest.mark.parametrize("breakage", ["factor", "scale", "peft"])
+def test_an_export_that_computes_something_else_is_not_written(breakage, chat_model, tmp_path, one_device, monkeypatch):
+    model = with_adapter(chat_model, one_device)
+    if breakage == "peft":
+        monkeypatch.setattr(export, "PEFT", 1e-9)
+    else:
+        write = export.write_adapter
+
+        def wrong(directory, *arguments):
+            write(directory, *arguments)
+            if breakage == "scale":
+                path = directory / "adapter_config.json"
+                path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 9}))
+            else:
+                path = directory / "adapter_model.safetensors"
+                tensors = load_file(path)
+                key = next(key for key in tensors if "lora_B" in key)
+                save_file(tensors | {key: tensors[key] * 1.01}, path)
+
+        monkeypatch.setattr(export, "write_adapter", wrong)
+    with pytest.raises(RunFailure, match="computes something else"):
+        exported(tmp_path / "out", model, chat_model, one_device)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_low_precision_base_keeps_float32_factors(tmp_path, one_device):
+    tools.save_model(tmp_path / "base", tools.tiny_config(), dtype=torch.bfloat16)
+    model = with_adapter(tmp_path / "base", one_device)
+    (tmp_path / "adapter").mkdir()
+    write_adapter(tmp_path / "adapter", model, "base")
+    assert {value.dtype for value in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()} == {
+        np.dtype("float32")
+    }
