@@ -45,7 +45,8 @@ def load_model(source: Source, mesh: Mesh, *, dtype: str = "auto", compute: str 
 
 def _read(row: Row, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], dtype: str) -> jax.Array:
     parts = [tensors[name] for name in row.names]
-    found = np.dtype(jnp.result_type(*{part.dtype for part in parts}))
+    with jax.numpy_dtype_promotion("standard"):  # a stack of layers has one dtype: the least that holds them all
+        found = np.dtype(jnp.result_type(*{part.dtype for part in parts}))
     stored = storage_dtype(dtype, found, any(part.quantised for part in parts))
     shape = (len(parts), *row.shape) if row.stacked else row.shape
     read: Any = _stacked(row, tensors, stored) if row.stacked else lambda index: parts[0].read(index).astype(stored)

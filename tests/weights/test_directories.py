@@ -63,7 +63,10 @@ INDEXES = {
         lambda d, i: i["weight_map"].update({"ghost.weight": next(iter(i["weight_map"].values()))}),
         "do not hold: ghost.weight",
     ),
-    "a name too few": (lambda d, i: i["weight_map"].pop("lm_head.weight"), "does not name: lm_head.weight"),
+    "a name too few": (
+        lambda d, i: i["weight_map"].pop("model.layers.0.input_layernorm.weight"),
+        "does not name: model.layers.0.input",
+    ),
     "no map": (lambda d, i: i.pop("weight_map"), "no weight_map"),
 }
 
