@@ -4,6 +4,10 @@ jaxtune quickstart [--dir runs/quickstart]
 """
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # About eleven articles a step, packed: forty steps, each as long as one of 1,024 tokens takes.
 SETTINGS = {
@@ -54,14 +58,19 @@ def run(options: argparse.Namespace) -> None:
     )
 
 
-def _next(directory, tested) -> str:
+def _next(directory: "Path", tested: "Path") -> str:
+    import shutil
+    import sys
+
     from jaxtune.cli.news import QUESTION
+
+    program = "jaxtune" if shutil.which("jaxtune") else sys.argv[0]
 
     prompt = f"{QUESTION}\\n\\nStriker signs for three more years\\nThe club said its top scorer would stay until 2029."
     return "\n".join(
         [
-            f"  jaxtune generate {directory} --prompt $'{prompt}'",
-            f"  jaxtune eval {directory} --data {tested}",
-            f"  jaxtune train {directory}/config.yaml adapter.rank=4 run.dir=runs/rank-4",
+            f"  {program} generate {directory} --prompt $'{prompt}'",
+            f"  {program} eval {directory} --data {tested}",
+            f"  {program} train {directory}/config.yaml adapter.rank=4 run.dir=runs/rank-4",
         ]
     )

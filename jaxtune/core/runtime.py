@@ -9,6 +9,7 @@ def start() -> None:
 
     The folder is `JAX_COMPILATION_CACHE_DIR`, or `~/.cache/jaxtune/xla`.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
     import jax
 
     if jax.config.values["jax_compilation_cache_dir"] is None:

@@ -167,7 +167,7 @@ def _announce(model: CausalLM, trainable: nnx.State, frozen: nnx.State, mesh: Me
     train, rest = parameters(trainable), parameters(frozen)
     device = jax.devices()[0].device_kind
     reporter.say(
-        f"{len(adapted(model))} kinds of layers adapted in each of {model.config.num_layers} layers: {train:,} parameters train "
+        f"LoRA on {len(adapted(model))} linear maps in each of {model.config.num_layers} layers: {train:,} parameters train "
         f"({train / (train + rest):.2%}), {rest:,} frozen; {mesh.size} x {device}, {model.compute_dtype.name}"
     )
 
