@@ -1,0 +1,124 @@
+"""Every configuration key has an effect: each is changed in a small run, and something that is recorded must change."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxtune.config.loading import dump, keys, load_config, schema
+from jaxtune.config.schema import Config
+from jaxtune.core.errors import UserError
+from jaxtune.train.checkpoint import steps_saved
+from jaxtune.train.metrics import read_metrics
+from jaxtune.train.progress import Reporter
+from jaxtune.train.setup import adopt_adapter
+from jaxtune.training import run
+from jaxtune.weights import export
+from jaxtune.weights.peft import write_adapter
+from tests import tools
+from tests.weights.test_peft import with_adapter
+
+TIMES = ("step_seconds", "tokens_per_second", "mfu")
+CHANGES = {
+    "model.dtype": "bfloat16", "model.compute_dtype": "bfloat16",
+    "adapter.rank": 8, "adapter.alpha": 16, "adapter.dropout": 0.3, "adapter.rslora": "true", "adapter.targets": "[q_proj]",
+    "data.train_on": "all", "data.max_length": 80, "data.packing": "false", "data.shuffle": "false",
+    "optimizer.learning_rate": 1e-3, "optimizer.schedule": "linear", "optimizer.warmup": 2, "optimizer.betas": "[0.5, 0.9]", "optimizer.eps": 1e-3,
+    "optimizer.weight_decay": 0.5, "optimizer.clip_norm": 0.01,
+    "train.epochs": 2, "train.steps": 2, "train.batch_size": 16, "train.micro_batch_size": 8, "train.remat": "full", "train.eval_every": 2,
+    "train.seed": 1, "mesh.data": 8, "mesh.fsdp": 2, "mesh.tensor": 2,
+    "checkpoint.every": 1, "checkpoint.keep": 1,
+}  # fmt: skip
+# Keys whose other values are files, or are refused, which is tested below or beside the thing itself.
+OTHERS = {"model.source", "adapter.init", "data.train", "data.eval", "data.format", "run.dir"}
+SINGLE = {"adapter.method", "trainable", "optimizer.name", "train.objective", "mesh.slices", "mesh.context", "run.trackers"}
+
+
+@pytest.fixture(scope="module")
+def base(chat_model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("effects")
+    rows = tools.sums(40)
+    rows[3]["messages"] += [{"role": "user", "content": "sure?"}, {"role": "assistant", "content": "yes"}]
+    path = tools.write_rows(directory / "rows.jsonl", rows)
+    return [
+        f"model.source={chat_model}", f"data.train={path}", f"data.eval={path}", "data.max_length=96", "adapter.rank=4", "train.batch_size=8",
+        "optimizer.learning_rate=1e-2", "checkpoint.every=2",
+    ]  # fmt: skip
+
+
+def observe(overrides, directory, monkeypatch):
+    """All that a run records, times apart."""
+    monkeypatch.setattr(export, "_why_not_peft", lambda source: "not the subject here")
+    monkeypatch.setattr("jaxtune.core.runtime.start", lambda: None)
+    config = load_config(overrides=[*overrides, f"run.dir={directory}"])
+    result = run(config, Reporter(quiet=True))
+    rows = [{key: value for key, value in row.items() if key not in TIMES} for row in read_metrics(directory)]
+    return rows, (result.adapter / "adapter_model.safetensors").read_bytes(), steps_saved(directory)
+
+
+@pytest.fixture(scope="module")
+def plain(base, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        return observe(base, tmp_path_factory.mktemp("plain") / "run", patch)
+
+
+def test_the_lists_are_whole():
+    assert set(keys()) == CHANGES.keys() | OTHERS | SINGLE
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_changing_a_key_changes_what_is_recorded(key, base, plain, tmp_path, monkeypatch):
+    extra = [f"{key}={CHANGES[key]}"]
+    extra += {"mesh.data": ["mesh.fsdp=1"], "mesh.fsdp": ["mesh.data=4"]}.get(key, [])
+    assert observe([*base, *extra], tmp_path / "run", monkeypatch) != plain
+
+
+def test_the_same_again_changes_nothing(base, plain, tmp_path, monkeypatch):
+    """Without this the test above could not fail."""
+    assert observe(base, tmp_path / "run", monkeypatch) == plain
+
+
+def test_files_and_formats(base, plain, chat_model, tmp_path, monkeypatch):
+    other = tools.save_model(tmp_path / "other", tools.tiny_config(), tools.byte_tokenizer(), seed=5)
+    assert observe([*base, f"model.source={other}"], tmp_path / "a", monkeypatch) != plain
+    rows = tools.write_rows(tmp_path / "rows.jsonl", tools.sums(30, seed=9))
+    assert observe([*base, f"data.train={rows}"], tmp_path / "b", monkeypatch)[1] != plain[1]
+    assert observe([*base, f"data.eval={rows}"], tmp_path / "c", monkeypatch)[0][0] != plain[0][0]
+    start = observe([*base, f"adapter.init={tmp_path / 'a' / 'adapter'}"], tmp_path / "d", monkeypatch)
+    assert start[0][1]["loss"] != plain[0][1]["loss"]
+    with pytest.raises(UserError, match="the key 'prompt' is missing"):
+        observe([*base, "data.format=prompt-completion"], tmp_path / "e", monkeypatch)
+
+
+def test_an_adapter_to_start_from_brings_its_numbers_and_contradicting_ones_are_refused(chat_model, tmp_path, one_device):
+    write_adapter(tmp_path, with_adapter(chat_model, one_device, ["v_proj"], rank=2, alpha=6.0, rslora=True), "base")
+    start = f"adapter.init={tmp_path}"
+    found = adopt_adapter(load_config(overrides=[start])).adapter
+    assert (found.rank, found.alpha, found.rslora, found.targets) == (2, 6.0, True, ["v_proj"])
+    contradicting = load_config(overrides=["adapter.rank=4", start])
+    with pytest.raises(UserError, match=r"adapter\.rank = 4, and adapter\.init has 2"):
+        adopt_adapter(contradicting)
+
+
+def test_resolved_configuration_reads_back_the_same(tmp_path):
+    config = load_config(
+        overrides=["optimizer.learning_rate=3e-5", "adapter.targets=[q_proj, v_proj]", "optimizer.clip_norm=null"]
+    )
+    (tmp_path / "run.yaml").write_text(dump(config))
+    assert load_config(tmp_path / "run.yaml") == config
+    assert config.optimizer.learning_rate == 3e-5
+
+
+def test_shipped_configurations_load():
+    for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"):
+        load_config(path)
+
+
+def test_the_schema_describes_every_key():
+    found = json.loads(schema())
+    sections = {name.split(".")[0] for name in keys() if "." in name}
+    assert found["properties"].keys() == Config.model_fields.keys()
+    for section in sections:
+        reference = found["properties"][section]["$ref"].rpartition("/")[2]
+        for name, field in found["$defs"][reference]["properties"].items():
+            assert field["description"], f"{section}.{name}"
