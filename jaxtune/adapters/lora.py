@@ -9,6 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from jaxtune.core.dtypes import precision
 from jaxtune.models.layers import Dropout, Linear, matmul
 from jaxtune.models.remat import LOW, PROJECTION
 
@@ -87,8 +88,9 @@ def _low_rank_bwd(residuals, dy):
 
 
 def _over_tokens(thin: Float[Array, "tokens rank"], wide: Float[Array, "tokens size"]) -> Float[Array, "rank size"]:
-    precision = jax.lax.Precision.HIGHEST if thin.dtype == jnp.float32 else None
-    return jax.lax.dot_general(thin, wide, (((0,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        thin, wide, (((0,), (0,)), ((), ())), precision=precision(thin.dtype), preferred_element_type=jnp.float32
+    )
 
 
 low_rank.defvjp(_low_rank_fwd, _low_rank_bwd)

@@ -30,3 +30,8 @@ def storage_dtype(name: str, found: np.dtype, quantised: bool) -> np.dtype:
     if name != "auto":
         return DTYPES[name]
     return compute_dtype("auto") if quantised else found
+
+
+def precision(dtype: np.dtype) -> jax.lax.Precision | None:
+    """What a matrix product of this dtype is computed with: float32 means float32 on every platform, not TF32 or bfloat16 passes."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None

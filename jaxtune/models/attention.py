@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxtune.core.dtypes import precision
 from jaxtune.models.remat import ATTENTION
 
 
@@ -94,5 +95,4 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _product(equation: str, left: jax.Array, right: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-    return jnp.einsum(equation, left, right, precision=precision, preferred_element_type=dtype)
+    return jnp.einsum(equation, left, right, precision=precision(left.dtype), preferred_element_type=dtype)

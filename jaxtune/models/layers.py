@@ -9,6 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
+from jaxtune.core.dtypes import precision
 from jaxtune.models.remat import PROJECTION
 
 INIT_STD = 0.02
@@ -16,9 +17,8 @@ INIT_STD = 0.02
 
 def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
     """X W^T in x's dtype, with W of Hugging Face's layout [out, in]; float32 means float32 on every platform."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     contract = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
-    return jax.lax.dot_general(x, weight.astype(x.dtype), contract, precision=precision)
+    return jax.lax.dot_general(x, weight.astype(x.dtype), contract, precision=precision(x.dtype))
 
 
 class Dropout:

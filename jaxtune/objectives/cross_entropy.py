@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxtune.core.dtypes import precision
 from jaxtune.models.layers import matmul
 
 CHUNK = 256
@@ -66,8 +67,7 @@ def _forward(hidden, head, targets, weights, *, hidden_gradient: bool, head_grad
 
 
 def _times_head(x: Float[Array, "tokens vocab"], head: Float[Array, "vocab embed"]) -> Float[Array, "tokens embed"]:
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, head.astype(x.dtype), (((1,), (0,)), ((), ())), precision=precision)
+    return jax.lax.dot_general(x, head.astype(x.dtype), (((1,), (0,)), ((), ())), precision=precision(x.dtype))
 
 
 def _fwd(hidden, head, targets, weights):
