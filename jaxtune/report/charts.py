@@ -4,9 +4,9 @@ from typing import Any
 
 _LAYOUT = {
     "height": 320,
-    "margin": {"l": 55, "r": 15, "t": 45, "b": 40},
+    "margin": {"l": 55, "r": 15, "t": 45, "b": 60},
     "template": "plotly_white",
-    "legend": {"orientation": "h"},
+    "legend": {"orientation": "h", "y": -0.3},
 }
 
 
@@ -49,4 +49,4 @@ def confusion(title: str, table: dict[str, Any]) -> str:
 
 def _div(figure: Any, title: str, x: str) -> str:
     figure.update_layout(title=title, xaxis_title=x, **_LAYOUT)
-    return figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
+    return figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True})
