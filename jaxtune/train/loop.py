@@ -129,6 +129,7 @@ def fit(
                 if evaluates:
                     evaluate(state, done)
                 if saves or stop.number:
+                    log.sync()
                     checkpoints.save(state)
                 recorder.restart_clock()
             if stop.number and done < total:

@@ -42,9 +42,13 @@ class MetricsLog:
         self._file.write(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")
         self._file.flush()
 
+    def sync(self) -> None:
+        """Make what was written durable; a checkpoint must not be newer than the rows before it."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Make the file durable and close it."""
-        os.fsync(self._file.fileno())
+        self.sync()
         self._file.close()
 
 
