@@ -78,7 +78,9 @@ def _fwd(hidden, head, targets, weights):
 
 
 def _bwd(residuals, cotangent):
-    hidden_grad, head_grad = (None if part is None else (part * cotangent).astype(part.dtype) for part in residuals)
+    hidden_grad, head_grad = (
+        None if part is None else (part.astype(jnp.float32) * cotangent).astype(part.dtype) for part in residuals
+    )
     return hidden_grad, head_grad, None, None
 
 

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxtune.config.loading import dump, keys, load_config, schema
 from jaxtune.config.schema import Config
 from jaxtune.core.errors import UserError
+from jaxtune.core.mesh import make_mesh
 from jaxtune.train.checkpoint import steps_saved
 from jaxtune.train.metrics import read_metrics
 from jaxtune.train.progress import Reporter
@@ -25,7 +27,7 @@ CHANGES = {
     "data.train_on": "all", "data.max_length": 80, "data.packing": "false", "data.shuffle": "false",
     "optimizer.learning_rate": 1e-3, "optimizer.schedule": "linear", "optimizer.warmup": 2, "optimizer.betas": "[0.5, 0.9]", "optimizer.eps": 1e-3,
     "optimizer.weight_decay": 0.5, "optimizer.clip_norm": 0.01,
-    "train.epochs": 2, "train.steps": 2, "train.batch_size": 16, "train.micro_batch_size": 8, "train.remat": "full", "train.eval_every": 2,
+    "train.epochs": 2, "train.steps": 2, "train.batch_size": 16, "train.micro_batch_size": 4, "train.remat": "full", "train.eval_every": 2,
     "train.seed": 1, "mesh.data": 8, "mesh.fsdp": 2, "mesh.tensor": 2,
     "checkpoint.every": 1, "checkpoint.keep": 1,
 }  # fmt: skip
@@ -37,7 +39,7 @@ SINGLE = {"adapter.method", "trainable", "optimizer.name", "train.objective", "m
 @pytest.fixture(scope="module")
 def base(chat_model, tmp_path_factory):
     directory = tmp_path_factory.mktemp("effects")
-    rows = tools.sums(40)
+    rows = tools.sums(100)
     rows[3]["messages"] += [{"role": "user", "content": "sure?"}, {"role": "assistant", "content": "yes"}]
     path = tools.write_rows(directory / "rows.jsonl", rows)
     return [
@@ -47,7 +49,10 @@ def base(chat_model, tmp_path_factory):
 
 
 def observe(overrides, directory, monkeypatch):
-    """All that a run records, times apart."""
+    """All that a run records, times apart; on one device unless the mesh is the subject, and without sample answers, which cost time."""
+    if not any(override.startswith("mesh.") for override in overrides):
+        monkeypatch.setattr("jaxtune.train.setup.make_mesh", lambda *sizes: make_mesh(devices=jax.devices()[:1]))
+    monkeypatch.setattr("jaxtune.training._answers", lambda parts, model, samples: [""] * len(samples))
     monkeypatch.setattr(export, "_why_not_peft", lambda source: "not the subject here")
     monkeypatch.setattr("jaxtune.core.runtime.start", lambda: None)
     config = load_config(overrides=[*overrides, f"run.dir={directory}"])

@@ -13,7 +13,7 @@ def arrays(tokens, vocab=50, embed=16):
     random = np.random.default_rng(0)
     hidden, head = (random.normal(size=shape).astype(np.float32) for shape in ((tokens, embed), (vocab, embed)))
     weights = np.where(random.random(tokens) < 0.3, 0, random.random(tokens)).astype(np.float32)
-    return hidden, head, random.integers(0, vocab, tokens).astype(np.int32), weights
+    return tuple(map(jnp.asarray, (hidden, head, random.integers(0, vocab, tokens).astype(np.int32), weights)))
 
 
 def plain(hidden, head, targets, weights):
