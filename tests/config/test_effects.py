@@ -29,7 +29,7 @@ CHANGES = {
     "optimizer.weight_decay": 0.5, "optimizer.clip_norm": 0.01,
     "train.epochs": 2, "train.steps": 2, "train.batch_size": 16, "train.micro_batch_size": 4, "train.remat": "full", "train.eval_every": 2,
     "train.seed": 1, "mesh.data": 8, "mesh.fsdp": 2, "mesh.tensor": 2,
-    "checkpoint.every": 1, "checkpoint.keep": 1,
+    "checkpoint.every": 100, "checkpoint.keep": 1,
 }  # fmt: skip
 # Keys whose other values are files, or are refused, which is tested below or beside the thing itself.
 OTHERS = {"model.source", "adapter.init", "data.train", "data.eval", "data.format", "run.dir"}
