@@ -36,14 +36,23 @@ OTHERS = {"model.source", "adapter.init", "data.train", "data.eval", "data.forma
 SINGLE = {"adapter.method", "trainable", "optimizer.name", "train.objective", "mesh.slices", "mesh.context", "run.trackers"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Each of these runs compiles programs of its own; what they compute counts here, not how fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def base(chat_model, tmp_path_factory):
     directory = tmp_path_factory.mktemp("effects")
     rows = tools.sums(100)
     rows[3]["messages"] += [{"role": "user", "content": "sure?"}, {"role": "assistant", "content": "yes"}]
     path = tools.write_rows(directory / "rows.jsonl", rows)
+    few = tools.write_rows(directory / "few.jsonl", rows[:6])
     return [
-        f"model.source={chat_model}", f"data.train={path}", f"data.eval={path}", "data.max_length=96", "adapter.rank=4", "train.batch_size=8",
+        f"model.source={chat_model}", f"data.train={path}", f"data.eval={few}", "data.max_length=96", "adapter.rank=4", "train.batch_size=8",
         "optimizer.learning_rate=1e-2", "checkpoint.every=2",
     ]  # fmt: skip
 
