@@ -15,7 +15,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
-import pytest  # noqa: E402
+import pytest  # noqa: E402 (the settings above must stand before anything starts a backend)
 
 from jaxtune.core.mesh import make_mesh  # noqa: E402
 from tests import tools  # noqa: E402
