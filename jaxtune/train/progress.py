@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 REPORTS = 20
 
@@ -45,8 +46,7 @@ class Task:
 
     def __enter__(self) -> "Task":
         if self.console.is_terminal and not self.console.quiet:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
-            self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
+            self.bar = Progress(*_columns(), console=self.console, expand=True)
             self.bar.start()
             self._id = self.bar.add_task(self.name, total=self.total, completed=self.start, text="")
         return self
@@ -71,6 +71,18 @@ class Task:
             self._reported = True
             left = (time.monotonic() - self._began) / max(done - self.start, 1) * (self.total - done)
             self.console.print(f"{self.name} {done}/{self.total}  {text + '  ' if text else ''}{_clock(left)} left", markup=False)
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    """In a narrow terminal the text at the end is cut, never the time that is left."""
+    whole, rest = Column(no_wrap=True), Column(no_wrap=True, ratio=1, overflow="ellipsis")
+    return (
+        TextColumn("{task.description}", table_column=whole),
+        BarColumn(bar_width=10, table_column=whole),
+        MofNCompleteColumn(table_column=whole),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=whole),
+        TextColumn("{task.fields[text]}", table_column=rest),
+    )
 
 
 def training_text(row: dict[str, Any]) -> str:
