@@ -6,11 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxtune.config.loading import validated
 from jaxtune.data.chat import Example
 from jaxtune.data.examples import Examples
 from jaxtune.data.loader import Plan, batches
 from jaxtune.data.packing import Layout, epoch_batches
 from jaxtune.evals.evaluate import evaluate
+from jaxtune.train.loop import Evaluator
+from jaxtune.train.progress import Reporter
+from jaxtune.train.setup import setup
+from jaxtune.train.step import init_state
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
 from tests import tools
@@ -89,6 +94,22 @@ def test_trap24_evaluation_is_weighted_by_tokens_the_same_at_every_batch_size(ch
         assert result["supervised_tokens"] == count
         assert result["loss"] == pytest.approx(float(total.detach()) / count, rel=1e-5)
         assert result["perplexity"] == pytest.approx(np.exp(result["loss"]))
+
+
+def test_trap24_evaluation_on_the_way_is_that_of_the_whole_file_at_every_batch_size(chat_model, one_device, tmp_path):
+    rows = [tools.chat(f"say {'x' * (n % 5)}", "ab" * (1 + 7 * (n % 3)) + str(n)) for n in range(11)]
+    path = tools.write_rows(tmp_path / "rows.jsonl", rows)
+    source = resolve(str(chat_model))
+    whole = evaluate(load_model(source, one_device), source.tokenizer(), source.stop_ids(), path, task="lm")
+    for size in (8, 16):  # eight devices
+        sections = {
+            "model": {"source": str(chat_model)},
+            "data": {"train": path, "eval": path, "packing": False, "max_length": 128},
+        }
+        parts = setup(validated(sections | {"train": {"batch_size": size}}), Reporter(quiet=True))
+        with jax.set_mesh(parts.mesh):
+            found = Evaluator(parts, parts.eval_plan)(init_state(parts.trainable, parts.optimizer, 0))
+        assert found["loss"] == pytest.approx(whole["loss"], rel=1e-5)
 
 
 def test_trap24_classification_by_cache_equals_the_plain_forward_pass(chat_model, one_device, tmp_path):
