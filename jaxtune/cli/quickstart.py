@@ -63,9 +63,9 @@ def _next(directory: "Path", tested: "Path") -> str:
     import sys
 
     from jaxtune.cli.news import QUESTION
+    from jaxtune.core.files import shown
 
-    program = "jaxtune" if shutil.which("jaxtune") else sys.argv[0]
-
+    program = "jaxtune" if shutil.which("jaxtune") else shown(sys.argv[0])
     prompt = f"{QUESTION}\\n\\nStriker signs for three more years\\nThe club said its top scorer would stay until 2029."
     return "\n".join(
         [

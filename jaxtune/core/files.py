@@ -12,6 +12,14 @@ from typing import Any
 from jaxtune.core.errors import UserError
 
 
+def shown(path: str | Path) -> str:
+    """A path as a person would type it: relative to the working directory where it lies below it."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace the file at `path` by `text`; a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)

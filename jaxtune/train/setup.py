@@ -12,6 +12,7 @@ from jaxtune.adapters.inject import adapted, inject, split_trainable
 from jaxtune.adapters.lora import LoRAConfig
 from jaxtune.config.schema import Config
 from jaxtune.core.errors import UserError
+from jaxtune.core.files import shown
 from jaxtune.core.mesh import make_mesh
 from jaxtune.data.examples import Examples, prepare
 from jaxtune.data.loader import Plan, check_divides
@@ -91,7 +92,7 @@ def setup(config: Config, reporter: Reporter) -> Setup:
             f"{config.model.source} has no tokenizer, which training needs. Put its tokenizer files beside the weights."
         )
     plan, eval_plan = _plans(config, tokenizer, reporter)
-    reporter.say(f"Loading {config.model.source}")
+    reporter.say(f"Loading {shown(config.model.source)}")
     model = load_model(source, mesh, dtype=config.model.dtype, compute=config.model.compute_dtype)
     numbers = config.adapter
     if adapter is None:
