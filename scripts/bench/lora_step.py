@@ -1,19 +1,20 @@
 #!/usr/bin/env python
 """Speed and memory of one LoRA step, jaxtune beside transformers + PEFT, in turns on the same machine.
 
-    .venv/bin/python scripts/bench/lora_step.py [--rounds 2] [--steps 4] [--dtypes float32,bfloat16] [--record]
+    .venv/bin/python scripts/bench/lora_step.py [--steps 12] [--dtypes float32,bfloat16] [--record]
 
 The model is SmolLM2-135M (packaged), LoRA r=16 on all linear layers of the blocks, AdamW, a batch of 4 x 256 random tokens, every token
-supervised. Each measurement is a process of its own: two steps to warm up, then `--steps` timed ones; peak memory is the process's.
-`--record` appends the table to RESULTS.md.
+supervised. Each side is a process of its own that warms up by two steps and then waits for its turn: the sides take one step each, by
+turns, so that what else the machine does falls on both. The ratio is the median of the pairs'. Peak memory is the process's. `--record`
+appends the table to RESULTS.md.
 """
 
 import argparse
 import datetime
 import importlib.metadata
-import json
 import platform
 import resource
+import select
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from pathlib import Path
 
 ROWS, LENGTH, RANK, ALPHA = 4, 256, 16, 32.0
 WARM_UP = 2  # the first step compiles, the second may do so again for its own results' layout
-LIMIT = 240  # seconds for one measurement; a dtype that the processor emulates may need far longer
+LIMIT = 240  # seconds to warm up; a dtype that the processor emulates may need far longer
+PAUSE = 0.5  # seconds between turns, in which the other side's idle threads stop spinning
 
 
 def tokens():
@@ -31,18 +33,19 @@ def tokens():
     return np.random.default_rng(0).integers(0, 49152, (ROWS, LENGTH + 1)).astype(np.int32)
 
 
-def timed(step, steps):
+def serve(step):
+    """Warm up, then one step for every line of the input, its seconds for every line of the output; at the end the peak memory."""
     for _ in range(WARM_UP):
         step()
-    found = []
-    for _ in range(steps):
+    print("ready", flush=True)
+    for _ in sys.stdin:
         began = time.perf_counter()
         step()
-        found.append(time.perf_counter() - began)
-    return found
+        print(time.perf_counter() - began, flush=True)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
 
 
-def jaxtune(dtype, steps, remat):
+def jaxtune(dtype, remat):
     import jax
     import numpy as np
 
@@ -75,10 +78,10 @@ def jaxtune(dtype, steps, remat):
         state, metrics = run(state, frozen, on_devices(batch, 1, mesh))
         jax.block_until_ready(metrics)
 
-    return timed(step, steps)
+    return step
 
 
-def peft(dtype, steps, remat):
+def peft(dtype, remat):
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -100,30 +103,59 @@ def peft(dtype, steps, remat):
         update.step()
         update.zero_grad()
 
-    return timed(step, steps)
+    return step
 
 
-def worker(options):
-    seconds = {"jaxtune": jaxtune, "peft": peft}[options.worker](options.dtype, options.steps, options.remat)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "peak": peak}))
+class Side:
+    """One side's process."""
+
+    def __init__(self, name, dtype):
+        command = [sys.executable, __file__, "--worker", name, "--dtype", dtype]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.name, self.dtype, self.seconds, self.peak = name, dtype, [], None
+
+    def line(self):
+        """The next line of its output; None where it takes longer than the limit."""
+        ready, _, _ = select.select([self.process.stdout], [], [], LIMIT)
+        text = self.process.stdout.readline() if ready else None
+        if text == "":
+            sys.exit(f"{self.name} {self.dtype} ended early")
+        return text
+
+    def step(self):
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        self.seconds.append(float(self.line()))
+
+    def close(self):
+        self.process.stdin.close()
+        self.peak = int(self.line())
+        self.process.wait()
 
 
-def measure(side, dtype, steps):
-    command = [sys.executable, __file__, "--worker", side, "--dtype", dtype, "--steps", str(steps)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
-    except subprocess.TimeoutExpired:
-        return None
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+def measure(dtype, steps):
+    """Both sides of a dtype; a side that does not get through its warm-up in time has no seconds."""
+    sides = []
+    for name in ("peft", "jaxtune"):
+        side = Side(name, dtype)
+        if side.line() is None:
+            side.process.kill()
+            print(f"{name} {dtype}: warm-up not done in {LIMIT} s", file=sys.stderr)
+        sides.append(side)
+    alive = [side for side in sides if side.process.poll() is None]
+    for number in range(steps):
+        for side in alive if number % 2 else reversed(alive):
+            time.sleep(PAUSE)
+            side.step()
+    for side in alive:
+        side.close()
+        print(side.name, dtype, side.seconds, side.peak, file=sys.stderr)
+    return sides
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--worker", choices=("jaxtune", "peft"))
@@ -131,45 +163,37 @@ def main():
     parser.add_argument("--remat")
     options = parser.parse_args()
     if options.worker:
-        return worker(options)
-    found = {}
-    for number in range(options.rounds):
-        for dtype in options.dtypes.split(","):
-            for side in ("peft", "jaxtune"):
-                if number and found.get((side, dtype)) == []:
-                    continue  # it ran out of time once
-                result = measure(side, dtype, options.steps)
-                found.setdefault((side, dtype), []).extend([result] if result else [])
-                print(side, dtype, result or f"not done in {LIMIT} s", file=sys.stderr)
-    text = table(found)
+        serve({"jaxtune": jaxtune, "peft": peft}[options.worker](options.dtype, options.remat))
+        return
+    text = table([measure(dtype, options.steps) for dtype in options.dtypes.split(",")])
     print(text)
     if options.record:
         with (Path(__file__).parent / "RESULTS.md").open("a") as file:
-            file.write(heading() + text + "\n")
-    return None
+            file.write(heading() + text)
 
 
-def table(found):
+def table(pairs):
     lines = ["| | tok/s, median (range) | peak memory, GB |", "|---|---|---|"]
-    medians = {}
-    for (side, dtype), results in found.items():
-        name = f"{'transformers + PEFT' if side == 'peft' else 'jaxtune'}, {dtype}"
-        if not results:
-            lines.append(f"| {name} | one warm-up and the timed steps not done in {LIMIT} s | |")
-            continue
-        rates = [ROWS * LENGTH / second for result in results for second in result["seconds"]]
-        medians[side, dtype] = statistics.median(rates), max(result["peak"] for result in results) / 1e9
-        lines.append(
-            f"| {name} | {medians[side, dtype][0]:.0f} ({min(rates):.0f} to {max(rates):.0f}) | {medians[side, dtype][1]:.2f} |"
-        )
-    if ("peft", "float32") in medians and ("jaxtune", "float32") in medians:
-        (peer, peer_peak), (ours, our_peak) = medians["peft", "float32"], medians["jaxtune", "float32"]
-        lines.append(f"| **ratio, float32** | **{ours / peer:.2f}x** | **{our_peak / peer_peak:.2f}x** |")
-    best = {
-        side: max((rate for (who, _), (rate, _) in medians.items() if who == side), default=None) for side in ("jaxtune", "peft")
-    }
-    if all(best.values()):
-        lines.append(f"| **ratio, fastest dtype of each** | **{best['jaxtune'] / best['peft']:.2f}x** | |")
+    for peer, ours in pairs:
+        for side in (peer, ours):
+            name = f"{'transformers + PEFT' if side is peer else 'jaxtune'}, {side.dtype}"
+            if not side.seconds:
+                lines.append(f"| {name} | warm-up not done in {LIMIT} s | |")
+                continue
+            rates = [ROWS * LENGTH / second for second in side.seconds]
+            peak = f"{side.peak / 1e9:.2f}"
+            lines.append(f"| {name} | {statistics.median(rates):.0f} ({min(rates):.0f} to {max(rates):.0f}) | {peak} |")
+        if peer.seconds and ours.seconds:
+            ratios = sorted(p / o for p, o in zip(peer.seconds, ours.seconds, strict=True))
+            middle, low, high = statistics.median(ratios), ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+            lines.append(
+                f"| **ratio, {ours.dtype}** | **{middle:.2f}x** ({low:.2f} to {high:.2f}) | **{ours.peak / peer.peak:.2f}x** |"
+            )
+    best = [
+        min((pair[side] for pair in pairs if pair[side].seconds), key=lambda s: statistics.median(s.seconds)) for side in (0, 1)
+    ]
+    ratio = statistics.median(best[0].seconds) / statistics.median(best[1].seconds)
+    lines.append(f"| **ratio, fastest dtype of each ({best[0].dtype}, {best[1].dtype})** | **{ratio:.2f}x** | |")
     return "\n".join(lines) + "\n"
 
 
