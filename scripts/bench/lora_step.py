@@ -189,11 +189,11 @@ def table(pairs):
             lines.append(
                 f"| **ratio, {ours.dtype}** | **{middle:.2f}x** ({low:.2f} to {high:.2f}) | **{ours.peak / peer.peak:.2f}x** |"
             )
-    best = [
-        min((pair[side] for pair in pairs if pair[side].seconds), key=lambda s: statistics.median(s.seconds)) for side in (0, 1)
-    ]
-    ratio = statistics.median(best[0].seconds) / statistics.median(best[1].seconds)
-    lines.append(f"| **ratio, fastest dtype of each ({best[0].dtype}, {best[1].dtype})** | **{ratio:.2f}x** | |")
+    timed = [[pair[side] for pair in pairs if pair[side].seconds] for side in (0, 1)]
+    if all(timed):
+        peer, ours = (min(side, key=lambda one: statistics.median(one.seconds)) for side in timed)
+        ratio = statistics.median(peer.seconds) / statistics.median(ours.seconds)
+        lines.append(f"| **ratio, fastest dtype of each ({peer.dtype}, {ours.dtype})** | **{ratio:.2f}x** | |")
     return "\n".join(lines) + "\n"
 
 
