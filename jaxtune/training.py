@@ -25,14 +25,23 @@ from jaxtune.train.checkpoint import Checkpoints
 from jaxtune.train.loop import Evaluator, fit
 from jaxtune.train.metrics import MetricsLog, read_metrics
 from jaxtune.train.progress import Reporter
-from jaxtune.train.rundir import ADAPTER, REPORT, SAMPLES, RunDirectory, file_digest, is_run, read_config
+from jaxtune.train.rundir import (
+    ADAPTER,
+    DATA_SUMMARY,
+    REPORT,
+    SAMPLES,
+    VERIFICATION,
+    RunDirectory,
+    file_digest,
+    is_run,
+    read_config,
+)
 from jaxtune.train.setup import Setup, adopt_adapter, setup
 from jaxtune.train.step import TrainState, init_state
 from jaxtune.weights.export import TEXT, Verification, as_dict, export_adapter
 
 _SAMPLES, _SAMPLE_TOKENS = 5, 64
 _VERIFY_ROWS, _VERIFY_TOKENS = 4, 128
-DATA_SUMMARY, VERIFICATION = "data.json", "verification.json"
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class Run:
     adapter: Path
     before: dict[str, Any] | None
     after: dict[str, Any] | None
-    verification: Verification | None
+    verification: Verification
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -155,13 +164,8 @@ def _measured(
     if found:
         return found[0]
     with reporter.task("Evaluating before" if step == 0 else "Evaluating after", 1) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.resize(total)
-            bar.update(done)
-
         model = parts.model(state.trainable)
-        result = evaluate(model, parts.tokenizer, parts.source.stop_ids(), data, progress=progress)
+        result = evaluate(model, parts.tokenizer, parts.source.stop_ids(), data, progress=bar.update_of)
     row = {"split": "eval", "step": step, "epoch": _epoch(parts, step), **result}
     log.write(row)
     return row

@@ -9,7 +9,7 @@ from jaxtune.core.errors import UserError
 from jaxtune.core.files import read_json, write_text
 from jaxtune.report.charts import confusion, curve, histogram
 from jaxtune.train.metrics import read_metrics
-from jaxtune.train.rundir import CONFIG, ENVIRONMENT, SAMPLES
+from jaxtune.train.rundir import CONFIG, DATA_SUMMARY, ENVIRONMENT, SAMPLES, VERIFICATION
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem; color: #1b1f24; background: #fff }
@@ -41,9 +41,7 @@ def _read(run: Path) -> dict[str, Any]:
     rows = read_metrics(run)
     if not rows:
         raise UserError(f"{run} has no metrics yet. Train first: jaxtune train {run}/{CONFIG}")
-    optional = {
-        name: run / file for name, file in (("env", ENVIRONMENT), ("data", "data.json"), ("verification", "verification.json"))
-    }
+    optional = {name: run / file for name, file in (("env", ENVIRONMENT), ("data", DATA_SUMMARY), ("verification", VERIFICATION))}
     samples = run / SAMPLES
     return {
         "name": str(run),

@@ -23,7 +23,7 @@ _PEAK_FLOPS = {
 
 
 class MetricsLog:
-    """Appends rows to `metrics.jsonl`; a row is on disk when `write` returns.
+    """Appends rows to `metrics.jsonl`; a row survives the death of the process when `write` returns, and of the machine after `sync`.
 
     Args:
         directory: the run directory.

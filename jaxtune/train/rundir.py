@@ -15,10 +15,12 @@ from jaxtune.config.loading import dump, validated
 from jaxtune.config.schema import Config
 from jaxtune.core.errors import UserError, listed
 from jaxtune.core.files import read_json, write_json, write_text
-from jaxtune.train.checkpoint import DIRECTORY
+from jaxtune.train.checkpoint import DIRECTORY as CHECKPOINTS
+from jaxtune.train.metrics import FILE as METRICS
 
 CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, REPORT = "config.yaml", "env.json", "samples.jsonl", "adapter", "report.html"
-_OWN = (CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, REPORT, "metrics.jsonl", DIRECTORY)
+DATA_SUMMARY, VERIFICATION = "data.json", "verification.json"
+_OWN = (CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, REPORT, DATA_SUMMARY, VERIFICATION, METRICS, CHECKPOINTS)
 
 # What may change when a run is continued: it alters how the numbers are computed or kept, not which.
 _FREE = ("run.", "checkpoint.", "mesh.", "train.micro_batch_size", "train.remat")

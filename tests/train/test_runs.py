@@ -13,6 +13,7 @@ import pytest
 
 from jaxtune.train.checkpoint import steps_saved
 from jaxtune.train.metrics import read_metrics
+from jaxtune.train.rundir import RunDirectory, read_config
 from jaxtune.weights.peft import open_adapter
 from tests import tools
 
@@ -154,12 +155,23 @@ def test_a_second_start_trains_nothing_again_and_another_config_is_refused(chat_
     assert "train.seed (0 there, 1 now)" in err
     assert "--fresh" in err
     train(tmp_path / "run", chat_model, rows, **(keys | {"train__micro_batch_size": 2}))
-    assert {path.name for path in (tmp_path / "run").iterdir()} >= {
-        "config.yaml", "env.json", "metrics.jsonl", "checkpoints", "adapter", "samples.jsonl", "report.html",
-    }  # fmt: skip
+    made = {
+        "config.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "adapter",
+        "samples.jsonl",
+        "report.html",
+        "data.json",
+        "verification.json",
+    }
+    assert {path.name for path in (tmp_path / "run").iterdir()} == made
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 5
     assert all({"prompt", "wanted", "before", "after"} <= sample.keys() for sample in samples)
+    RunDirectory(read_config(tmp_path / "run"), {}, fresh=True).close()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "env.json"}
 
 
 def test_trap28_the_checkpoint_restores_on_another_number_of_devices(chat_model, rows, tmp_path):
