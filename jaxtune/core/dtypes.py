@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtune.core.errors import UserError, listed
+
 DTYPES: dict[str, np.dtype] = {
     "float32": jnp.dtype(jnp.float32),
     "bfloat16": jnp.dtype(jnp.bfloat16),
@@ -14,7 +16,7 @@ DTYPES: dict[str, np.dtype] = {
 def compute_dtype(name: str) -> np.dtype:
     """The dtype of activations and matrix products: 'auto' is bfloat16 on accelerators, float32 on CPU."""
     if name != "auto":
-        return DTYPES[name]
+        return _named(name)
     return DTYPES["float32" if jax.default_backend() == "cpu" else "bfloat16"]
 
 
@@ -28,8 +30,14 @@ def storage_dtype(name: str, found: np.dtype, quantised: bool) -> np.dtype:
 
     """
     if name != "auto":
-        return DTYPES[name]
+        return _named(name)
     return compute_dtype("auto") if quantised else found
+
+
+def _named(name: str) -> np.dtype:
+    if name not in DTYPES:
+        raise UserError(f"The dtype {name!r} is not supported; supported are auto, {listed(DTYPES)}.")
+    return DTYPES[name]
 
 
 def precision(dtype: np.dtype) -> jax.lax.Precision | None:

@@ -68,7 +68,7 @@ def _text(row: Row, key: str) -> str:
     if key not in row.value:
         raise UserError(f"{row.place}: the key '{key}' is missing; there are {listed(row.value)}.{nearest(key, row.value)}")
     if not isinstance(row.value[key], str):
-        raise UserError(f"{row.place}: '{key}' is a {type(row.value[key]).__name__}, not a string.")
+        raise UserError(f"{row.place}: '{key}' is of type {type(row.value[key]).__name__}, not a string.")
     return row.value[key]
 
 

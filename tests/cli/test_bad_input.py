@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxtune.cli.main import main
+from jaxtune.core.errors import UserError
 from tests import tools
 
 GOOD = tools.chat("1+1?", "2")
@@ -34,7 +35,7 @@ def broken(chat_model, tmp_path):
     return shutil.copytree(chat_model, tmp_path / "broken")
 
 
-def refuses(cli, tmp_path, model, *expected, rows=None, extra=()):
+def assert_refused(cli, tmp_path, model, *expected, rows=None, extra=()):
     """Training is refused with one message that has all that is expected, and makes no run directory."""
     data = rows if isinstance(rows, str) else tools.write_rows(tmp_path / "rows.jsonl", [GOOD] if rows is None else rows)
     code, err = cli(
@@ -65,7 +66,7 @@ BAD_ROWS = {
     "suggested role": (['{"messages": [{"role": "asistant", "content": "x"}]}'], "Did you mean 'assistant'?"),
     "content of another type": (['{"messages": [{"role": "user", "content": 3}]}'], "messages[0]: 'content' is not a string"),
     "no completion": (['{"prompt": "x", "completions": "y"}'], "Did you mean 'completions'?"),
-    "prompt of another type": (['{"prompt": 1, "completion": "y"}'], "rows.jsonl:1: 'prompt' is a int, not a string"),
+    "prompt of another type": (['{"prompt": 1, "completion": "y"}'], "rows.jsonl:1: 'prompt' is of type int, not a string"),
     "not UTF-8": ([GOOD_LINE, b'{"prompt": "\xa3"}'], "rows.jsonl:2: not UTF-8"),
     "empty": ([""], "rows.jsonl has no rows"),
     "nothing supervised": (['{"messages": [{"role": "user", "content": "x"}]}'], "no row has a supervised token"),
@@ -75,12 +76,12 @@ BAD_ROWS = {
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_rows(name, cli, tmp_path, chat_model):
     texts, expected = BAD_ROWS[name]
-    refuses(cli, tmp_path, chat_model, expected, rows=lines(tmp_path / "rows.jsonl", *texts))
+    assert_refused(cli, tmp_path, chat_model, expected, rows=lines(tmp_path / "rows.jsonl", *texts))
 
 
 def test_missing_files(cli, tmp_path, chat_model):
-    refuses(cli, tmp_path, chat_model, "nowhere.jsonl", rows=str(tmp_path / "nowhere.jsonl"))
-    refuses(cli, tmp_path, tmp_path / "no-model", "does not exist")
+    assert_refused(cli, tmp_path, chat_model, "nowhere.jsonl", rows=str(tmp_path / "nowhere.jsonl"))
+    assert_refused(cli, tmp_path, tmp_path / "no-model", "does not exist")
     code, err = cli("train", tmp_path / "none.yaml")
     assert (code, err) == (2, f"jaxtune: {tmp_path / 'none.yaml'} does not exist.\n")
 
@@ -125,10 +126,14 @@ def test_overrides(cli):
 
 
 def test_targets_and_mesh(cli, tmp_path, chat_model):
-    refuses(cli, tmp_path, chat_model, "'q_prj' matches no module", "Did you mean 'q_proj'?", extra=["adapter.targets=[q_prj]"])
-    refuses(cli, tmp_path, chat_model, "'lm_head' matches no module", extra=["adapter.targets=[lm_head]"])
-    refuses(cli, tmp_path, chat_model, "needs 3 devices and there are 8", extra=["mesh.data=3", "mesh.fsdp=1"])
-    refuses(cli, tmp_path, chat_model, "train.batch_size = 6 rows do not divide over 8 devices", extra=["train.batch_size=6"])
+    assert_refused(
+        cli, tmp_path, chat_model, "'q_prj' matches no module", "Did you mean 'q_proj'?", extra=["adapter.targets=[q_prj]"]
+    )
+    assert_refused(cli, tmp_path, chat_model, "'lm_head' matches no module", extra=["adapter.targets=[lm_head]"])
+    assert_refused(cli, tmp_path, chat_model, "needs 3 devices and there are 8", extra=["mesh.data=3", "mesh.fsdp=1"])
+    assert_refused(
+        cli, tmp_path, chat_model, "train.batch_size = 6 rows do not divide over 8 devices", extra=["train.batch_size=6"]
+    )
 
 
 def edit(path, change):
@@ -151,20 +156,20 @@ WEIGHTS = {
 def test_weights(name, cli, tmp_path, broken):
     change, expected = WEIGHTS[name]
     edit(broken / "model.safetensors", change)
-    refuses(cli, tmp_path, broken, expected)
+    assert_refused(cli, tmp_path, broken, expected)
 
 
 def test_weights_cut_short(cli, tmp_path, broken):
     path = broken / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    refuses(cli, tmp_path, broken, "model.safetensors is not a whole safetensors file")
+    assert_refused(cli, tmp_path, broken, "model.safetensors is not a whole safetensors file")
 
 
 def test_gguf_cut_short(cli, tmp_path, smollm2):
     data = smollm2.read_bytes()
     for size in (2, 3000, 1_500_000, len(data) - 1000):
         (tmp_path / "cut.gguf").write_bytes(data[:size])
-        refuses(cli, tmp_path, tmp_path / "cut.gguf", "cut.gguf is not a whole GGUF file")
+        assert_refused(cli, tmp_path, tmp_path / "cut.gguf", "cut.gguf is not a whole GGUF file")
 
 
 ARCHITECTURES = {
@@ -183,7 +188,14 @@ ARCHITECTURES = {
 def test_architecture(name, cli, tmp_path, broken):
     change, expected = ARCHITECTURES[name]
     tools.rewrite_config(broken, lambda raw: raw.update(change))
-    refuses(cli, tmp_path, broken, expected, "config.json: ")
+    assert_refused(cli, tmp_path, broken, expected, "config.json: ")
+
+
+def test_a_dtype_that_python_asks_for(chat_model):
+    import jaxtune
+
+    with pytest.raises(UserError, match="The dtype 'int8' is not supported; supported are auto, float32"):
+        jaxtune.load(str(chat_model), dtype="int8")
 
 
 def test_other_commands(cli, tmp_path, chat_model):
