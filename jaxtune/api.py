@@ -20,6 +20,7 @@ from jaxtune.generate.sampling import Sampling
 from jaxtune.models.decoder import CausalLM
 from jaxtune.train.progress import Reporter
 from jaxtune.train.rundir import ADAPTER, is_run, read_config
+from jaxtune.training import Run, export_run, run
 from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import attach, open_adapter
 from jaxtune.weights.source import Source, resolve
@@ -52,7 +53,7 @@ def load(model: str, adapter: str | None = None, dtype: str = "auto", mesh: Mesh
     Args:
         model: a hub id, a Hugging Face directory, a .gguf file or a run directory (whose adapter comes with it).
         adapter: a PEFT adapter directory.
-        dtype: storage of the weights: auto, float32 or bfloat16.
+        dtype: storage of the weights: auto, float32, bfloat16 or float16.
         mesh: the devices; all of them by default.
 
     Raises:
@@ -86,7 +87,7 @@ def open_model(model: str | Pair, adapter: str | None = None, dtype: str = "auto
     return Loaded(network, source.tokenizer(), source.stop_ids(), source)
 
 
-def train(config: Config | dict | str | Path, *, fresh: bool = False, quiet: bool = False) -> Any:
+def train(config: Config | dict | str | Path, *, fresh: bool = False, quiet: bool = False) -> Run:
     """Train, or go on with a run that was stopped.
 
     Args:
@@ -102,8 +103,6 @@ def train(config: Config | dict | str | Path, *, fresh: bool = False, quiet: boo
         RunFailure: a loss that is not finite, or an export that does not verify.
 
     """
-    from jaxtune.training import run
-
     if isinstance(config, dict):
         config = validated(config)
     elif not isinstance(config, Config):
@@ -122,12 +121,7 @@ def evaluate(
     """
     loaded = open_model(model, adapter)
     with Reporter(quiet).task("Evaluating", 1) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.resize(total)
-            bar.update(done)
-
-        return evaluate_model(loaded.model, with_tokenizer(loaded), loaded.stop_ids, str(data), task, batch_size, progress)
+        return evaluate_model(loaded.model, with_tokenizer(loaded), loaded.stop_ids, str(data), task, batch_size, bar.update_of)
 
 
 def generate(
@@ -183,8 +177,6 @@ def export(run_dir: str | Path, to: str = "peft", out: str | Path | None = None)
         RunFailure: the export does not compute what was trained.
 
     """
-    from jaxtune.training import export_run
-
     if out is None:
         raise UserError("export: say where to with out=DIR (--out DIR).")
     if to != "peft":

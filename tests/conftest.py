@@ -17,8 +17,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 import pytest  # noqa: E402 (the settings above must stand before anything starts a backend)
 
-from jaxtune.core.mesh import make_mesh  # noqa: E402
-from tests import tools  # noqa: E402
+from jaxtune.core.mesh import make_mesh  # noqa: E402 (likewise)
+from tests import tools  # noqa: E402 (likewise: it imports torch and transformers, which read the environment above)
 
 
 @pytest.fixture(scope="session")

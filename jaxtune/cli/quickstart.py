@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
 
     from jaxtune.cli.news import write_news
     from jaxtune.cli.options import write_json
-    from jaxtune.cli.train import summary
+    from jaxtune.cli.train import figures, summary
     from jaxtune.config.loading import validated
     from jaxtune.train.progress import Reporter
     from jaxtune.training import run as train
@@ -53,9 +53,7 @@ def run(options: argparse.Namespace) -> None:
     result = train(validated(keys), reporter, fresh=options.fresh)
     print(summary(result))
     print(f"\nThe next three commands to try:\n{_next(directory, tested)}")
-    write_json(
-        options.json, {"dir": str(result.dir), "adapter": str(result.adapter), "before": result.before, "after": result.after}
-    )
+    write_json(options.json, figures(result))
 
 
 def _next(directory: "Path", tested: "Path") -> str:

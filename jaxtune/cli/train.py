@@ -5,6 +5,10 @@ jaxtune train --model MODEL --data FILE [key=value ...]
 """
 
 import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxtune.training import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,12 +38,15 @@ def run(options: argparse.Namespace) -> None:
     config = from_arguments([*options.arguments, *shortcuts])
     result = train(config, Reporter(options.quiet), fresh=options.fresh)
     print(summary(result))
-    write_json(
-        options.json, {"dir": str(result.dir), "adapter": str(result.adapter), "before": result.before, "after": result.after}
-    )
+    write_json(options.json, figures(result))
 
 
-def summary(result) -> str:
+def figures(result: "Run") -> dict[str, Any]:
+    """What `--json` holds of a run."""
+    return {"dir": str(result.dir), "adapter": str(result.adapter), "before": result.before, "after": result.after}
+
+
+def summary(result: "Run") -> str:
     """What came of a run, for a person."""
     from jaxtune.cli.options import metrics_table
 

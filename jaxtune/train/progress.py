@@ -55,12 +55,6 @@ class Task:
         if self.bar:
             self.bar.stop()
 
-    def resize(self, total: int) -> None:
-        """There are so many units, which was not known at the start."""
-        self.total = total
-        if self.bar:
-            self.bar.update(self._id, total=total)
-
     def update(self, done: int, text: str = "") -> None:
         """So many units are done; `text` is what there is to say of them."""
         if self.bar:
@@ -71,6 +65,13 @@ class Task:
             self._reported = True
             left = (time.monotonic() - self._began) / max(done - self.start, 1) * (self.total - done)
             self.console.print(f"{self.name} {done}/{self.total}  {text + '  ' if text else ''}{_clock(left)} left", markup=False)
+
+    def update_of(self, done: int, total: int) -> None:
+        """So many of so many units are done, where the total was not known at the start."""
+        self.total = total
+        if self.bar:
+            self.bar.update(self._id, total=total)
+        self.update(done)
 
 
 def _columns() -> tuple[ProgressColumn, ...]:

@@ -124,8 +124,10 @@ def test_resolved_configuration_reads_back_the_same(tmp_path):
 
 
 def test_shipped_configurations_load():
-    for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"):
-        load_config(path)
+    paths = list((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        assert load_config(path) != Config(), f"{path} says nothing beyond the defaults"
 
 
 def test_the_schema_describes_every_key():

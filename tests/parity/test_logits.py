@@ -41,7 +41,7 @@ def load(directory, mesh):
     return load_model(resolve(str(directory)), mesh)
 
 
-def compare(directory, reference, mesh, length=48):
+def assert_equals_transformers(directory, reference, mesh, length=48):
     ids = np.random.default_rng(0).integers(0, 256, (2, length))
     ours = np.asarray(load(directory, mesh)(ids))
     np.testing.assert_allclose(ours, tools.torch_logits(reference, ids), atol=1e-4, rtol=0)
@@ -56,14 +56,14 @@ def test_rope_kinds_in_both_dialects(kind, dialect, tmp_path, one_device):
     tools.save_model(tmp_path, config)
     if dialect == "old":
         tools.rewrite_config(tmp_path, tools.old_dialect)
-    compare(tmp_path, tools.random_model(config), one_device)
+    assert_equals_transformers(tmp_path, tools.random_model(config), one_device)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(shape, tmp_path, one_device):
     config = tools.tiny_config(**SHAPES[shape])
     tools.save_model(tmp_path, config)
-    compare(tmp_path, tools.random_model(config), one_device)
+    assert_equals_transformers(tmp_path, tools.random_model(config), one_device)
 
 
 @pytest.mark.parametrize("kind", ROPES)
@@ -77,7 +77,7 @@ def test_trap10_every_rope_number_is_read(kind, tmp_path, one_device):
         config = tools.tiny_config(rope_parameters=rope, head_dim=64, **context)  # many frequencies, so that each number shows
         directory = tmp_path / str(change)
         tools.save_model(directory, config)
-        logits = compare(directory, tools.random_model(config), one_device)
+        logits = assert_equals_transformers(directory, tools.random_model(config), one_device)
         assert before is None or np.abs(logits - before).max() > 1e-4, f"{change} has no effect"
         before = logits if before is None else before
 
@@ -128,7 +128,7 @@ def test_bfloat16_weights_keep_their_dtype(tmp_path, one_device):
     tools.save_model(tmp_path, config, dtype=torch.bfloat16)
     model = load(tmp_path, one_device)
     assert model.model.layers.mlp.up_proj.weight[...].dtype == jnp.bfloat16
-    compare(tmp_path, LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), one_device)
+    assert_equals_transformers(tmp_path, LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), one_device)
 
 
 @pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
@@ -137,4 +137,4 @@ def test_logits_do_not_depend_on_the_mesh(mesh_shape, tmp_path):
 
     config = tools.tiny_config()
     tools.save_model(tmp_path, config)
-    compare(tmp_path, tools.random_model(config), make_mesh(*mesh_shape))
+    assert_equals_transformers(tmp_path, tools.random_model(config), make_mesh(*mesh_shape))

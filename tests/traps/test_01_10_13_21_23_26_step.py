@@ -62,7 +62,7 @@ def factors(state):
     return {".".join(map(str, path)): np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(state)}
 
 
-def same(left, right, tolerance):
+def assert_same(left, right, tolerance):
     np.testing.assert_allclose(left[0], right[0], rtol=tolerance)
     for name, value in left[1].items():
         np.testing.assert_allclose(value, right[1][name], atol=tolerance, err_msg=name)
@@ -72,14 +72,14 @@ def same(left, right, tolerance):
 @pytest.mark.parametrize("cuts", [2, 4, 8])
 def test_trap01_accumulation_equals_the_big_batch(cuts, dropout, chat_model, one_device):
     run = Run(chat_model, one_device, dropout=dropout)
-    same(run.train(cuts=cuts), run.train(cuts=1), 2e-5)
+    assert_same(run.train(cuts=cuts), run.train(cuts=1), 2e-5)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
 def test_trap01_trap26_no_mesh_changes_the_numbers(shape, chat_model, one_device):
     """Dropout is on: its draws, too, are the same on every mesh."""
     alone = Run(chat_model, one_device, dropout=0.3).train()
-    same(Run(chat_model, make_mesh(*shape), dropout=0.3).train(), alone, 2e-5)
+    assert_same(Run(chat_model, make_mesh(*shape), dropout=0.3).train(), alone, 2e-5)
 
 
 def test_trap13_trainable_leaves_and_moments_are_float32_and_tiny_updates_last(chat_model, one_device):
@@ -102,7 +102,7 @@ def test_trap21_every_b_learns_under_every_remat_policy(remat, chat_model, one_d
     for name, value in found[1].items():
         if name.endswith("lora_B"):
             assert all(np.abs(layer).max() > 0 for layer in value), name
-    same(found, Run(chat_model, one_device).train(), 2e-5)
+    assert_same(found, Run(chat_model, one_device).train(), 2e-5)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
@@ -132,7 +132,7 @@ def test_trap23_wsd_and_constant_and_fraction():
 
 def test_trap23_the_schedule_counts_optimizer_steps_not_micro_steps(chat_model, one_device):
     run = Run(chat_model, one_device, schedule="linear")
-    same(run.train(steps=4, cuts=4), run.train(steps=4, cuts=1), 2e-5)
+    assert_same(run.train(steps=4, cuts=4), run.train(steps=4, cuts=1), 2e-5)
 
 
 def test_trap26_dropout_differs_by_step_and_row_and_is_off_in_evaluation(chat_model, one_device):
