@@ -41,7 +41,7 @@ def test_macro_f1_and_confusion():
 def test_interval_covers_and_repeats():
     values = np.random.default_rng(0).normal(size=400)
     low, high = interval(400, lambda chosen: float(values[chosen].mean()))
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.15)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
     assert (low, high) == tuple(interval(400, lambda chosen: float(values[chosen].mean())))
 
 

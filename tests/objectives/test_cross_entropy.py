@@ -43,3 +43,8 @@ def test_memory_is_a_chunk_of_logits_and_a_frozen_head_has_no_gradient():
     hidden, head, targets, weights = (jax.ShapeDtypeStruct(p.shape, p.dtype) for p in arrays(4096, vocab=4096, embed=32))
     program = jax.jit(jax.grad(linear_cross_entropy)).lower(hidden, head, targets, weights).compile()
     assert program.memory_analysis().temp_size_in_bytes < 4 * 256 * 4096 * 4 + 4 * 4096 * 32 * 4
+
+    def products(wanted):
+        return str(jax.make_jaxpr(jax.grad(linear_cross_entropy, wanted))(hidden, head, targets, weights)).count("dot_general[")
+
+    assert (products(0), products((0, 1))) == (2, 3)  # the logits, the gradient of the hidden states, that of the head

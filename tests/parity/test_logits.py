@@ -132,9 +132,11 @@ def test_bfloat16_weights_keep_their_dtype(tmp_path, one_device):
 
 
 @pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
-def test_logits_do_not_depend_on_the_mesh(mesh_shape, tmp_path):
+@pytest.mark.parametrize("sizes", [{}, {"vocab_size": 289, "intermediate_size": 50, "hidden_size": 36}], ids=["even", "odd"])
+def test_logits_do_not_depend_on_the_mesh(sizes, mesh_shape, tmp_path):
+    """Also where sizes do not divide over it."""
     from jaxtune.core.mesh import make_mesh
 
-    config = tools.tiny_config()
+    config = tools.tiny_config(**sizes, head_dim=8)
     tools.save_model(tmp_path, config)
     assert_equals_transformers(tmp_path, tools.random_model(config), make_mesh(*mesh_shape))

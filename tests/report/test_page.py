@@ -43,6 +43,7 @@ def test_page(run, tmp_path):
         assert text in own
     assert "<script>alert" not in own
     assert "b&lt;b&gt;" in own
+    assert "run <1>" not in own
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", own)
     assert own.count("Plotly.newPlot") == 6  # four curves and two confusion matrices
 
