@@ -13,11 +13,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxtune.adapters.lora import LoRAParam
 from jaxtune.core.errors import RunFailure
 from jaxtune.core.files import new_directory, write_text
 from jaxtune.models.decoder import CausalLM
 from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import attach, open_adapter, write_adapter
+from jaxtune.weights.rows import rows
 from jaxtune.weights.source import Source
 
 # Largest difference of logits, relative to the largest logit. A reload by this program runs the same code on the same numbers;
@@ -39,7 +41,7 @@ class Verification:
         tokens: tokens of text.
         largest_logit: the largest absolute logit.
         reload_difference: largest difference of logits, trained model against reload by this program.
-        peft_difference: the same against PEFT in float32; None where it was not run.
+        peft_difference: the same against PEFT computing in float32 on the base as it was stored here; None where it was not run.
         peft_note: why it was not run.
 
     """
@@ -153,6 +155,9 @@ def _compare_with_peft(fresh: CausalLM, adapter: Path, source: Source, batch: tu
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other packages among themselves
         base = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
+        stored = _stored(fresh)
+        for name, weight in base.named_parameters():  # the base that was trained on may have been kept in fewer bits
+            weight.copy_(weight.to(getattr(torch, stored[name])))
         peft = PeftModel.from_pretrained(base, adapter, cache_dir=scratch).eval()
         ids, mask = (torch.from_numpy(part.astype(np.int64)) for part in batch)
         theirs = peft(input_ids=ids, attention_mask=mask).logits.float().numpy()[batch[1] > 0]
@@ -162,6 +167,13 @@ def _compare_with_peft(fresh: CausalLM, adapter: Path, source: Source, batch: tu
             f"PEFT computes something else with the exported adapter: logits differ by {difference:.2e} (largest {top:.1f}). Not written."
         )
     return difference
+
+
+def _stored(model: CausalLM) -> dict[str, str]:
+    """The dtype in which each tensor of the base is kept, by Hugging Face's names."""
+    base = nnx.state(model, lambda path, variable: isinstance(variable, nnx.Param) and not isinstance(variable, LoRAParam))
+    leaves = (variable.get_value() for _, variable in nnx.to_flat_state(base))
+    return {name: leaf.dtype.name for row, leaf in zip(rows(base), leaves, strict=True) for name in row.names}
 
 
 def _card(source: Source, result: Verification) -> str:

@@ -10,10 +10,10 @@ from jaxtune.config.loading import dump, keys, load_config, schema
 from jaxtune.config.schema import Config
 from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
+from jaxtune.train import setup
 from jaxtune.train.checkpoint import steps_saved
 from jaxtune.train.metrics import read_metrics
 from jaxtune.train.progress import Reporter
-from jaxtune.train.setup import adopt_adapter
 from jaxtune.training import run
 from jaxtune.weights import export
 from jaxtune.weights.peft import write_adapter
@@ -60,7 +60,7 @@ def base(chat_model, tmp_path_factory):
 def observe(overrides, directory, monkeypatch):
     """All that a run records, times apart; on one device unless the mesh is the subject, and without sample answers, which cost time."""
     if not any(override.startswith("mesh.") for override in overrides):
-        monkeypatch.setattr("jaxtune.train.setup.make_mesh", lambda *sizes: make_mesh(devices=jax.devices()[:1]))
+        monkeypatch.setattr(setup, "make_mesh", lambda *sizes: make_mesh(devices=jax.devices()[:1]))
     monkeypatch.setattr("jaxtune.training._answers", lambda parts, model, samples: [""] * len(samples))
     monkeypatch.setattr(export, "_why_not_peft", lambda source: "not the subject here")
     monkeypatch.setattr("jaxtune.core.runtime.start", lambda: None)
@@ -107,11 +107,11 @@ def test_files_and_formats(base, plain, chat_model, tmp_path, monkeypatch):
 def test_an_adapter_to_start_from_brings_its_numbers_and_contradicting_ones_are_refused(chat_model, tmp_path, one_device):
     write_adapter(tmp_path, with_adapter(chat_model, one_device, ["v_proj"], rank=2, alpha=6.0, rslora=True), "base")
     start = f"adapter.init={tmp_path}"
-    found = adopt_adapter(load_config(overrides=[start])).adapter
+    found = setup.adopt_adapter(load_config(overrides=[start])).adapter
     assert (found.rank, found.alpha, found.rslora, found.targets) == (2, 6.0, True, ["v_proj"])
     contradicting = load_config(overrides=["adapter.rank=4", start])
     with pytest.raises(UserError, match=r"adapter\.rank = 4, and adapter\.init has 2"):
-        adopt_adapter(contradicting)
+        setup.adopt_adapter(contradicting)
 
 
 def test_resolved_configuration_reads_back_the_same(tmp_path):

@@ -148,7 +148,7 @@ def test_export_is_verified_by_both_and_carries_the_tokenizer(chat_model, tmp_pa
     assert result.peft_difference < 1e-3
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"} <= names
-    assert resolve(str(chat_model)).tokenizer().chat_template in [tools.CHATML]
+    assert resolve(str(chat_model)).tokenizer().chat_template == tools.CHATML
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(chat_model)
     from transformers import AutoTokenizer
 
@@ -178,6 +178,15 @@ def test_an_export_that_computes_something_else_is_not_written(breakage, chat_mo
     with pytest.raises(RunFailure, match="computes something else"):
         exported(tmp_path / "out", model, chat_model, one_device)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_verifies_on_a_base_that_was_stored_in_fewer_bits_than_its_file(chat_model, tmp_path, one_device):
+    source = resolve(str(chat_model))
+    model = load_model(source, one_device, dtype="bfloat16")
+    inject(model, "all-linear", LoRAConfig(4, 8.0), 0, one_device)
+    result = export_adapter(tmp_path / "out", model, source, None, TEXTS, one_device, dtype="bfloat16", compute="auto")
+    assert result.peft_note is None
+    assert result.peft_difference < 1e-3
 
 
 def test_low_precision_base_keeps_float32_factors(tmp_path, one_device):
