@@ -61,7 +61,7 @@ def inject(model: nnx.Module, targets: str | Sequence[str], config: LoRAConfig, 
         *parents, name = path.split(".")
         parent = model
         for part in parents:
-            parent = getattr(parent, part)
+            parent = parent[int(part)] if part.isdigit() else getattr(parent, part)
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
         adapted = LoRALinear(linear, path, config, key)
         for factor in (adapted.lora_A, adapted.lora_B):

@@ -25,6 +25,7 @@ class Rules:
     kv_heads: type_axis = "tensor"
     mlp: type_axis = "tensor"
     vocab: type_axis = "tensor"
+    expert: str = "tensor"
     rank: type_axis = None
     layers: type_axis = None
 

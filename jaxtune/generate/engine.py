@@ -16,6 +16,7 @@ from jaxtune.models.cache import Cache, make_cache
 from jaxtune.models.decoder import CausalLM
 
 _LEAST_PREFIX = 16
+_PADDING = -1
 
 
 class Prefilled:
@@ -58,10 +59,21 @@ class Engine:
         """
         out: list[list[int]] = []
         for start in range(0, len(prompts), self.batch):
-            part = prompts[start : start + self.batch]
-            out += self.continue_from(self.prefill(part, max_new_tokens), max_new_tokens, sampling or Sampling(), start)
+            out += self._generate(prompts[start : start + self.batch], max_new_tokens, sampling or Sampling(), start)
             if progress:
                 progress(len(out))
+        return out
+
+    def _generate(self, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling, first_row: int) -> list[list[int]]:
+        """The answers of one batch. A text that grows past the model's `rope_limit` is read again with the frequencies of long texts."""
+        limit = self.config.rope_limit
+        rooms = [count if limit is None or len(prompt) > limit else min(count, limit + 1 - len(prompt)) for prompt in prompts]
+        found = self.continue_from(self.prefill(prompts, max(rooms)), max(rooms), sampling, first_row)
+        out = [tokens[:room] for tokens, room in zip(found, rooms, strict=True)]
+        for row, (prompt, room) in enumerate(zip(prompts, rooms, strict=True)):
+            if len(out[row]) == room < count:
+                longer = self.prefill([[*prompt, *out[row]]], count - room)
+                out[row] += self.continue_from(longer, count - room, sampling, first_row + row)[0]
         return out
 
     def prefill(self, prompts: Sequence[Sequence[int]], room: int) -> Prefilled:
@@ -75,7 +87,7 @@ class Engine:
             raise UserError("An empty prompt: there is nothing to go on from.")
         longest = max(map(len, prompts))
         slots = _bucket(longest + room)
-        common = _common_prefix(prompts)
+        common = 0 if self.config.rope_limit else _common_prefix(prompts)
         rows = 1 if len(prompts) == 1 else self.batch
         cache = make_cache(self.config, 1 if common else rows, slots, self.dtype)
         if common:
@@ -118,7 +130,8 @@ def _prefill(
     graph: nnx.GraphDef, state: Any, cache: Cache, ids: jax.Array, start: jax.Array, lengths: jax.Array
 ) -> tuple[Cache, jax.Array]:
     model = nnx.merge(graph, state)
-    positions = jnp.broadcast_to(start + jnp.arange(ids.shape[1]), ids.shape)
+    places = jnp.arange(ids.shape[1])[None]
+    positions = jnp.where(places < lengths[:, None], start + places, _PADDING)
     hidden, cache = model.hidden_states(ids, positions=positions, cache=cache)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return cache, model.logits(last)
@@ -130,7 +143,8 @@ def _score(
 ) -> jax.Array:
     model = nnx.merge(graph, state)
     first = jax.nn.log_softmax(logits)[jnp.arange(ids.shape[0]), ids[:, 0]]
-    positions = lengths[:, None] + jnp.arange(ids.shape[1] - 1)
+    places = jnp.arange(ids.shape[1] - 1)[None]
+    positions = jnp.where(places < counts[:, None], lengths[:, None] + places, _PADDING)
     hidden, _ = model.hidden_states(ids[:, :-1], positions=positions, cache=cache)
     following = jax.nn.log_softmax(model.logits(hidden))
     rest = jnp.take_along_axis(following, ids[:, 1:, None], axis=-1)[..., 0]

@@ -17,7 +17,8 @@ class Cache(NamedTuple):
     values: Float[Array, "layers batch slots kv_heads head_dim"]
 
     def write(self, layer: jax.Array, keys: jax.Array, values: jax.Array, positions: Int[Array, "batch seq"]) -> "Cache":
-        """The cache with a layer's new keys and values at their positions; what an earlier, longer pass left there is replaced."""
+        """The cache with a layer's new keys and values at their positions; what has a negative one, padding, is not kept."""
+        positions = jnp.where(positions < 0, self.keys.shape[2], positions)  # out of bounds, and so dropped
         place = (layer, jnp.arange(keys.shape[0])[:, None], positions)
         return Cache(
             self.keys.at[place].set(keys.astype(self.keys.dtype), mode="drop"),

@@ -1,156 +1,130 @@
-"""The architecture of a model, read from either dialect of Hugging Face's `config.json`."""
+"""The architecture of a decoder: one description with declared variations, whatever the family."""
 
 from dataclasses import dataclass, field
-from typing import Any
-
-from jaxtune.core.errors import UserError, listed
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding: its base and how it is stretched to longer texts.
 
-    `kind` is one of default, linear, dynamic, llama3, yarn; `options` holds that kind's numbers under the names of `config.json`.
+    `kind` is one of default, linear, dynamic, llama3, yarn, longrope; `options` holds that kind's numbers under the names of
+    `config.json`; `partial` is the share of a head's dimensions that is rotated.
     """
 
     kind: str = "default"
     theta: float = 10000.0
     options: tuple[tuple[str, Any], ...] = ()
+    partial: float = 1.0
 
     def get(self, name: str, default: Any = None) -> Any:
         """The option `name`, or `default`."""
         return dict(self.options).get(name, default)
 
+    @property
+    def by_length(self) -> bool:
+        """Whether the frequencies depend on how long the text is."""
+        return self.kind in ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What differs from layer to layer.
+
+    Attributes:
+        window: a token sees itself and the window - 1 tokens before; None: all of them.
+        rope: which of the model's rotary embeddings; None: no position at all (NoPE).
+        sparse: whether the feed-forward part is a mixture of experts.
+
+    """
+
+    window: int | None = None
+    rope: int | None = 0
+    sparse: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """A mixture of experts: `chosen` of `count` feed-forward networks of `size` for every token.
+
+    `normalise`: whether the chosen experts' probabilities are scaled to sum to one.
+    """
+
+    count: int
+    chosen: int
+    size: int
+    normalise: bool
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    """Normalisation: x / rms(x) * (offset + weight).
+
+    `wide`: whether the weight is multiplied in float32, before the result is rounded to the compute dtype, or after.
+    """
+
+    eps: float
+    offset: float = 0.0
+    wide: bool = False
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder's shape. `raw` is the `config.json` it came from, written back unchanged on export."""
+    """A decoder's shape and variations. `raw` is the `config.json` it came from, written back unchanged on export.
+
+    Attributes:
+        ropes: the rotary embeddings that layers choose from.
+        layers: one entry a layer.
+        norms: where the block normalises: `pre` (input of attention and MLP), `post` (their output) or `sandwich` (both).
+        qk_norm: queries and keys are normalised by `head`, over all heads together (`full`), or not at all.
+        qkv_bias, o_bias, mlp_bias: which linear maps have a bias.
+        fused: q, k and v in one matrix (`qkv_proj`), gate and up in one (`gate_up_proj`).
+        attention_scale: what q k^T is multiplied with.
+        attention_softcap, logit_softcap: c in c tanh(x / c), on scores and logits; None: not at all.
+        embedding_scale, residual_scale, logit_scale: multipliers of the embeddings, of what a block adds, of the logits.
+
+    """
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    norm_eps: float
     max_positions: int
-    rope: RopeConfig
+    norm: NormConfig
+    ropes: tuple[RopeConfig, ...]
+    layers: tuple[LayerConfig, ...]
     tie_embeddings: bool
-    attention_bias: bool
-    mlp_bias: bool
+    attention_scale: float
+    activation: str = "silu"
+    norms: Literal["pre", "post", "sandwich"] = "pre"
+    qk_norm: Literal["head", "full"] | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    fused: bool = False
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    experts: ExpertsConfig | None = None
     raw: dict[str, Any] = field(compare=False, hash=False, repr=False, default_factory=dict)
 
+    @property
+    def num_layers(self) -> int:
+        """Layers of the decoder."""
+        return len(self.layers)
 
-# What each kind of RoPE must have and may have, beside rope_type and rope_theta.
-_ROPE_OPTIONS: dict[str, tuple[set[str], set[str]]] = {
-    "default": (set(), set()),
-    "linear": ({"factor"}, set()),
-    "dynamic": ({"factor"}, set()),
-    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
-    "yarn": (
-        {"factor"},
-        {
-            "original_max_position_embeddings",
-            "attention_factor",
-            "beta_fast",
-            "beta_slow",
-            "mscale",
-            "mscale_all_dim",
-            "truncate",
-        },
-    ),
-}
+    @property
+    def segments(self) -> tuple[range, ...]:
+        """Runs of layers of one structure, each of which is a stack of arrays and one compiled layer."""
+        cuts = [at for at in range(1, len(self.layers)) if self.layers[at].sparse != self.layers[at - 1].sparse]
+        return tuple(range(start, stop) for start, stop in zip([0, *cuts], [*cuts, len(self.layers)], strict=True))
 
-# Keys of config.json that do not change what a Llama computes.
-_NEUTRAL = {
-    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "initializer_range",
-    "is_llama_config", "model_type", "pad_token_id", "pretraining_tp", "torch_dtype",
-    "transformers_version", "transformers.js_config", "use_cache", "_attn_implementation_autoset",
-    "unsloth_fixed", "unsloth_version", "torchscript", "layer_types", "_commit_hash", "output_attentions",
-    "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type", "chunk_size_feed_forward",
-    "is_encoder_decoder", "tokenizer_class", "task_specific_params", "name_or_path",
-}  # fmt: skip
-_READ = {
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "rms_norm_eps", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters",
-    "tie_word_embeddings", "attention_bias", "mlp_bias", "hidden_act",
-}  # fmt: skip
-
-
-def from_hf(raw: dict[str, Any], where: str) -> ModelConfig:
-    """The architecture that a `config.json` describes.
-
-    Args:
-        raw: the parsed file, in the dialect of `rope_theta` + `rope_scaling` or of `rope_parameters`.
-        where: the file, for messages.
-
-    Raises:
-        UserError: another architecture, or a key or value whose meaning this code does not implement.
-
-    """
-    names = raw.get("architectures") or []
-    if raw.get("model_type") != "llama" or any(name != "LlamaForCausalLM" for name in names):
-        what = listed(names) or f"model_type {raw.get('model_type')!r}"
-        raise UserError(f"{where}: architecture {what} is not supported; supported is LlamaForCausalLM (model_type llama).")
-    if missing := [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if key not in raw]:
-        raise UserError(f"{where}: the keys {listed(missing)} are missing.")
-    _refuse_unknown(raw, where)
-    heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
-    config = ModelConfig(
-        vocab_size=raw["vocab_size"],
-        hidden_size=hidden,
-        intermediate_size=raw.get("intermediate_size", 11008),
-        num_layers=raw["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or hidden // heads,
-        norm_eps=raw.get("rms_norm_eps", 1e-6),
-        max_positions=raw.get("max_position_embeddings", 2048),
-        rope=_rope(raw, where),
-        tie_embeddings=raw.get("tie_word_embeddings", False),
-        attention_bias=raw.get("attention_bias", False),
-        mlp_bias=raw.get("mlp_bias", False),
-        raw=dict(raw),
-    )
-    if config.num_heads % config.num_kv_heads:
-        raise UserError(f"{where}: num_key_value_heads ({config.num_kv_heads}) must divide num_attention_heads ({heads}).")
-    if config.head_dim % 2:
-        raise UserError(f"{where}: head_dim ({config.head_dim}) is odd; rotary embeddings need an even one.")
-    return config
-
-
-def _refuse_unknown(raw: dict[str, Any], where: str) -> None:
-    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UserError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported for Llama; supported is 'silu'.")
-    if raw.get("quantization_config"):
-        raise UserError(
-            f"{where}: quantization_config: weights quantised by other tools cannot be read. Use the unquantised model."
-        )
-    if any(kind != "full_attention" for kind in raw.get("layer_types") or []):
-        raise UserError(f"{where}: layer_types other than full_attention are not supported for Llama.")
-    known = _NEUTRAL | _READ | {"quantization_config"}
-    unknown = [key for key, value in raw.items() if key not in known and value not in (None, False, 0, [], {})]
-    if unknown:
-        raise UserError(
-            f"{where}: keys that jaxtune does not understand: {listed(unknown)}. Remove what does not change the model."
-        )
-
-
-def _rope(raw: dict[str, Any], where: str) -> RopeConfig:
-    found = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    theta = found.pop("rope_theta", None)
-    theta = float(raw.get("rope_theta", 10000.0) if theta is None else theta)
-    kind = found.pop("rope_type", None) or found.pop("type", None) or "default"
-    found.pop("type", None)
-    if kind not in _ROPE_OPTIONS:
-        raise UserError(f"{where}: rope_type {kind!r} is not supported; supported are {listed(_ROPE_OPTIONS)}.")
-    required, optional = _ROPE_OPTIONS[kind]
-    if (partial := found.pop("partial_rotary_factor", 1.0)) != 1.0:
-        raise UserError(f"{where}: partial_rotary_factor {partial} is not supported for Llama.")
-    found = {key: value for key, value in found.items() if value is not None}
-    if missing := sorted(required - found.keys()):
-        raise UserError(f"{where}: rope_type {kind} needs {listed(missing)}.")
-    if unknown := sorted(found.keys() - required - optional):
-        raise UserError(f"{where}: rope_type {kind} has keys that jaxtune does not understand: {listed(unknown)}.")
-    return RopeConfig(kind, theta, tuple(sorted(found.items())))
+    @property
+    def rope_limit(self) -> int | None:
+        """The length of text beyond which other frequencies apply to all of it (longrope); None: there is none."""
+        limits = [kind.get("original_max_position_embeddings", self.max_positions) for kind in self.ropes if kind.kind == "longrope"]
+        return min(limits, default=None)

@@ -14,16 +14,17 @@ from jaxtune.core.axes import constrain
 from jaxtune.models.attention import Mask, attend
 from jaxtune.models.cache import Cache
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.layers import Dropout, Embedding, Linear, RMSNorm, matmul
+from jaxtune.models.experts import SparseMLP
+from jaxtune.models.layers import ACTIVATIONS, Dropout, Embedding, Linear, RMSNorm, matmul, softcap
 from jaxtune.models.remat import remat
-from jaxtune.models.rope import Rope, phases, rotate
+from jaxtune.models.rope import Rope, no_rotation, phases, rotate, segment_lengths
 
 
 class Context(NamedTuple):
     """What a layer is told beside its input.
 
     Attributes:
-        rope: phases of every token.
+        rope: phases of every token, stacked over the model's rotary embeddings.
         mask: which tokens see which.
         layer: the layer's number.
         dropout: this layer's keys; None in evaluation.
@@ -35,92 +36,167 @@ class Context(NamedTuple):
     layer: Any = 0
     dropout: Dropout | None = None
 
+    def at(self, step: "LayerStep") -> "Context":
+        """What one layer is told."""
+        mask = self.mask if step.window is None else self.mask._replace(window=step.window)
+        dropout = None if self.dropout is None else self.dropout.fold(step.number)
+        return Context(Rope(*(part[step.rope] for part in self.rope)), mask, step.number, dropout)
+
+
+class LayerStep(NamedTuple):
+    """A layer's number and, by number, what differs from layer to layer; stacked, the scan's input."""
+
+    number: Any
+    rope: Any
+    window: Any
+
 
 class Attention(nnx.Module):
     """softmax(q k^T) v with rotary q and k, several query heads per key/value head."""
 
     def __init__(self, config: ModelConfig, *, dtype: np.dtype, rngs: nnx.Rngs) -> None:
-        self.head_dim = config.head_dim
-        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        linear = partial(Linear, bias=config.attention_bias, dtype=dtype, rngs=rngs)
-        self.q_proj = linear(config.hidden_size, queries, ("heads", "embed"))
-        self.k_proj = linear(config.hidden_size, keys, ("kv_heads", "embed"))
-        self.v_proj = linear(config.hidden_size, keys, ("kv_heads", "embed"))
-        self.o_proj = linear(queries, config.hidden_size, ("embed", "heads"))
+        self.config = config
+        hidden, size = config.hidden_size, config.head_dim
+        queries, keys = config.num_heads * size, config.num_kv_heads * size
+        linear = partial(Linear, dtype=dtype, rngs=rngs)
+        if config.fused:
+            self.qkv_proj = linear(hidden, queries + 2 * keys, ("heads", "embed"), bias=config.qkv_bias)
+        else:
+            self.q_proj = linear(hidden, queries, ("heads", "embed"), bias=config.qkv_bias)
+            self.k_proj = linear(hidden, keys, ("kv_heads", "embed"), bias=config.qkv_bias)
+            self.v_proj = linear(hidden, keys, ("kv_heads", "embed"), bias=config.qkv_bias)
+        self.o_proj = linear(queries, hidden, ("embed", "heads"), bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(size if config.qk_norm == "head" else queries, config.norm, dtype=dtype)
+            self.k_norm = RMSNorm(size if config.qk_norm == "head" else keys, config.norm, dtype=dtype)
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: Cache | None
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The attention output, and the cache with this pass's keys and values where one was given."""
-        q, k, v = (
-            project(x, context.dropout).reshape(*x.shape[:2], -1, self.head_dim)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self._project(x, context.dropout)
         q, k = rotate(q, context.rope), rotate(k, context.rope)
         if cache is not None:
             cache = cache.write(context.layer, k, v, context.mask.query_positions)
             k, v = cache.keys[context.layer].astype(q.dtype), cache.values[context.layer].astype(q.dtype)
-        out = attend(constrain(q, "batch", "seq", "act_heads", None), k, v, context.mask)
+        config = self.config
+        q = constrain(q, "batch", "seq", "act_heads", None)
+        out = attend(q, k, v, context.mask, config.attention_scale, config.attention_softcap)
         return self.o_proj(out.reshape(*x.shape[:2], -1), context.dropout), cache
+
+    def _project(self, x: jax.Array, dropout: Dropout | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values [B, T, heads, head_dim], normalised where the family does, not rotated."""
+        config = self.config
+        if config.fused:
+            queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+            q, k, v = jnp.split(self.qkv_proj(x, dropout), (queries, queries + keys), axis=-1)
+        else:
+            q, k, v = self.q_proj(x, dropout), self.k_proj(x, dropout), self.v_proj(x, dropout)
+        if config.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.reshape(*x.shape[:2], -1, config.head_dim) for part in (q, k, v))
+        if config.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
 
 
 class MLP(nnx.Module):
-    """down(silu(gate(x)) * up(x)) (SwiGLU, Shazeer 2020)."""
+    """down(act(gate(x)) * up(x)) (gated linear units, Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig, *, dtype: np.dtype, rngs: nnx.Rngs) -> None:
+        self.fused, self.activation = config.fused, config.activation
         linear = partial(Linear, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-        self.gate_proj = linear(config.hidden_size, config.intermediate_size, ("mlp", "embed"))
-        self.up_proj = linear(config.hidden_size, config.intermediate_size, ("mlp", "embed"))
+        if config.fused:
+            self.gate_up_proj = linear(config.hidden_size, 2 * config.intermediate_size, ("mlp", "embed"))
+        else:
+            self.gate_proj = linear(config.hidden_size, config.intermediate_size, ("mlp", "embed"))
+            self.up_proj = linear(config.hidden_size, config.intermediate_size, ("mlp", "embed"))
         self.down_proj = linear(config.intermediate_size, config.hidden_size, ("embed", "mlp"))
 
     def __call__(self, x: Float[Array, "B T D"], dropout: Dropout | None) -> Float[Array, "B T D"]:
         """The feed-forward output."""
-        hidden = jax.nn.silu(self.gate_proj(x, dropout)) * self.up_proj(x, dropout)
-        return self.down_proj(constrain(hidden, "batch", "seq", "act_mlp"), dropout)
+        if self.fused:
+            gate, up = jnp.split(self.gate_up_proj(x, dropout), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x, dropout), self.up_proj(x, dropout)
+        hidden = constrain(ACTIVATIONS[self.activation](gate) * up, "batch", "seq", "act_mlp")
+        return self.down_proj(hidden, dropout)
+
+
+# Where a block normalises: the norms at the input and the output of the attention, then of the MLP, by their names in Hugging Face.
+_NORMS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
+    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
+    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "sandwich": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm transformer block: x + Attn(Norm(x)), then x + MLP(Norm(x))."""
+    """Transformer block: x + Attn(x), then x + MLP(x), each normalised at its input, its output or both."""
 
-    def __init__(self, config: ModelConfig, *, dtype: np.dtype, rngs: nnx.Rngs) -> None:
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+    def __init__(self, config: ModelConfig, sparse: bool, *, dtype: np.dtype, rngs: nnx.Rngs) -> None:
+        self.norms, self.residual_scale = _NORMS[config.norms], config.residual_scale
+        for name in self.norms:
+            if name:
+                setattr(self, name, RMSNorm(config.hidden_size, config.norm, dtype=dtype))
         self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.mlp = (SparseMLP if sparse else MLP)(config, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: Cache | None
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The block's output and the cache."""
-        attended, cache = self.self_attn(self.input_layernorm(x), context, cache)
-        x = constrain(x + attended, "batch", "seq", "act_embed")
-        x = x + self.mlp(self.post_attention_layernorm(x), context.dropout)
-        return constrain(x, "batch", "seq", "act_embed"), cache
+        before, after, before_mlp, after_mlp = self.norms
+        attended, cache = self.self_attn(self._norm(before, x), context, cache)
+        x = self._add(x, self._norm(after, attended))
+        return self._add(x, self._norm(after_mlp, self.mlp(self._norm(before_mlp, x), context.dropout))), cache
+
+    def _norm(self, name: str | None, x: jax.Array) -> jax.Array:
+        return getattr(self, name)(x) if name else x
+
+    def _add(self, x: jax.Array, update: jax.Array) -> jax.Array:
+        if self.residual_scale != 1.0:
+            update = update * jnp.asarray(self.residual_scale, update.dtype)
+        return constrain(x + update, "batch", "seq", "act_embed")
 
 
 class Decoder(nnx.Module):
     """Embedding, the stacked layers, final norm: from tokens to hidden states."""
 
     def __init__(self, config: ModelConfig, *, dtype: np.dtype, rngs: nnx.Rngs) -> None:
+        self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        self.layers = _stack(lambda rngs: DecoderLayer(config, dtype=dtype, rngs=rngs), config.num_layers, rngs)
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        self.layers = nnx.List(
+            _stack(partial(DecoderLayer, config, config.layers[part[0]].sparse, dtype=dtype), len(part), rngs)
+            for part in config.segments
+        )
+        self.norm = RMSNorm(config.hidden_size, config.norm, dtype=dtype)
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: Cache | None, policy: str
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Hidden states after the final norm, and the updated cache; one compiled layer, scanned."""
-        graph, stacked = nnx.split(self.layers)
+        """Hidden states after the final norm, and the updated cache; each segment is one compiled layer, scanned."""
+        for part, segment in zip(self.config.segments, self.layers, strict=True):
+            graph, stacked = nnx.split(segment)
 
-        def layer(carry: tuple[jax.Array, Cache | None], step: tuple) -> tuple[tuple[jax.Array, Cache | None], None]:
-            weights, number = step
-            drop = None if context.dropout is None else context.dropout.fold(number)
-            here = context._replace(layer=number, dropout=drop)
-            return nnx.merge(graph, weights)(carry[0], here, carry[1]), None
+            def layer(carry: tuple, step: tuple, graph: nnx.GraphDef = graph) -> tuple[tuple, None]:
+                weights, numbers = step
+                return nnx.merge(graph, weights)(carry[0], context.at(numbers), carry[1]), None
 
-        numbers = jnp.arange(jax.tree.leaves(stacked)[0].shape[0])
-        (x, cache), _ = jax.lax.scan(remat(layer, policy), (x, cache), (stacked, numbers))
+            (x, cache), _ = jax.lax.scan(remat(layer, policy), (x, cache), (stacked, _steps(self.config, part)))
         return self.norm(x), cache
+
+
+def _steps(config: ModelConfig, part: range) -> LayerStep:
+    """The layers of a segment for the scan."""
+    layers = [config.layers[number] for number in part]
+    ropes = [len(config.ropes) if layer.rope is None else layer.rope for layer in layers]
+    windows = [_EVERYTHING if layer.window is None else layer.window for layer in layers]
+    everything = all(layer.window is None for layer in config.layers)
+    return LayerStep(np.asarray(part, np.int32), np.asarray(ropes, np.int32), None if everything else np.asarray(windows, np.int32))
+
+
+_EVERYTHING = np.iinfo(np.int32).max
 
 
 class CausalLM(nnx.Module):
@@ -157,7 +233,7 @@ class CausalLM(nnx.Module):
         Args:
             input_ids: tokens.
             segment_ids: the example a token belongs to; tokens of different examples do not see each other. Default: one a row.
-            positions: position in the segment. Default: 0, 1, 2 ... in every row.
+            positions: position in the segment; with a cache, negative for padding. Default: 0, 1, 2 ... in every row.
             cache: keys and values of earlier tokens; slot s holds position s. Excludes `segment_ids`.
             dropout: keys of the adapters' dropout; None in evaluation.
             remat_policy: see `models.remat`.
@@ -167,14 +243,29 @@ class CausalLM(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(positions)
-        keys, key_segments = positions, segment_ids
-        if cache is not None:
-            keys = jnp.broadcast_to(jnp.arange(cache.keys.shape[2]), (input_ids.shape[0], cache.keys.shape[2]))
-            key_segments = jnp.ones_like(keys)
-        rope = phases(self.config.rope, self.config.head_dim, self.config.max_positions, positions)
-        context = Context(rope, Mask(positions, keys, segment_ids, key_segments), dropout=dropout)
         x = self.model.embed_tokens(input_ids, self.compute_dtype)
-        return self.model(constrain(x, "batch", "seq", "act_embed"), context, cache, remat_policy)
+        if self.config.embedding_scale != 1.0:
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        context = self._context(positions, segment_ids, cache)._replace(dropout=dropout)
+        hidden, cache = self.model(constrain(x, "batch", "seq", "act_embed"), context, cache, remat_policy)
+        return hidden * jnp.asarray(self.config.logit_scale, hidden.dtype) if self.config.logit_scale != 1.0 else hidden, cache
+
+    def _context(self, positions: jax.Array, segment_ids: jax.Array, cache: Cache | None) -> Context:
+        by_length = any(kind.by_length for kind in self.config.ropes)
+        lengths = segment_lengths(positions, segment_ids) if by_length else positions
+        rope = self._phases(positions, lengths)
+        if cache is None:
+            return Context(rope, Mask(positions, positions, segment_ids, segment_ids))
+        slots = jnp.broadcast_to(jnp.arange(cache.keys.shape[2], dtype=jnp.int32), (positions.shape[0], cache.keys.shape[2]))
+        return Context(rope, Mask(positions, slots, segment_ids, jnp.ones_like(slots)))
+
+    def _phases(self, positions: jax.Array, lengths: jax.Array) -> Rope:
+        """The phases of every rotary embedding that layers choose from, stacked; where some layer has none, no rotation is the last."""
+        config = self.config
+        found = [phases(kind, config.head_dim, config.max_positions, positions, lengths) for kind in config.ropes]
+        if any(layer.rope is None for layer in config.layers):
+            found.append(no_rotation(found[0]))
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *found)
 
     @property
     def head_weight(self) -> Float[Array, "vocab embed"]:
@@ -183,7 +274,7 @@ class CausalLM(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """The head applied to hidden states, float32."""
-        return matmul(hidden, self.head_weight).astype(jnp.float32)
+        return softcap(matmul(hidden, self.head_weight).astype(jnp.float32), self.config.logit_softcap)
 
     def __call__(
         self,
@@ -200,9 +291,9 @@ class CausalLM(nnx.Module):
         return logits if new is None else (logits, new)
 
 
-def _stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+def _stack(make: Callable[..., nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
     """`count` modules as one whose arrays have a leading layer axis."""
-    return nnx.vmap(make, in_axes=(0,), out_axes=0)(rngs.split(count))
+    return nnx.vmap(lambda rngs: make(rngs=rngs), in_axes=(0,), out_axes=0)(rngs.split(count))
 
 
 def abstract_model(config: ModelConfig, dtype: np.dtype, compute_dtype: np.dtype) -> CausalLM:

@@ -1,6 +1,7 @@
 """The leaves of a decoder: linear map, embedding, normalisation. Weights have Hugging Face's names and layout."""
 
 import zlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,24 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
 from jaxtune.core.dtypes import precision
+from jaxtune.models.config import NormConfig
 from jaxtune.models.remat import PROJECTION
 
 INIT_STD = 0.02
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    """C tanh(x / c), which keeps x within -c and c; x itself where c is None."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -61,6 +77,18 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
+class Router(nnx.Module):
+    """The scores of a mixture's experts: x W^T. It is no `Linear`, as in transformers, so adapters on linear layers leave it alone."""
+
+    def __init__(self, inputs: int, experts: int, *, dtype: np.dtype, rngs: nnx.Rngs) -> None:
+        init = jax.nn.initializers.normal(INIT_STD)
+        self.weight = nnx.Param(init(rngs.params(), (experts, inputs), dtype), axes=(None, "embed"))
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch experts"]:
+        """Scores before the softmax."""
+        return matmul(x, self.weight[...])
+
+
 class Embedding(nnx.Module):
     """One row of the table [vocab, embed] per token."""
 
@@ -74,14 +102,17 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * w, computed in float32 (Zhang & Sennrich 2019)."""
+    """x / sqrt(mean(x^2) + eps) * (offset + w), the mean in float32 (Zhang & Sennrich 2019)."""
 
-    def __init__(self, size: int, eps: float, *, dtype: np.dtype) -> None:
-        self.weight = nnx.Param(jnp.ones((size,), dtype), axes=(None,))
-        self.eps = eps
+    def __init__(self, size: int, config: NormConfig, *, dtype: np.dtype) -> None:
+        self.weight = nnx.Param(jnp.full((size,), 1.0 - config.offset, dtype), axes=(None,))
+        self.config = config
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
         """The normalised input in its own dtype."""
         wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return self.weight[...].astype(x.dtype) * wide.astype(x.dtype)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.config.eps)
+        weight = self.weight[...]
+        if self.config.wide:
+            return ((self.config.offset + weight.astype(jnp.float32)) * wide).astype(x.dtype)
+        return weight.astype(x.dtype) * wide.astype(x.dtype)

@@ -17,50 +17,92 @@ class Rope(NamedTuple):
     sin: Float[Array, "batch seq half"]
 
 
-def phases(config: RopeConfig, head_dim: int, max_positions: int, positions: Int[Array, "batch seq"]) -> Rope:
+def phases(
+    config: RopeConfig,
+    head_dim: int,
+    max_positions: int,
+    positions: Int[Array, "batch seq"],
+    lengths: Int[Array, "batch seq"],
+) -> Rope:
     """Cos and sin of position x inverse frequency, in float32 whatever the compute dtype.
 
     Args:
         config: kind of RoPE and its numbers.
-        head_dim: size of a head; half as many frequencies.
-        max_positions: the model's `max_position_embeddings`, which `dynamic` and `yarn` refer to.
+        head_dim: size of a head; half as many frequencies, of the share of it that is rotated.
+        max_positions: the model's `max_position_embeddings`, which some kinds refer to.
         positions: position of each token in its segment.
+        lengths: length of the segment that each token is in, by which `dynamic` and `longrope` choose. transformers takes the
+            longest of the batch; here a text's numbers do not depend on what is computed beside it.
 
     """
-    frequencies, scale = _frequencies(config, head_dim, max_positions, positions)
+    rotated = int(head_dim * config.partial)
+    frequencies, scale = _frequencies(config, rotated, max_positions, lengths)
     angle = positions.astype(jnp.float32)[..., None] * frequencies
     return Rope(jnp.cos(angle) * scale, jnp.sin(angle) * scale)
 
 
+def segment_lengths(positions: Int[Array, "batch seq"], segments: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
+    """For every token one more than the largest position in its segment."""
+    same = segments[:, :, None] == segments[:, None, :]
+    return jnp.max(jnp.where(same, positions[:, None, :], 0), axis=-1) + 1
+
+
+def no_rotation(like: Rope) -> Rope:
+    """The phases of a layer without positions (NoPE)."""
+    return Rope(jnp.ones_like(like.cos), jnp.zeros_like(like.sin))
+
+
 def rotate(x: Float[Array, "batch seq heads head_dim"], rope: Rope) -> Float[Array, "batch seq heads head_dim"]:
-    """Rotate the pairs (x_i, x_{i + head_dim/2}) by their phase."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Rotate the pairs (x_i, x_{i + r/2}) of the first r dimensions by their phase; the others pass."""
+    half = rope.cos.shape[-1]
+    wide = x.astype(jnp.float32)
+    first, second = wide[..., :half], wide[..., half : 2 * half]
     cos, sin = rope.cos[:, :, None, :], rope.sin[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    passed = [wide[..., 2 * half :]] if 2 * half < x.shape[-1] else []
+    return jnp.concatenate(turned + passed, axis=-1).astype(x.dtype)
 
 
 def _frequencies(
-    config: RopeConfig, head_dim: int, max_positions: int, positions: Int[Array, "batch seq"]
-) -> tuple[Float[Array, " half"], float]:
-    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    config: RopeConfig, size: int, max_positions: int, lengths: Int[Array, "batch seq"]
+) -> tuple[Float[Array, "*by_token half"], float]:
+    exponents = jnp.arange(0, size, 2, dtype=jnp.float32) / size
     if config.kind == "dynamic":
-        return 1.0 / _dynamic_theta(config, head_dim, max_positions, positions) ** exponents, 1.0
+        theta = _dynamic_theta(config, size, max_positions, lengths)
+        return 1.0 / theta[..., None] ** exponents, 1.0
     plain = 1.0 / config.theta**exponents
     if config.kind == "linear":
         return plain / config.get("factor"), 1.0
     if config.kind == "llama3":
         return _llama3(config, plain), 1.0
     if config.kind == "yarn":
-        return _yarn(config, plain, head_dim, max_positions)
+        return _yarn(config, plain, size, max_positions)
+    if config.kind == "longrope":
+        return _longrope(config, plain, max_positions, lengths)
     return plain, 1.0
 
 
-def _dynamic_theta(config: RopeConfig, head_dim: int, max_positions: int, positions: Int[Array, "batch seq"]) -> jax.Array:
-    """NTK-aware base that grows with the longest text in the batch, as transformers computes it."""
+def _dynamic_theta(
+    config: RopeConfig, size: int, max_positions: int, lengths: Int[Array, "batch seq"]
+) -> Float[Array, "batch seq"]:
+    """NTK-aware base that grows with the text."""
     factor = config.get("factor")
-    length = jnp.maximum(jnp.max(positions) + 1, max_positions).astype(jnp.float32)
+    length = jnp.maximum(lengths, max_positions).astype(jnp.float32)
     stretch = factor * length / max_positions - (factor - 1)
-    return config.theta * stretch ** (head_dim / (head_dim - 2))
+    return config.theta * stretch ** (size / (size - 2))
+
+
+def _longrope(
+    config: RopeConfig, plain: Float[Array, " half"], max_positions: int, lengths: Int[Array, "batch seq"]
+) -> tuple[Float[Array, "batch seq half"], float]:
+    """LongRoPE (Ding et al. 2024): a divisor for every frequency, one set for short texts and one for long ones."""
+    context = config.get("original_max_position_embeddings") or max_positions
+    short, long = (plain / jnp.asarray(config.get(name), jnp.float32) for name in ("short_factor", "long_factor"))
+    scale = config.get("attention_factor")
+    if scale is None:
+        factor = config.get("factor") or max_positions / context
+        scale = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
+    return jnp.where((lengths > context)[..., None], long, short), scale
 
 
 def _llama3(config: RopeConfig, plain: Float[Array, " half"]) -> Float[Array, " half"]:

@@ -42,5 +42,6 @@ def sft(
         remat_policy=remat_policy,
     )
     flat = hidden.reshape(-1, hidden.shape[-1])
-    loss = linear_cross_entropy(flat, model.head_weight, batch.target_ids.reshape(-1), batch.weights.reshape(-1))
+    targets, weights = batch.target_ids.reshape(-1), batch.weights.reshape(-1)
+    loss = linear_cross_entropy(flat, model.head_weight, targets, weights, model.config.logit_softcap)
     return loss, jnp.sum(batch.weights), {}

@@ -17,8 +17,8 @@ from jaxtune.core.mesh import make_mesh
 from jaxtune.data.examples import Examples, prepare
 from jaxtune.data.loader import Plan, check_divides
 from jaxtune.data.packing import Layout
-from jaxtune.models.config import from_hf
 from jaxtune.models.decoder import CausalLM
+from jaxtune.models.families import from_hf
 from jaxtune.objectives.sft import sft
 from jaxtune.train.optim import optimizer
 from jaxtune.train.progress import Reporter

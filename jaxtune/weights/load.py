@@ -1,6 +1,6 @@
 """From a source to a model on the devices, tensor by tensor; no second copy of the weights exists."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 
 from jaxtune.core.axes import sharding
 from jaxtune.core.dtypes import compute_dtype, storage_dtype
-from jaxtune.models.config import from_hf
 from jaxtune.models.decoder import CausalLM, abstract_model
+from jaxtune.models.families import from_hf
 from jaxtune.weights.rows import Row, check, rows
 from jaxtune.weights.source import Source
-from jaxtune.weights.tensors import Index, Tensors
+from jaxtune.weights.tensors import Index, LazyTensor, Tensors
 
 
 def load_model(source: Source, mesh: Mesh, *, dtype: str = "auto", compute: str = "auto") -> CausalLM:
@@ -34,7 +34,7 @@ def load_model(source: Source, mesh: Mesh, *, dtype: str = "auto", compute: str 
     config = from_hf(source.config_json(), str(source.config_path))
     model = abstract_model(config, jnp.dtype(jnp.float32), compute_dtype(compute))
     graph, state = nnx.split(model)
-    tensors, table = source.tensors(), rows(state)
+    tensors, table = source.tensors(), rows(state, config)
     check(table, tensors, str(source.path), config.tie_embeddings)
     leaves: dict[tuple[Any, ...], Any] = dict(nnx.to_flat_state(state))
     for row in table:
@@ -48,18 +48,17 @@ def _read(row: Row, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], 
     with jax.numpy_dtype_promotion("standard"):  # a stack of layers has one dtype: the least that holds them all
         found = np.dtype(jnp.result_type(*{part.dtype for part in parts}))
     stored = storage_dtype(dtype, found, any(part.quantised for part in parts))
-    shape = (len(parts), *row.shape) if row.stacked else row.shape
-    read: Any = _stacked(row, tensors, stored) if row.stacked else lambda index: parts[0].read(index).astype(stored)
-    return jax.make_array_from_callback(shape, sharding(mesh, axes, shape), read)
+    shape = (*row.stack, *row.shape)
+    return jax.make_array_from_callback(shape, sharding(mesh, axes, shape), partial(_part, row, parts, stored))
 
 
-def _stacked(row: Row, tensors: Tensors, dtype: np.dtype) -> Callable[[Index], np.ndarray]:
-    def read(index: Index) -> np.ndarray:
-        layers = range(len(row.names))[index[0]]
-        extent = tuple(len(range(size)[part]) for size, part in zip(row.shape, index[1:], strict=True))
-        out = np.empty((len(layers), *extent), dtype)
-        for place, layer in enumerate(layers):
-            out[place] = tensors[row.names[layer]].read(index[1:])
-        return out
-
-    return read
+def _part(row: Row, parts: list[LazyTensor], dtype: np.dtype, index: Index) -> np.ndarray:
+    """The part of a leaf that a device holds, read from the tensors that make it up."""
+    depth = len(row.stack)
+    inner = index[depth:]
+    chosen = np.arange(len(parts)).reshape(row.stack)[index[:depth]]
+    extent = tuple(len(range(size)[part]) for size, part in zip(row.shape, inner, strict=True))
+    out = np.empty((chosen.size, *extent), dtype)
+    for place, number in enumerate(chosen.reshape(-1)):
+        out[place] = parts[number].read(inner)
+    return out.reshape(*chosen.shape, *extent)

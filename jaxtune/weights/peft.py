@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from jaxtune.adapters.inject import ALL_LINEAR, adapted, inject
@@ -14,7 +13,9 @@ from jaxtune.adapters.lora import LoRAConfig, LoRALinear
 from jaxtune.core.axes import sharding
 from jaxtune.core.errors import UserError, listed
 from jaxtune.core.files import read_json, write_json
-from jaxtune.weights.rows import STACK
+from jaxtune.models.config import ModelConfig
+from jaxtune.models.decoder import CausalLM
+from jaxtune.weights.rows import names_of
 from jaxtune.weights.safetensors_files import open_file
 from jaxtune.weights.tensors import Tensors
 
@@ -70,7 +71,7 @@ def open_adapter(directory: str | Path) -> Adapter:
     return Adapter(path, config, targets, open_file(path / WEIGHTS))
 
 
-def attach(model: nnx.Module, adapter: Adapter, mesh: Mesh, dropout: float = 0.0) -> list[str]:
+def attach(model: CausalLM, adapter: Adapter, mesh: Mesh, dropout: float = 0.0) -> list[str]:
     """Put the adapter on `model`, in place, with its factors in float32.
 
     Args:
@@ -89,16 +90,16 @@ def attach(model: nnx.Module, adapter: Adapter, mesh: Mesh, dropout: float = 0.0
     numbers = adapter.config
     paths = inject(model, adapter.targets, LoRAConfig(numbers.rank, numbers.alpha, dropout, numbers.rslora), 0, mesh)
     layers = adapted(model)
-    _check(adapter, layers)
+    _check(adapter, layers, model.config)
     for path, layer in layers.items():
         for factor, variable in (("A", layer.lora_A), ("B", layer.lora_B)):
-            stack = [adapter.tensors[name].all().astype(np.float32) for name in _names(path, factor, variable.shape[0])]
+            stack = [adapter.tensors[name].all().astype(np.float32) for name in _names(path, factor, model.config)]
             place = sharding(mesh, variable.get_metadata()["axes"], variable.shape)
             variable.set_value(jax.device_put(np.stack(stack), place))
     return paths
 
 
-def write_adapter(directory: Path, model: nnx.Module, base_name: str) -> None:
+def write_adapter(directory: Path, model: CausalLM, base_name: str) -> None:
     """Write the model's adapter into an existing directory, the factors in float32 and nothing else.
 
     Args:
@@ -114,7 +115,7 @@ def write_adapter(directory: Path, model: nnx.Module, base_name: str) -> None:
     for path, layer in layers.items():
         for factor, variable in (("A", layer.lora_A), ("B", layer.lora_B)):
             values = np.asarray(variable[...])
-            tensors |= dict(zip(_names(path, factor, values.shape[0]), values, strict=True))
+            tensors |= dict(zip(_names(path, factor, model.config), values, strict=True))
     numbers = next(iter(layers.values())).config
     save_file(
         {name: np.ascontiguousarray(value) for name, value in tensors.items()}, directory / WEIGHTS, metadata={"format": "pt"}
@@ -140,17 +141,16 @@ def _config(numbers: LoRAConfig, targets: list[str], base_name: str) -> dict[str
     }
 
 
-def _names(path: str, factor: str, count: int) -> list[str]:
+def _names(path: str, factor: str, config: ModelConfig) -> list[str]:
     """PEFT's name of a factor in every layer of a stack."""
-    before, after = path.split(f".{STACK}.", 1)
-    return [f"{_PREFIX}{before}.{STACK}.{number}.{after}.lora_{factor}.weight" for number in range(count)]
+    return [f"{_PREFIX}{name}" for name in names_of((*path.split("."), f"lora_{factor}", "weight"), config)[1]]
 
 
-def _check(adapter: Adapter, layers: dict[str, LoRALinear]) -> None:
+def _check(adapter: Adapter, layers: dict[str, LoRALinear], config: ModelConfig) -> None:
     shapes = {}
     for path, layer in layers.items():
         for factor, variable in (("A", layer.lora_A), ("B", layer.lora_B)):
-            shapes |= dict.fromkeys(_names(path, factor, variable.shape[0]), variable.shape[1:])
+            shapes |= dict.fromkeys(_names(path, factor, config), variable.shape[1:])
     problems = []
     if missing := [name for name in shapes if name not in adapter.tensors]:
         problems.append(f"missing: {listed(missing)}")

@@ -1,18 +1,21 @@
 """Which tensor of a file goes where in the model's tree.
 
-Our module names are Hugging Face's and our layout is theirs, so the table is the tree itself: a path, with the layer's
-number put in for stacked ones. The inverse is the same table read backwards.
+Our module names are Hugging Face's and our layout is theirs, so the table is the tree itself: a path, with the numbers of
+the layer and of the expert put in for stacked ones, and a family's few other names. The inverse is the same table read backwards.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from flax import nnx
 
 from jaxtune.core.errors import UserError, listed
+from jaxtune.models.config import ModelConfig
+from jaxtune.models.families import FAMILIES
 from jaxtune.weights.tensors import Tensors
 
-STACK = "layers"
+STACK, EXPERTS = "layers", "experts"
 
 # Buffers that old checkpoints carry and that follow from the configuration.
 _DERIVED = (".rotary_emb.inv_freq", ".self_attn.rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
@@ -25,36 +28,57 @@ class Row:
     Attributes:
         path: the leaf's path in the model.
         shape: shape of one tensor in the file.
-        names: Hugging Face's names, one a layer where the leaf is stacked.
-        stacked: whether the leaf has a leading layer axis.
+        stack: sizes of the leaf's leading axes: layers, experts; empty where one tensor is the leaf.
+        names: Hugging Face's names, in the order of the stack's axes.
 
     """
 
-    path: tuple[str, ...]
+    path: tuple[Any, ...]
     shape: tuple[int, ...]
+    stack: tuple[int, ...]
     names: tuple[str, ...]
-    stacked: bool
 
 
-def rows(state: nnx.State) -> list[Row]:
+def rows(state: nnx.State, config: ModelConfig) -> list[Row]:
     """The table of a model's parameters.
 
     Args:
         state: the parameters, as arrays or as shapes.
+        config: the model's architecture.
 
     """
     table = []
     for path, variable in nnx.to_flat_state(state):
         leaf = variable.get_value()
         assert isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
-        parts = tuple(str(part) for part in path)
-        if STACK not in parts:
-            table.append(Row(parts, tuple(leaf.shape), (".".join(parts),), stacked=False))
-            continue
-        cut = parts.index(STACK) + 1
-        names = tuple(".".join((*parts[:cut], str(layer), *parts[cut:])) for layer in range(leaf.shape[0]))
-        table.append(Row(parts, tuple(leaf.shape[1:]), names, stacked=True))
+        stack, names = names_of(path, config)
+        table.append(Row(path, tuple(leaf.shape[len(stack) :]), stack, names))
     return table
+
+
+def names_of(path: tuple[Any, ...], config: ModelConfig) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The stack's sizes and Hugging Face's names of the tensors in the leaf at a path of our tree.
+
+    A path reads `model.layers.SEGMENT.rest`: the layers of one structure lie in one leaf, and so do a layer's experts.
+    """
+    parts = tuple(str(part) for part in path)
+    if STACK not in parts:
+        return (), (_renamed(".".join(parts), config),)
+    cut = parts.index(STACK) + 1
+    layers = config.segments[int(parts[cut])]
+    before, after = ".".join(parts[:cut]), _renamed(".".join(parts[cut + 1 :]), config)
+    stem, found, rest = after.partition(f".{EXPERTS}.")
+    if not found or config.experts is None:
+        return (len(layers),), tuple(f"{before}.{layer}.{after}" for layer in layers)
+    experts = range(config.experts.count)
+    names = (f"{before}.{layer}.{stem}.{EXPERTS}.{expert}.{rest}" for layer in layers for expert in experts)
+    return (len(layers), len(experts)), tuple(names)
+
+
+def _renamed(name: str, config: ModelConfig) -> str:
+    for ours, theirs in FAMILIES[config.raw["model_type"]].renames:
+        name = name.replace(ours, theirs)
+    return name
 
 
 def check(table: list[Row], tensors: Tensors, where: str, tied_head: bool) -> None:

@@ -1,75 +1,154 @@
-"""Where a model comes from: a hub id, a Hugging Face directory or a GGUF file, seen alike."""
+"""Where a model comes from: a hub id, a Hugging Face directory, Meta's files or a GGUF file, seen alike."""
 
 import os
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxtune.core.errors import UserError
 from jaxtune.core.files import read_json
-from jaxtune.weights import gguf_llama, gguf_tokenizer, safetensors_files
+from jaxtune.weights import gguf_models, gguf_tokenizer, meta, shards
 from jaxtune.weights.gguf_file import GGUF, open_gguf
 from jaxtune.weights.tensors import Tensors
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+_HUB_TORCH = ["pytorch_model*.bin"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(ABC):
     """A resolved model.
 
     Attributes:
         name: what a user would write elsewhere to mean this model: the hub id or the absolute path.
         path: the directory or file on disk.
-        gguf: the parsed file, where it is one.
 
     """
 
     name: str
     path: Path
-    gguf: GGUF | None = None
+
+    @property
+    @abstractmethod
+    def config_path(self) -> Path:
+        """The file that describes the architecture, for messages."""
+
+    @abstractmethod
+    def config_json(self) -> dict[str, Any]:
+        """The parsed `config.json`, or what it would say."""
+
+    @abstractmethod
+    def tensors(self) -> Tensors:
+        """All weights by Hugging Face's names, unread."""
+
+    @abstractmethod
+    def tokenizer(self) -> Any | None:
+        """The tokenizer, or None where the model comes without."""
+
+    def stop_ids(self) -> list[int]:
+        """Ids at which generation ends."""
+        return _ids(self.config_json().get("eos_token_id"))
+
+    def transformers(self) -> dict[str, str] | None:
+        """What `from_pretrained` of transformers loads the same weights by; None where it cannot."""
+        return {"pretrained_model_name_or_path": str(self.path)}
+
+
+@dataclass(frozen=True)
+class Directory(Source):
+    """A directory in Hugging Face's format."""
 
     @property
     def config_path(self) -> Path:
-        """The file that describes the architecture, for messages."""
-        return self.path if self.gguf else self.path / "config.json"
+        """See Source."""
+        return self.path / "config.json"
 
     def config_json(self) -> dict[str, Any]:
-        """The parsed `config.json`, or what it would say of a GGUF file."""
-        if self.gguf:
-            return gguf_llama.config_json(self.gguf)
+        """See Source."""
         return read_json(self.config_path)
 
     def tensors(self) -> Tensors:
-        """All weights by Hugging Face's names, unread."""
-        return gguf_llama.tensors(self.gguf) if self.gguf else safetensors_files.open_directory(self.path)
+        """See Source."""
+        return shards.open_directory(self.path)
 
     def tokenizer(self) -> Any | None:
-        """The tokenizer, or None where the model comes without."""
-        if self.gguf:
-            return gguf_tokenizer.tokenizer(self.gguf) if "tokenizer.ggml.tokens" in self.gguf.metadata else None
+        """See Source."""
         return load_tokenizer(self.path)
 
     def stop_ids(self) -> list[int]:
-        """Ids at which generation ends: all that generation_config.json names, else config.json's."""
+        """All that generation_config.json names, else config.json's."""
         path = self.path / "generation_config.json"
-        found = read_json(path).get("eos_token_id") if not self.gguf and path.exists() else None
-        if found is None:
-            found = self.config_json().get("eos_token_id")
-        if self.gguf:
-            others = [self.gguf.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
-            found = [token for token in (found, *others) if token is not None]
-        return sorted(set(found)) if isinstance(found, list) else [] if found is None else [found]
+        found = read_json(path).get("eos_token_id") if path.exists() else None
+        return _ids(found) or super().stop_ids()
+
+
+@dataclass(frozen=True)
+class GGUFFile(Source):
+    """A GGUF file, with its tokenizer and chat template."""
+
+    file: GGUF
+
+    @property
+    def config_path(self) -> Path:
+        """See Source."""
+        return self.path
+
+    def config_json(self) -> dict[str, Any]:
+        """See Source."""
+        return gguf_models.config_json(self.file)
+
+    def tensors(self) -> Tensors:
+        """See Source."""
+        return gguf_models.tensors(self.file)
+
+    def tokenizer(self) -> Any | None:
+        """See Source."""
+        return gguf_tokenizer.tokenizer(self.file) if "tokenizer.ggml.tokens" in self.file.metadata else None
+
+    def stop_ids(self) -> list[int]:
+        """The ends of a sequence, of a turn and of a message."""
+        return _ids([self.file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")])
+
+    def transformers(self) -> dict[str, str] | None:
+        """See Source."""
+        return {"pretrained_model_name_or_path": str(self.path.resolve().parent), "gguf_file": self.path.name}
+
+
+@dataclass(frozen=True)
+class MetaDirectory(Source):
+    """Meta's own files of Llama."""
+
+    @property
+    def config_path(self) -> Path:
+        """See Source."""
+        return self.path / meta.PARAMS
+
+    def config_json(self) -> dict[str, Any]:
+        """See Source."""
+        return meta.config_json(self.path)
+
+    def tensors(self) -> Tensors:
+        """See Source."""
+        return meta.tensors(self.path)
+
+    def tokenizer(self) -> Any | None:
+        """A tokenizer in Hugging Face's format beside the weights; Meta's own `tokenizer.model` alone is not read."""
+        return load_tokenizer(self.path) if (self.path / "tokenizer.json").exists() else None
+
+    def transformers(self) -> dict[str, str] | None:
+        """See Source."""
+        return None
 
 
 def resolve(model: str) -> Source:
     """The model that a user's string means.
 
     Args:
-        model: a directory with `config.json`, a `.gguf` file, or a hub id such as org/name.
+        model: a directory with `config.json` or with Meta's `params.json`, a `.gguf` file, or a hub id such as org/name.
 
     Raises:
         UserError: there is no such thing, or the hub does not give it out.
@@ -77,16 +156,25 @@ def resolve(model: str) -> Source:
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        if not (path / "config.json").exists():
-            raise UserError(f"{model} holds no config.json, so it is not a Hugging Face model directory.")
-        return Source(str(path.resolve()), path)
+        if (path / "config.json").exists():
+            return Directory(str(path.resolve()), path)
+        if (path / meta.PARAMS).exists():
+            return MetaDirectory(str(path.resolve()), path)
+        raise UserError(
+            f"{model} holds no config.json and no {meta.PARAMS}, so it is a model directory neither of Hugging Face nor of Meta."
+        )
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise UserError(f"{model} is a file, but not a .gguf one. Give the model's directory or a .gguf file.")
-        return Source(str(path.resolve()), path, open_gguf(path))
+        return GGUFFile(str(path.resolve()), path, open_gguf(path))
     if _HUB_ID.fullmatch(model) and not model.startswith((".", "/")):
-        return Source(model, _download(model))
+        return Directory(model, _download(model))
     raise UserError(f"{model} does not exist. Give a directory with config.json, a .gguf file or a hub id (org/name).")
+
+
+def _ids(found: Any) -> list[int]:
+    ids = found if isinstance(found, list) else [found]
+    return sorted({token for token in ids if token is not None})
 
 
 def load_tokenizer(path: Path) -> Any | None:

@@ -1,0 +1,54 @@
+"""Weights of a Hugging Face directory: one file, or many with an index; safetensors or PyTorch's."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxtune.core.errors import UserError, listed
+from jaxtune.core.files import read_json
+from jaxtune.weights import safetensors_files, torch_files
+from jaxtune.weights.tensors import Tensors
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_TORCH_SINGLE, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+def open_directory(path: Path) -> Tensors:
+    """The tensors of a model directory, none of them read yet; safetensors where there are both.
+
+    Raises:
+        UserError: no weights, a shard that is missing or cut short, or an index that disagrees with its shards.
+
+    """
+    for index, single, open_file in (
+        (INDEX, SINGLE, safetensors_files.open_file),
+        (_TORCH_INDEX, _TORCH_SINGLE, torch_files.open_file),
+    ):
+        if (path / index).exists():
+            return _open_sharded(path, index, open_file)
+        if (path / single).exists():
+            return open_file(path / single)
+    raise UserError(f"{path} holds no weights: there is no {SINGLE}, {INDEX}, {_TORCH_SINGLE} or {_TORCH_INDEX}.")
+
+
+def _open_sharded(path: Path, name: str, open_file: Callable[[Path], Tensors]) -> Tensors:
+    index = read_json(path / name)
+    where = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        raise UserError(f"{path / name} has no weight_map from names to files. Download it again.")
+    tensors: Tensors = {}
+    for file in sorted(set(where.values())):
+        if Path(file).name != file:
+            raise UserError(f"{path / name} names {file!r}, which is not a plain file name. Do not use this model.")
+        if not (path / file).exists():
+            raise UserError(f"{path / file}, named by {name}, does not exist. Download it again.")
+        found = open_file(path / file)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise UserError(f"{path}: the tensors {listed(twice)} are in more than one file. Download it again.")
+        if misplaced := sorted(tensor for tensor in found if where.get(tensor, file) != file):
+            raise UserError(f"{path}: {name} places the tensors {listed(misplaced)} in other files than {file}, which holds them.")
+        tensors |= found
+    if missing := sorted(where.keys() - tensors.keys()):
+        raise UserError(f"{path}: {name} names tensors that its files do not hold: {listed(missing)}.")
+    if extra := sorted(tensors.keys() - where.keys()):
+        raise UserError(f"{path}: the files hold tensors that {name} does not name: {listed(extra)}.")
+    return tensors

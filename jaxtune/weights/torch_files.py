@@ -1,0 +1,73 @@
+"""Weights in PyTorch's own files (`.bin`, `.pth`): memory-mapped, and never a pickle that runs code."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune.core.errors import UserError, listed
+from jaxtune.weights.tensors import Index, LazyTensor, Tensors
+
+_DTYPES = {
+    "torch.float64": np.dtype("float64"),
+    "torch.float32": np.dtype("float32"),
+    "torch.float16": np.dtype("float16"),
+    "torch.bfloat16": jnp.dtype(jnp.bfloat16),
+}
+
+
+def open_file(path: Path) -> Tensors:
+    """The tensors of one file of PyTorch, none of them read yet.
+
+    Raises:
+        UserError: PyTorch is not installed, the file is cut short, or it holds anything other than tensors by name.
+
+    """
+    import pickle
+
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise UserError(f"{path}: reading PyTorch's files needs PyTorch: pip install 'jaxtune[torch]'.") from None
+    try:
+        found = _load(torch, path)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} holds more than tensors, which could run code and is not loaded ({reason}).") from None
+    except (RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is not a whole file of PyTorch ({reason}). Download it again.") from None
+    if not isinstance(found, dict) or not all(torch.is_tensor(value) for value in found.values()):
+        raise UserError(f"{path} does not hold tensors by name. Save the model's state_dict.")
+    return {name: _lazy(tensor, name, path) for name, tensor in found.items()}
+
+
+def _load(torch: Any, path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6 cannot be mapped
+
+
+def _lazy(tensor: Any, name: str, path: Path) -> LazyTensor:
+    if str(tensor.dtype) not in _DTYPES:
+        if not tensor.is_floating_point():  # a buffer; whether it may be there is for the table of names to say
+            return LazyTensor(tuple(tensor.shape), np.dtype("int64"), lambda index: tensor[index].numpy().astype(np.int64))
+        raise UserError(f"{path}: tensor {name} has dtype {tensor.dtype}; supported are {listed(_DTYPES)}.")
+    return LazyTensor(tuple(tensor.shape), _DTYPES[str(tensor.dtype)], _reader(tensor, _DTYPES[str(tensor.dtype)]))
+
+
+def _reader(tensor: Any, dtype: np.dtype) -> Callable[[Index], np.ndarray]:
+    def read(index: Index) -> np.ndarray:
+        import torch
+
+        part = tensor[index].contiguous()
+        if dtype == jnp.bfloat16:  # NumPy has no bfloat16 of its own, so the bits are passed on
+            return part.view(torch.int16).numpy().view(dtype)
+        return part.numpy()
+
+    return read
