@@ -126,5 +126,7 @@ class ModelConfig:
     @property
     def rope_limit(self) -> int | None:
         """The length of text beyond which other frequencies apply to all of it (longrope); None: there is none."""
-        limits = [kind.get("original_max_position_embeddings", self.max_positions) for kind in self.ropes if kind.kind == "longrope"]
+        limits = [
+            kind.get("original_max_position_embeddings", self.max_positions) for kind in self.ropes if kind.kind == "longrope"
+        ]
         return min(limits, default=None)

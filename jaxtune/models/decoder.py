@@ -193,7 +193,9 @@ def _steps(config: ModelConfig, part: range) -> LayerStep:
     ropes = [len(config.ropes) if layer.rope is None else layer.rope for layer in layers]
     windows = [_EVERYTHING if layer.window is None else layer.window for layer in layers]
     everything = all(layer.window is None for layer in config.layers)
-    return LayerStep(np.asarray(part, np.int32), np.asarray(ropes, np.int32), None if everything else np.asarray(windows, np.int32))
+    return LayerStep(
+        np.asarray(part, np.int32), np.asarray(ropes, np.int32), None if everything else np.asarray(windows, np.int32)
+    )
 
 
 _EVERYTHING = np.iinfo(np.int32).max

@@ -48,7 +48,9 @@ class SparseMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], dropout: Dropout | None) -> Float[Array, "B T D"]:
         """The mixture's output."""
-        weights = tuple(part.weight[...].astype(x.dtype) for part in (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj))
+        weights = tuple(
+            part.weight[...].astype(x.dtype) for part in (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)
+        )
         scores = self.gate(x)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
@@ -85,7 +87,9 @@ class SparseMLP(nnx.Module):
         if self.config.normalise:
             probs = probs / jnp.sum(probs, axis=-1, keepdims=True)
         local = chosen.reshape(-1) - first
-        local = jnp.where((local >= 0) & (local < here), local, here)  # another device's experts: sorted to the end, computed nowhere
+        local = jnp.where(
+            (local >= 0) & (local < here), local, here
+        )  # another device's experts: sorted to the end, computed nowhere
         order = jnp.argsort(local, stable=True)
         sizes = jnp.bincount(local, length=here + 1)[:here].astype(jnp.int32)
         token = order // self.config.chosen

@@ -6,23 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxtune.core.errors import UserError, listed
-from jaxtune.models.config import ExpertsConfig, LayerConfig, ModelConfig, NormConfig, RopeConfig
+from jaxtune.models.config import ExpertsConfig, LayerConfig, ModelConfig, NormConfig
 from jaxtune.models.layers import ACTIVATIONS
-
-SLIDING, FULL = "sliding_attention", "full_attention"
-
-# What each kind of RoPE must have and may have, beside rope_type, rope_theta and partial_rotary_factor.
-_ROPE_OPTIONS: dict[str, tuple[set[str], set[str]]] = {
-    "default": (set(), set()),
-    "linear": ({"factor"}, set()),
-    "dynamic": ({"factor"}, set()),
-    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
-    "yarn": (
-        {"factor"},
-        {"original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
-    ),
-    "longrope": ({"short_factor", "long_factor"}, {"original_max_position_embeddings", "attention_factor", "factor"}),
-}
+from jaxtune.models.reading import FULL, SLIDING, Reader, layer_types, rope
 
 # Keys of config.json that do not change what a model computes.
 _NEUTRAL = {
@@ -36,35 +22,6 @@ _NEUTRAL = {
 _PRETRAINING = {
     "initializer_range", "attention_dropout", "resid_pdrop", "embd_pdrop", "router_aux_loss_coef", "router_jitter_noise",
 }  # fmt: skip
-
-
-class Reader:
-    """A `config.json` that remembers which of its keys were asked for.
-
-    Args:
-        raw: the parsed file.
-        where: the file, for messages.
-        defaults: what transformers assumes for this family where the file is silent.
-
-    """
-
-    def __init__(self, raw: Mapping[str, Any], where: str, defaults: Mapping[str, Any]) -> None:
-        self.raw, self.where, self.defaults, self.read = raw, where, defaults, set[str]()
-
-    def __call__(self, key: str, default: Any = None) -> Any:
-        """The value of `key`, or this family's default."""
-        self.read.add(key)
-        return self.raw[key] if key in self.raw else self.defaults.get(key, default)
-
-    def refuse(self, key: str, allowed: Any, why: str = "") -> None:
-        """Only this value of a key is implemented.
-
-        Raises:
-            UserError: it has another.
-
-        """
-        if (value := self(key, allowed)) not in (allowed, None):
-            raise UserError(f"{self.where}: {key} {value!r} is not supported{why}; supported is {allowed!r}.")
 
 
 def _plain(read: Reader) -> dict[str, Any]:
@@ -105,7 +62,9 @@ def from_hf(raw: dict[str, Any], where: str) -> ModelConfig:
     if missing := [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if key not in raw]:
         raise UserError(f"{where}: the keys {listed(missing)} are missing.")
     if read("quantization_config"):
-        raise UserError(f"{where}: quantization_config: weights quantised by other tools cannot be read. Use the unquantised model.")
+        raise UserError(
+            f"{where}: quantization_config: weights quantised by other tools cannot be read. Use the unquantised model."
+        )
     heads, hidden, count = read("num_attention_heads"), read("hidden_size"), read("num_hidden_layers")
     head_dim = read("head_dim") or hidden // heads
     plain = ModelConfig(
@@ -156,7 +115,9 @@ def _check(config: ModelConfig, read: Reader) -> None:
     known = _NEUTRAL | _PRETRAINING | read.read
     unknown = [key for key, value in read.raw.items() if key not in known and value not in (None, False, 0, [], {})]
     if unknown:
-        raise UserError(f"{where}: keys that jaxtune does not understand: {listed(unknown)}. Remove what does not change the model.")
+        raise UserError(
+            f"{where}: keys that jaxtune does not understand: {listed(unknown)}. Remove what does not change the model."
+        )
     if config.activation not in ACTIVATIONS:
         raise UserError(f"{where}: the activation {config.activation!r} is not supported; supported are {listed(ACTIVATIONS)}.")
     if config.num_heads % config.num_kv_heads:
@@ -170,52 +131,13 @@ def _check(config: ModelConfig, read: Reader) -> None:
         raise UserError(f"{where}: sliding_window must be at least 1.")
 
 
-def rope(read: Reader, given: Mapping[str, Any] | None = None, default_theta: float | None = None) -> RopeConfig:
-    """A rotary embedding, from either dialect, or from `given` where a family has several.
-
-    Raises:
-        UserError: a kind or a number that is not implemented, or one that is missing.
-
-    """
-    where = read.where
-    scaling, parameters = read("rope_scaling"), read("rope_parameters")
-    found = dict((parameters or scaling or {}) if given is None else given)
-    theta = found.pop("rope_theta", None)
-    theta = read("rope_theta", default_theta) if theta is None else theta
-    kind = found.pop("rope_type", None) or found.pop("type", None) or "default"
-    found.pop("type", None)
-    kind = "longrope" if kind == "su" else kind
-    partial = found.pop("partial_rotary_factor", None)
-    partial = read("partial_rotary_factor", 1.0) if partial is None else partial
-    if kind not in _ROPE_OPTIONS:
-        raise UserError(f"{where}: rope_type {kind!r} is not supported; supported are {listed(_ROPE_OPTIONS)}.")
-    required, optional = _ROPE_OPTIONS[kind]
-    found = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items() if value is not None}
-    if "original_max_position_embeddings" in required | optional and (length := read("original_max_position_embeddings")):
-        found["original_max_position_embeddings"] = length
-    if missing := sorted(required - found.keys()):
-        raise UserError(f"{where}: rope_type {kind} needs {listed(missing)}.")
-    if unknown := sorted(found.keys() - required - optional):
-        raise UserError(f"{where}: rope_type {kind} has keys that jaxtune does not understand: {listed(unknown)}.")
-    return RopeConfig(kind, float(theta), tuple(sorted(found.items())), float(partial))
-
-
-def _layer_types(read: Reader, otherwise: Callable[[int], str]) -> list[str]:
-    """One of sliding and full attention a layer, as the file lists them or as the family's rule has it."""
-    count = read("num_hidden_layers")
-    kinds = read("layer_types") or [otherwise(layer) for layer in range(count)]
-    if len(kinds) < count or set(kinds) - {SLIDING, FULL}:
-        raise UserError(f"{read.where}: layer_types must name {SLIDING} or {FULL} for each of the {count} layers.")
-    return kinds[:count]
-
-
 def _by_type(read: Reader, otherwise: Callable[[int], str]) -> list[LayerConfig]:
     window = read("sliding_window")
-    return [LayerConfig(window=window if kind == SLIDING else None) for kind in _layer_types(read, otherwise)]
+    return [LayerConfig(window=window if kind == SLIDING else None) for kind in layer_types(read, otherwise)]
 
 
 def _full(read: Reader) -> tuple[LayerConfig, ...]:
-    kinds = _layer_types(read, lambda layer: FULL)
+    kinds = layer_types(read, lambda layer: FULL)
     if SLIDING in kinds:
         raise UserError(f"{read.where}: layer_types with {SLIDING} are not supported for {read('model_type')}.")
     return (LayerConfig(),) * len(kinds)
@@ -237,11 +159,13 @@ def _windowed(read: Reader) -> dict[str, Any]:
     """Mistral and Mixtral: one window for all layers."""
     _whole_rope(read)
     window = read("sliding_window")
-    _layer_types(read, lambda layer: SLIDING)
+    layer_types(read, lambda layer: SLIDING)
     if window is None:
         return {"layers": _full(read)}
     if FULL in (read("layer_types") or []):
-        raise UserError(f"{read.where}: layer_types with {FULL} beside a sliding_window are not supported for {read('model_type')}.")
+        raise UserError(
+            f"{read.where}: layer_types with {FULL} beside a sliding_window are not supported for {read('model_type')}."
+        )
     return {"layers": (LayerConfig(window=window),) * read("num_hidden_layers")}
 
 
@@ -255,7 +179,7 @@ def _mixtral(read: Reader) -> dict[str, Any]:
 def _qwen_layers(read: Reader) -> tuple[LayerConfig, ...]:
     window = read("sliding_window") if read("use_sliding_window") else None
     first = read("max_window_layers")
-    kinds = _layer_types(read, lambda layer: SLIDING if window is not None and layer >= first else FULL)
+    kinds = layer_types(read, lambda layer: SLIDING if window is not None and layer >= first else FULL)
     return tuple(LayerConfig(window=window if kind == SLIDING else None) for kind in kinds)
 
 
@@ -276,7 +200,7 @@ def _qwen3_moe(read: Reader) -> dict[str, Any]:
     read("max_window_layers")  # transformers gives every layer the window, or none
     _full(read)
     window = read("sliding_window") if read("use_sliding_window") else None
-    count, step = read("num_experts"), read("decoder_sparse_step")
+    count, step = read("num_local_experts") or read("num_experts"), read("decoder_sparse_step")  # two names for one number
     dense = set(read("mlp_only_layers") or [])
     sparse = [count > 0 and layer not in dense and (layer + 1) % step == 0 for layer in range(read("num_hidden_layers"))]
     experts = ExpertsConfig(count, read("num_experts_per_tok"), read("moe_intermediate_size"), normalise=read("norm_topk_prob"))
@@ -325,10 +249,11 @@ def _gemma3(read: Reader) -> dict[str, Any]:
 
 def _phi3(read: Reader) -> dict[str, Any]:
     found = rope(read)
+    read("original_max_position_embeddings")  # written by every model of the family, of use to longrope only
     if found.kind not in ("default", "longrope", "yarn"):
         raise UserError(f"{read.where}: rope_type {found.kind!r} is not supported for phi3; supported are default and longrope.")
     window = read("sliding_window")
-    _layer_types(read, lambda layer: FULL)
+    layer_types(read, lambda layer: FULL)
     layers = (LayerConfig(window=window),) * read("num_hidden_layers")
     return {"fused": True, "ropes": (found,), "layers": layers}
 
@@ -346,7 +271,7 @@ def _smollm3(read: Reader) -> dict[str, Any]:
     count, every = read("num_hidden_layers"), read("no_rope_layer_interval")
     rotary = read("no_rope_layers") or [int((layer + 1) % every != 0) for layer in range(count)]
     window = read("sliding_window") if read("use_sliding_window") else None
-    kinds = _layer_types(read, lambda layer: SLIDING if window is not None and not rotary[layer] else FULL)
+    kinds = layer_types(read, lambda layer: SLIDING if window is not None and not rotary[layer] else FULL)
     bias = read("attention_bias")
     layers = tuple(
         LayerConfig(window=window if kind == SLIDING else None, rope=0 if turns else None)

@@ -79,7 +79,13 @@ def _times_head(x: Float[Array, "tokens vocab"], head: Float[Array, "vocab embed
 
 def _fwd(hidden, head, targets, weights, cap):
     loss, hidden_grad, head_grad = _forward(
-        hidden.value, head.value, targets.value, weights.value, cap, hidden_gradient=hidden.perturbed, head_gradient=head.perturbed
+        hidden.value,
+        head.value,
+        targets.value,
+        weights.value,
+        cap,
+        hidden_gradient=hidden.perturbed,
+        head_gradient=head.perturbed,
     )
     return loss, (hidden_grad, None if head_grad is None else head_grad.astype(head.value.dtype))
 

@@ -149,12 +149,9 @@ def _compare_with_peft(fresh: CausalLM, adapter: Path, source: Source, batch: tu
     logging.disable_progress_bar()
     fresh.compute_dtype = jnp.dtype(jnp.float32)
     ours = logits(fresh, batch)
-    where = {"pretrained_model_name_or_path": str(source.path)}
-    if source.gguf:
-        where = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other packages among themselves
-        base = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
+        base = AutoModelForCausalLM.from_pretrained(**(source.transformers() or {}), dtype=torch.float32, trust_remote_code=False)
         stored = _stored(fresh)
         for name, weight in base.named_parameters():  # the base that was trained on may have been kept in fewer bits
             weight.copy_(weight.to(getattr(torch, stored[name])))
@@ -173,7 +170,7 @@ def _stored(model: CausalLM) -> dict[str, str]:
     """The dtype in which each tensor of the base is kept, by Hugging Face's names."""
     base = nnx.state(model, lambda path, variable: isinstance(variable, nnx.Param) and not isinstance(variable, LoRAParam))
     leaves = (variable.get_value() for _, variable in nnx.to_flat_state(base))
-    return {name: leaf.dtype.name for row, leaf in zip(rows(base), leaves, strict=True) for name in row.names}
+    return {name: leaf.dtype.name for row, leaf in zip(rows(base, model.config), leaves, strict=True) for name in row.names}
 
 
 def _card(source: Source, result: Verification) -> str:

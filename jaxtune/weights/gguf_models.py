@@ -51,7 +51,9 @@ def _gemma(config: dict[str, Any]) -> dict[str, Any]:
     large = {("gemma2", 46), ("gemma3_text", 62)}
     share = config["hidden_size"] // config["num_attention_heads"]
     by_share = (config["model_type"], config["num_hidden_layers"]) in large
-    rest = {"hidden_activation": "gelu_pytorch_tanh"} | ({"sliding_window_pattern": 6} if config["model_type"] == "gemma3_text" else {})
+    rest = {"hidden_activation": "gelu_pytorch_tanh"} | (
+        {"sliding_window_pattern": 6} if config["model_type"] == "gemma3_text" else {}
+    )
     return {"query_pre_attn_scalar": share if by_share else config["head_dim"], **rest}
 
 
@@ -61,7 +63,11 @@ _GRANITE = {
     "attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
 }  # fmt: skip
-_EXPERTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok", "expert_feed_forward_length": "moe_intermediate_size"}
+_EXPERTS = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
 _MIXTRAL = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
 
 # By model_type of config.json.
@@ -92,7 +98,12 @@ def config_json(file: GGUF) -> dict[str, Any]:
     found = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     if unknown := [key for key, value in found.items() if key not in _READ | meaning.keys.keys() and value]:
         raise UserError(f"{file.path}: metadata that jaxtune does not understand: {listed(prefix + key for key in unknown)}.")
-    required = ("block_count", "embedding_length", "attention.head_count", *([] if kind == "qwen3_moe" else ["feed_forward_length"]))
+    required = (
+        "block_count",
+        "embedding_length",
+        "attention.head_count",
+        *([] if kind == "qwen3_moe" else ["feed_forward_length"]),
+    )
     if missing := [key for key in required if key not in found]:
         raise UserError(f"{file.path}: the metadata {listed(prefix + key for key in missing)} is missing.")
     heads = found["attention.head_count"]
@@ -204,7 +215,10 @@ def _rope(file: GGUF, found: dict[str, Any], config: dict[str, Any]) -> dict[str
     if config["model_type"] == "phi3":
         share = found.get("rope.dimension_count", config["head_dim"]) / config["head_dim"]
         context = found.get("rope.scaling.original_context_length", config["max_position_embeddings"])
-        return {"rope_parameters": {"rope_theta": theta, "partial_rotary_factor": share, **options}, "original_max_position_embeddings": context}
+        return {
+            "rope_parameters": {"rope_theta": theta, "partial_rotary_factor": share, **options},
+            "original_max_position_embeddings": context,
+        }
     if found.get("rope.dimension_count", config["head_dim"]) != config["head_dim"]:
         raise UserError(f"{file.path}: rotary embeddings over a part of a head are not supported for {config['model_type']}.")
     return {"rope_parameters": {"rope_theta": theta, **options}}

@@ -45,7 +45,9 @@ def _open_sharded(path: Path, name: str, open_file: Callable[[Path], Tensors]) -
         if twice := sorted(found.keys() & tensors.keys()):
             raise UserError(f"{path}: the tensors {listed(twice)} are in more than one file. Download it again.")
         if misplaced := sorted(tensor for tensor in found if where.get(tensor, file) != file):
-            raise UserError(f"{path}: {name} places the tensors {listed(misplaced)} in other files than {file}, which holds them.")
+            raise UserError(
+                f"{path}: {name} places the tensors {listed(misplaced)} in other files than {file}, which holds them."
+            )
         tensors |= found
     if missing := sorted(where.keys() - tensors.keys()):
         raise UserError(f"{path}: {name} names tensors that its files do not hold: {listed(missing)}.")

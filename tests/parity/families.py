@@ -1,5 +1,7 @@
 """Tiny random models of every family, made by transformers."""
 
+from types import SimpleNamespace
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -76,3 +78,39 @@ def save(directory, config, seed=0):
     found = model(config, seed)
     found.save_pretrained(directory)
     return found
+
+
+def on_disk(model):
+    """Parameters by the names they have in files, with experts one by one; each with its gradient as `.grad`."""
+    found = {}
+    for name, value in model.named_parameters():
+        if ".experts." not in name or value.dim() != 3:
+            found[name] = value
+            continue
+        stem, kind = name.rsplit(".", 1)
+        parts = {"gate_up_proj": ["gate_proj", "up_proj"], "down_proj": ["down_proj"]}[kind]
+        if model.config.model_type == "mixtral":
+            stem = stem.replace(".mlp.", ".block_sparse_moe.")
+            parts = [{"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}[part] for part in parts]
+        for expert in range(value.shape[0]):
+            cut = zip(parts, value.grad[expert].chunk(len(parts)), strict=True)
+            found |= {f"{stem}.{expert}.{part}.weight": SimpleNamespace(grad=grad) for part, grad in cut}
+    if model.config.model_type == "mixtral":
+        found = {name.replace(".mlp.gate.", ".block_sparse_moe.gate."): value for name, value in found.items()}
+    return found
+
+
+def old_dialect(raw):
+    """The keys of RoPE as transformers 4 wrote them."""
+    rope = raw.pop("rope_parameters")
+    if raw["model_type"] == "gemma3_text":
+        local, whole = rope["sliding_attention"], rope["full_attention"]
+        raw["rope_local_base_freq"], raw["rope_theta"] = local["rope_theta"], whole.pop("rope_theta")
+        raw["rope_scaling"] = None if whole["rope_type"] == "default" else whole
+        return
+    raw["rope_theta"] = rope.pop("rope_theta")
+    if raw["model_type"] == "phi3":
+        raw["partial_rotary_factor"] = rope.pop("partial_rotary_factor", 1.0)
+        rope.pop("original_max_position_embeddings", None)
+    kind = rope.pop("rope_type", "default")
+    raw["rope_scaling"] = None if kind == "default" else {"type": "su" if kind == "longrope" else kind, **rope}
