@@ -68,7 +68,7 @@ def attend(
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, size)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=0)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
     cap: float | None,
     q_BKRH: Float[Array, "B K R H"],

@@ -12,7 +12,7 @@ from jaxtune.models.layers import matmul, softcap
 CHUNK = 256
 
 
-@partial(jax.custom_vjp, nondiff_argnums=4)
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def linear_cross_entropy(
     hidden: Float[Array, "tokens embed"],
     head: Float[Array, "vocab embed"],
