@@ -174,9 +174,10 @@ def _stored(model: CausalLM) -> dict[str, str]:
 
 
 def _card(source: Source, result: Verification) -> str:
+    found = source.transformers() or {}
     base = f'"{source.name}"'
-    if source.gguf:
-        base = f'"{source.path.resolve().parent}", gguf_file="{source.path.name}"'
+    if "gguf_file" in found:
+        base = f'"{found["pretrained_model_name_or_path"]}", gguf_file="{found["gguf_file"]}"'
     peft = f"{result.peft_difference:.1e} by PEFT" if result.peft_difference is not None else f"PEFT not run ({result.peft_note})"
     return f"""---
 library_name: peft

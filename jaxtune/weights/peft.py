@@ -15,7 +15,7 @@ from jaxtune.core.errors import UserError, listed
 from jaxtune.core.files import read_json, write_json
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import CausalLM
-from jaxtune.weights.rows import names_of
+from jaxtune.models.names import names_of
 from jaxtune.weights.safetensors_files import open_file
 from jaxtune.weights.tensors import Tensors
 

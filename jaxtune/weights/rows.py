@@ -12,10 +12,8 @@ from flax import nnx
 
 from jaxtune.core.errors import UserError, listed
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.families import FAMILIES
+from jaxtune.models.names import names_of
 from jaxtune.weights.tensors import Tensors
-
-STACK, EXPERTS = "layers", "experts"
 
 # Buffers that old checkpoints carry and that follow from the configuration.
 _DERIVED = (".rotary_emb.inv_freq", ".self_attn.rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
@@ -54,31 +52,6 @@ def rows(state: nnx.State, config: ModelConfig) -> list[Row]:
         stack, names = names_of(path, config)
         table.append(Row(path, tuple(leaf.shape[len(stack) :]), stack, names))
     return table
-
-
-def names_of(path: tuple[Any, ...], config: ModelConfig) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The stack's sizes and Hugging Face's names of the tensors in the leaf at a path of our tree.
-
-    A path reads `model.layers.SEGMENT.rest`: the layers of one structure lie in one leaf, and so do a layer's experts.
-    """
-    parts = tuple(str(part) for part in path)
-    if STACK not in parts:
-        return (), (_renamed(".".join(parts), config),)
-    cut = parts.index(STACK) + 1
-    layers = config.segments[int(parts[cut])]
-    before, after = ".".join(parts[:cut]), _renamed(".".join(parts[cut + 1 :]), config)
-    stem, found, rest = after.partition(f".{EXPERTS}.")
-    if not found or config.experts is None:
-        return (len(layers),), tuple(f"{before}.{layer}.{after}" for layer in layers)
-    experts = range(config.experts.count)
-    names = (f"{before}.{layer}.{stem}.{EXPERTS}.{expert}.{rest}" for layer in layers for expert in experts)
-    return (len(layers), len(experts)), tuple(names)
-
-
-def _renamed(name: str, config: ModelConfig) -> str:
-    for ours, theirs in FAMILIES[config.raw["model_type"]].renames:
-        name = name.replace(ours, theirs)
-    return name
 
 
 def check(table: list[Row], tensors: Tensors, where: str, tied_head: bool) -> None:

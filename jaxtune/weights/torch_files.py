@@ -25,7 +25,7 @@ def open_file(path: Path) -> Tensors:
         UserError: PyTorch is not installed, the file is cut short, or it holds anything other than tensors by name.
 
     """
-    import pickle
+    from pickle import UnpicklingError
 
     try:
         import torch
@@ -33,7 +33,7 @@ def open_file(path: Path) -> Tensors:
         raise UserError(f"{path}: reading PyTorch's files needs PyTorch: pip install 'jaxtune[torch]'.") from None
     try:
         found = _load(torch, path)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} holds more than tensors, which could run code and is not loaded ({reason}).") from None
     except (RuntimeError, EOFError, OSError) as error:

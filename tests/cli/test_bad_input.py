@@ -173,10 +173,10 @@ def test_gguf_cut_short(cli, tmp_path, smollm2):
 
 
 ARCHITECTURES = {
-    "another architecture": ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel is not supported"),
+    "another architecture": ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel (model_type 'gpt2') is not supported"),
     "unknown key": ({"residual_multiplier": 0.22}, "does not understand: residual_multiplier"),
-    "unknown activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-    "unknown rope": ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type 'longrope' is not supported"),
+    "unknown activation": ({"hidden_act": "quick_gelu"}, "activation 'quick_gelu' is not supported"),
+    "unknown rope": ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "rope_type 'proportional' is not supported"),
     "rope without factor": ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope_type linear needs factor"),
     "unknown rope number": ({"rope_parameters": {"rope_type": "default", "bend": 2}}, "does not understand: bend"),
     "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config"),

@@ -8,9 +8,9 @@ import torch
 from flax import nnx
 
 from jaxtune.generate.engine import Engine
+from jaxtune.models.names import names_of
 from jaxtune.objectives.sft import Batch, sft
 from jaxtune.weights.load import load_model
-from jaxtune.weights.rows import names_of
 from jaxtune.weights.source import resolve
 from tests import tools
 from tests.parity import families

@@ -87,7 +87,7 @@ def test_trap10_phases_are_float32_in_bfloat16_models():
     from jaxtune.models.rope import phases, rotate
 
     positions = jnp.asarray([[0, 1, 4095, 8191]], jnp.int32)
-    rope = phases(RopeConfig(theta=10000.0), 64, 8192, positions)
+    rope = phases(RopeConfig(theta=10000.0), 64, 8192, positions, positions)
     assert rope.cos.dtype == rope.sin.dtype == jnp.float32
     exact = np.cos(np.asarray(positions, np.float64)[..., None] * 10000.0 ** (-np.arange(0, 64, 2) / 64))
     np.testing.assert_allclose(rope.cos, exact, atol=2e-3)
@@ -127,7 +127,7 @@ def test_bfloat16_weights_keep_their_dtype(tmp_path, one_device):
     config = tools.tiny_config()
     tools.save_model(tmp_path, config, dtype=torch.bfloat16)
     model = load(tmp_path, one_device)
-    assert model.model.layers.mlp.up_proj.weight[...].dtype == jnp.bfloat16
+    assert model.model.layers[0].mlp.up_proj.weight[...].dtype == jnp.bfloat16
     assert_equals_transformers(tmp_path, LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), one_device)
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from jaxtune.adapters.inject import split_trainable
 from jaxtune.config.loading import validated
 from jaxtune.data.examples import prepare
+from jaxtune.models.names import names_of
 from jaxtune.objectives.sft import Batch, sft
 from jaxtune.train.metrics import read_metrics
 from jaxtune.weights.load import load_model
@@ -53,9 +54,8 @@ def test_gradients_equal_peft(changes, remat, tmp_path, one_device):
     np.testing.assert_allclose(loss, float(total.detach()), rtol=1e-5)
     found = {}
     for path, leaf in nnx.to_flat_state(grads):
-        before, after = ".".join(map(str, path)).split(".layers.")
-        for layer, value in enumerate(np.asarray(leaf.get_value())):
-            found[f"base_model.model.{before}.layers.{layer}.{after}.weight"] = value
+        names = names_of((*path, "weight"), model.config)[1]
+        found |= {f"base_model.model.{name}": value for name, value in zip(names, np.asarray(leaf.get_value()), strict=True)}
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert np.linalg.norm(found[name] - value) <= 1e-3 * np.linalg.norm(value), name

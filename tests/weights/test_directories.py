@@ -40,17 +40,17 @@ def test_trap30_mixed_dtypes_in_one_file_lose_nothing(chat_model, tmp_path, one_
             tensors[name] = tensors[name].to(kind) if part in name else tensors[name]
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     model = load_model(resolve(str(directory)), one_device)
-    up = model.model.layers.mlp.up_proj.weight[...]
+    up = model.model.layers[0].mlp.up_proj.weight[...]
     assert up.dtype == jnp.float32  # bfloat16 and float16 and float32 layers of one stack
     for layer in range(3):
         np.testing.assert_array_equal(up[layer], tensors[f"model.layers.{layer}.mlp.up_proj.weight"].float().numpy())
-    assert model.model.layers.self_attn.q_proj.weight[...].dtype == jnp.bfloat16
+    assert model.model.layers[0].self_attn.q_proj.weight[...].dtype == jnp.bfloat16
 
 
 def test_weights_arrive_bit_for_bit_on_a_mesh(chat_model):
     tensors = load_file(chat_model / "model.safetensors")
     model = load_model(resolve(str(chat_model)), make_mesh(1, 4, 2))
-    gate = model.model.layers.mlp.gate_proj.weight[...]
+    gate = model.model.layers[0].mlp.gate_proj.weight[...]
     assert gate.sharding.shard_shape(gate.shape) == (3, 24, 8)
     for layer in range(3):
         np.testing.assert_array_equal(gate[layer], tensors[f"model.layers.{layer}.mlp.gate_proj.weight"].numpy())

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jaxtune.core.errors import UserError
-from jaxtune.models.config import from_hf
+from jaxtune.models.families import from_hf
 from jaxtune.weights.load import load_model
 from jaxtune.weights.packaged import package_directory
 from jaxtune.weights.source import resolve
@@ -100,7 +100,7 @@ def test_llama3_scaling_is_recovered_from_its_divisors_and_others_are_refused(tm
     plain = 500000.0 ** (-np.arange(0, 64, 2) / 64)
     divisors = (plain / model.model.rotary_emb.inv_freq.numpy()).astype(np.float32)
     write_gguf(tmp_path / "tiny.gguf", model, freqs=divisors)
-    found = from_hf(resolve(str(tmp_path / "tiny.gguf")).config_json(), "tiny.gguf").rope
+    found = from_hf(resolve(str(tmp_path / "tiny.gguf")).config_json(), "tiny.gguf").ropes[0]
     assert (found.kind, dict(found.options)) == (
         "llama3",
         {key: rope[key] for key in rope if key not in ("rope_type", "rope_theta")},
