@@ -1,16 +1,18 @@
-"""Low-rank adaptation: a linear layer whose frozen weight has a trainable update of rank r beside it."""
+"""Low-rank adaptation: a layer whose frozen weight has a trainable update of rank r beside it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxtune.core.dtypes import precision
-from jaxtune.models.layers import Dropout, Linear, matmul
+from jaxtune.models.layers import Dropout, Embedding, Linear, matmul
 from jaxtune.models.remat import LOW, PROJECTION
 
 
@@ -18,52 +20,109 @@ class LoRAParam(nnx.Param):
     """A trainable leaf of an adapter; always float32."""
 
 
+class LoRAScale(nnx.Variable):
+    """What B A is multiplied with, one number a layer; 0 in layers of a stack that are not adapted."""
+
+
 @dataclass(frozen=True)
-class LoRAConfig:
-    """The numbers of an adapter.
+class Part:
+    """The adapter of one leaf.
 
     Attributes:
-        rank: r, rows of A and columns of B.
-        alpha: the update is scaled by alpha / r, or by alpha / sqrt(r) with `rslora` (Kalajdzievski 2023).
+        name: what tells its draws of dropout apart from other layers'.
+        ranks: r of every layer of the stack, 0 where there is no adapter. The factors are padded with zeros to the largest: a
+            padded entry of A meets zeros of B and the other way round, so it gets no gradient and stays zero.
+        scales: of B A, likewise.
         dropout: rate on the adapter's input in training.
-        rslora: see alpha.
 
     """
 
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-    rslora: bool = False
+    name: str
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+    dropout: float
 
-    @property
-    def scale(self) -> float:
-        """What B A is multiplied with."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+    def scale(self, stack: list[int]) -> LoRAScale:
+        """The scales as an array of the stack's shape."""
+        return LoRAScale(jnp.asarray(self.scales, jnp.float32).reshape(stack), axes=())
+
+    def within(self, shape: tuple[int, ...], axis: int) -> jax.Array:
+        """Which entries of a factor are not padding."""
+        counted = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) + axis)
+        return counted < jnp.asarray(self.ranks).reshape(*shape[:-2], 1, 1)
 
 
 class LoRALinear(Linear):
     """y = x W^T (+ b) + scale (x A^T) B^T      (Hu et al. 2021, eq. 3); A [r, in], B [out, r], float32.
 
-    It is the linear layer it replaces, with the same weight at the same path, and the two factors beside it.
+    With a magnitude m, each row of W + scale B A is brought to length m (DoRA, Liu et al. 2024, eq. 5), the row's own length being
+    no part of the gradient, as in its section 4.3 and in PEFT.
+
+    It is the linear layer it replaces, with the same weight at the same path, and the factors beside it.
     A is drawn as PEFT draws it, uniform within 1 / sqrt(in), and B is zero, so that training starts from the base.
+
+    Args:
+        draw: gives the factor A for a shape and a bound.
+
     """
 
-    def __init__(self, base: Linear, name: str, config: LoRAConfig, key: jax.Array) -> None:
-        self.weight, self.bias, self.name, self.config = base.weight, base.bias, name, config
+    def __init__(self, base: Linear, part: Part, draw: Callable[[tuple[int, ...], float], jax.Array], *, dora: bool) -> None:
+        self.weight, self.bias, self.part = base.weight, base.bias, part
         *stack, outputs, inputs = base.weight.shape
-        axes = base.weight.get_metadata()["axes"]
-        bound = 1 / math.sqrt(inputs)
-        factor_a = jax.random.uniform(key, (*stack, config.rank, inputs), jnp.float32, -bound, bound)
+        axes, rank = base.weight.get_metadata()["axes"], max(part.ranks)
+        factor_a = draw((*stack, rank, inputs), 1 / math.sqrt(inputs))
+        factor_a = jnp.where(part.within(factor_a.shape, -2), factor_a, 0)
         self.lora_A = LoRAParam(factor_a, axes=("rank", axes[1]))
-        self.lora_B = LoRAParam(jnp.zeros((*stack, outputs, config.rank), jnp.float32), axes=(axes[0], "rank"))
+        self.lora_B = LoRAParam(jnp.zeros((*stack, outputs, rank), jnp.float32), axes=(axes[0], "rank"))
+        self.scale = part.scale(stack)
+        lengths = jnp.linalg.norm(base.weight[...].astype(jnp.float32), axis=-1) if dora else None
+        self.lora_magnitude_vector = None if lengths is None else LoRAParam(lengths, axes=axes[:1])
 
     def __call__(self, x: Float[Array, "*batch in"], dropout: Dropout | None = None) -> Float[Array, "*batch out"]:
         """The adapted linear map; the adapter's input is dropped out only where `dropout` brings keys."""
-        y = self.product(x)
-        if dropout is not None and self.config.dropout:
-            x = dropout(x, self.config.dropout, self.name)
-        update = low_rank(x.reshape(-1, x.shape[-1]), self.lora_A[...], self.lora_B[...] * self.config.scale)
-        return checkpoint_name(y + update.reshape(y.shape), PROJECTION)
+        y, dropped = self.product(x), self._dropped(x, dropout)
+        update = low_rank(dropped.reshape(-1, x.shape[-1]), self.lora_A[...], self.lora_B[...] * self.scale[...]).reshape(y.shape)
+        if self.lora_magnitude_vector is None:
+            return checkpoint_name(y + update, PROJECTION)
+        stretch = self._stretch().astype(y.dtype)
+        base = matmul(dropped, self.weight[...])
+        return checkpoint_name(y + (stretch - 1) * base + stretch * update, PROJECTION)
+
+    def as_head(self, x: Float[Array, "*batch in"], dropout: Dropout | None) -> tuple[jax.Array, jax.Array]:
+        """See Linear: [x, x A^T] and [W, scale B], so that the update is not rounded into the weight."""
+        low = matmul(self._dropped(x, dropout), self.lora_A[...])
+        wide = jnp.concatenate([self.weight[...].astype(x.dtype), (self.lora_B[...] * self.scale[...]).astype(x.dtype)], axis=-1)
+        if self.lora_magnitude_vector is not None:
+            wide = wide * self._stretch().astype(x.dtype)[:, None]
+        return jnp.concatenate([x, low], axis=-1), wide
+
+    def _dropped(self, x: jax.Array, dropout: Dropout | None) -> jax.Array:
+        return x if dropout is None or not self.part.dropout else dropout(x, self.part.dropout, self.part.name)
+
+    def _stretch(self) -> Float[Array, " out"]:
+        """By how much DoRA stretches each row; 1 where the layer has no adapter."""
+        assert self.lora_magnitude_vector is not None
+        scale = self.scale[...]
+        update = scale * jnp.matmul(self.lora_B[...], self.lora_A[...], precision=jax.lax.Precision.HIGHEST)
+        length = jnp.linalg.norm(self.weight[...].astype(jnp.float32) + update, axis=-1)
+        return jnp.where(scale != 0, self.lora_magnitude_vector[...] / jax.lax.stop_gradient(length), 1.0)
+
+
+class LoRAEmbedding(Embedding):
+    """One row of W + scale (B A)^T per token; A [r, vocab], zero at first, B [embed, r], normal, as PEFT has them."""
+
+    def __init__(self, base: Embedding, part: Part, key: jax.Array) -> None:
+        self.weight, self.part = base.weight, part
+        vocab, embed = base.weight.shape
+        axes, rank = base.weight.get_metadata()["axes"], part.ranks[0]
+        self.lora_embedding_A = LoRAParam(jnp.zeros((rank, vocab), jnp.float32), axes=("rank", axes[0]))
+        self.lora_embedding_B = LoRAParam(jax.random.normal(key, (embed, rank), jnp.float32), axes=(axes[1], "rank"))
+        self.scale = part.scale([])
+
+    def __call__(self, tokens: Int[Array, "batch seq"], dtype: np.dtype) -> Float[Array, "batch seq embed"]:
+        """The tokens' rows in the compute dtype."""
+        low = self.lora_embedding_A[...].T[tokens].astype(dtype)
+        return super().__call__(tokens, dtype) + matmul(low, self.lora_embedding_B[...] * self.scale[...])
 
 
 @jax.custom_vjp

@@ -43,8 +43,8 @@ class AdapterSection(Section):
     """Dropout on the adapter's input, in training only."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)."""
-    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
-    """Which linear layers: all but the head, or a list of module names such as [q_proj, v_proj]."""
+    targets: str | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Which modules: all-linear (all but the head), a list of names such as [q_proj, v_proj], or a regular expression for a whole name."""
     init: str | None = None
     """A PEFT adapter directory to start from; null starts from zero update."""
 

@@ -3,7 +3,6 @@
 Shape letters: B batch, T queries, S keys, K key/value heads, G query heads per key/value head, H head size.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -68,8 +67,7 @@ def attend(
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, size)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(
+def _attention(
     cap: float | None,
     q_BKRH: Float[Array, "B K R H"],
     k_BKSH: Float[Array, "B K S H"],
@@ -118,6 +116,7 @@ def _attend_bwd(cap, residuals, dout):
     return dq, dk, dv, None
 
 
+_attend = jax.custom_vjp(_attention, nondiff_argnums=(0,))
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 

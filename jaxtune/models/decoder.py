@@ -213,12 +213,13 @@ class CausalLM(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: np.dtype, compute_dtype: np.dtype, rngs: nnx.Rngs) -> None:
         self.config = config
+        self.adapter: Any = None  # what `adapters.inject` put on the model
         self.compute_dtype = compute_dtype
         self.model = Decoder(config, dtype=dtype, rngs=rngs)
         head = None
         if not config.tie_embeddings:
             head = Linear(config.hidden_size, config.vocab_size, ("vocab", "embed"), bias=False, dtype=dtype, rngs=rngs)
-        self.lm_head = head
+        self.lm_head = nnx.data(head)
 
     def hidden_states(
         self,
@@ -269,14 +270,13 @@ class CausalLM(nnx.Module):
             found.append(no_rotation(found[0]))
         return jax.tree.map(lambda *parts: jnp.stack(parts), *found)
 
-    @property
-    def head_weight(self) -> Float[Array, "vocab embed"]:
-        """The matrix from hidden states to logits."""
-        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
+    def head(self, hidden: Float[Array, "*batch embed"], dropout: Dropout | None = None) -> tuple[jax.Array, jax.Array]:
+        """`(h, W)`: the logits are h W^T, before a soft-cap; W is [vocab, embed], or wider by the rank of the head's adapter."""
+        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).as_head(hidden, dropout)
 
     def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """The head applied to hidden states, float32."""
-        return softcap(matmul(hidden, self.head_weight).astype(jnp.float32), self.config.logit_softcap)
+        return softcap(matmul(*self.head(hidden)).astype(jnp.float32), self.config.logit_softcap)
 
     def __call__(
         self,

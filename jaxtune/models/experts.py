@@ -18,7 +18,9 @@ from jaxtune.models.layers import ACTIVATIONS, INIT_STD, Dropout, Router
 class Stacked(nnx.Module):
     """One linear map for every expert: weight [experts, out, in]."""
 
-    def __init__(self, inputs: int, outputs: int, axes: tuple[str, str], count: int, *, dtype: np.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, axes: tuple[str | None, str | None], count: int, *, dtype: np.dtype, rngs: nnx.Rngs
+    ) -> None:
         init = jax.nn.initializers.normal(INIT_STD)
         self.weight = nnx.Param(init(rngs.params(), (count, outputs, inputs), dtype), axes=("expert", *axes))
 

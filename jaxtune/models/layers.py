@@ -71,6 +71,10 @@ class Linear(nnx.Module):
         """The linear map; `dropout` is for adapters that wrap it."""
         return checkpoint_name(self.product(x), PROJECTION)
 
+    def as_head(self, x: Float[Array, "*batch in"], dropout: Dropout | None) -> tuple[jax.Array, jax.Array]:
+        """`(h, W)` with y = h W^T, for a head whose product is taken elsewhere, in chunks."""
+        return x, self.weight[...]
+
     def product(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """X W^T (+ b), without a name that a remat policy would keep it by."""
         y = matmul(x, self.weight[...])
@@ -99,6 +103,10 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: Int[Array, "batch seq"], dtype: np.dtype) -> Float[Array, "batch seq embed"]:
         """The tokens' rows in the compute dtype."""
         return self.weight[...][tokens].astype(dtype)
+
+    def as_head(self, x: Float[Array, "*batch embed"], dropout: Dropout | None) -> tuple[jax.Array, jax.Array]:
+        """See Linear: the head where it is tied. An adapter on the embedding is none on the head."""
+        return x, self.weight[...]
 
 
 class RMSNorm(nnx.Module):

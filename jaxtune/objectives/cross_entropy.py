@@ -1,7 +1,5 @@
 """Linear head and cross-entropy in one, over chunks of tokens: the logits of a whole batch never exist."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -12,7 +10,6 @@ from jaxtune.models.layers import matmul, softcap
 CHUNK = 256
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def linear_cross_entropy(
     hidden: Float[Array, "tokens embed"],
     head: Float[Array, "vocab embed"],
@@ -36,6 +33,10 @@ def linear_cross_entropy(
         The sum of the weighted token losses, float32.
 
     """
+    return _loss(hidden, head, targets, weights, cap)
+
+
+def _primal(hidden, head, targets, weights, cap: float | None) -> jax.Array:
     return _forward(hidden, head, targets, weights, cap, hidden_gradient=False, head_gradient=False)[0]
 
 
@@ -97,4 +98,5 @@ def _bwd(cap, residuals, cotangent):
     return hidden_grad, head_grad, None, None
 
 
-linear_cross_entropy.defvjp(_fwd, _bwd, symbolic_zeros=True)
+_loss = jax.custom_vjp(_primal, nondiff_argnums=(4,))
+_loss.defvjp(_fwd, _bwd, symbolic_zeros=True)

@@ -41,7 +41,8 @@ def sft(
         dropout=dropout,
         remat_policy=remat_policy,
     )
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    wide, head = model.head(hidden, dropout)
+    flat = wide.reshape(-1, wide.shape[-1])
     targets, weights = batch.target_ids.reshape(-1), batch.weights.reshape(-1)
-    loss = linear_cross_entropy(flat, model.head_weight, targets, weights, model.config.logit_softcap)
+    loss = linear_cross_entropy(flat, head, targets, weights, model.config.logit_softcap)
     return loss, jnp.sum(batch.weights), {}

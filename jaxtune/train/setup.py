@@ -8,8 +8,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxtune.adapters.config import LoRAConfig
 from jaxtune.adapters.inject import adapted, inject, split_trainable
-from jaxtune.adapters.lora import LoRAConfig
 from jaxtune.config.schema import Config
 from jaxtune.core.errors import UserError
 from jaxtune.core.files import shown
@@ -96,13 +96,9 @@ def setup(config: Config, reporter: Reporter) -> Setup:
     model = load_model(source, mesh, dtype=config.model.dtype, compute=config.model.compute_dtype)
     numbers = config.adapter
     if adapter is None:
-        inject(
-            model,
-            numbers.targets,
-            LoRAConfig(numbers.rank, numbers.alpha, numbers.dropout, numbers.rslora),
-            config.train.seed,
-            mesh,
-        )
+        targets = numbers.targets if isinstance(numbers.targets, str) else tuple(numbers.targets)
+        lora = LoRAConfig(numbers.rank, numbers.alpha, numbers.dropout, numbers.rslora, targets=targets)
+        inject(model, lora, config.train.seed, mesh)
     else:
         attach(model, adapter, mesh, numbers.dropout)
     graph, trainable, frozen = split_trainable(model)
@@ -126,7 +122,7 @@ def adopt_adapter(config: Config) -> Config:
         "rank": adapter.config.rank,
         "alpha": adapter.config.alpha,
         "rslora": adapter.config.rslora,
-        "targets": adapter.targets,
+        "targets": adapter.config.targets if isinstance(adapter.config.targets, str) else list(adapter.config.targets),
     }
     for key, value in found.items():
         if key in config.adapter.model_fields_set and getattr(config.adapter, key) != value:

@@ -52,8 +52,9 @@ def _read(row: Row, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], 
     return jax.make_array_from_callback(shape, sharding(mesh, axes, shape), partial(_part, row, parts, stored))
 
 
-def _part(row: Row, parts: list[LazyTensor], dtype: np.dtype, index: Index) -> np.ndarray:
+def _part(row: Row, parts: list[LazyTensor], dtype: np.dtype, index: Index | None) -> np.ndarray:
     """The part of a leaf that a device holds, read from the tensors that make it up."""
+    assert index is not None
     depth = len(row.stack)
     inner = index[depth:]
     chosen = np.arange(len(parts)).reshape(row.stack)[index[:depth]]

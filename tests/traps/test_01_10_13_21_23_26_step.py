@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+from jaxtune.adapters.config import LoRAConfig
 from jaxtune.adapters.inject import inject, split_trainable
-from jaxtune.adapters.lora import LoRAConfig
 from jaxtune.config.schema import OptimizerSection
 from jaxtune.core.mesh import make_mesh
 from jaxtune.data.loader import on_devices
@@ -40,7 +40,7 @@ class Run:
     def __init__(self, directory, mesh, *, dropout=0.0, remat="none", **options):
         self.mesh = mesh
         model = load_model(resolve(str(directory)), mesh)
-        inject(model, "all-linear", LoRAConfig(4, 8.0, dropout), 0, mesh)
+        inject(model, LoRAConfig(4, 8.0, dropout), 0, mesh)
         self.graph, self.trainable, self.frozen = split_trainable(model)
         self.optimizer = optimizer(
             OptimizerSection(**({"learning_rate": 1e-2, "warmup": 0.0, "schedule": "constant"} | options)), 10
