@@ -6,10 +6,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxtune.api import evaluate, export, generate, load, train
+    from jaxtune.api import convert, evaluate, export, generate, load, train
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "export", "generate", "load", "train"]
+__all__ = ["convert", "evaluate", "export", "generate", "load", "train"]
 
 
 class _Function:

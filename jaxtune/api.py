@@ -21,9 +21,12 @@ from jaxtune.models.decoder import CausalLM
 from jaxtune.train.progress import Reporter
 from jaxtune.train.rundir import ADAPTER, is_run, read_config
 from jaxtune.training import Run, export_run, run
+from jaxtune.weights import hub
+from jaxtune.weights.convert import convert_model
 from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import attach, open_adapter
 from jaxtune.weights.source import Source, resolve
+from jaxtune.weights.verify import Comparison
 
 Pair = tuple[CausalLM, Any]
 Prompt = str | list[dict[str, str]]
@@ -51,7 +54,8 @@ def load(model: str, adapter: str | None = None, dtype: str = "auto", mesh: Mesh
     """`(model, tokenizer)`; `model(input_ids)` gives float32 logits.
 
     Args:
-        model: a hub id, a Hugging Face directory, a .gguf file or a run directory (whose adapter comes with it).
+        model: a hub id (org/name or org/name@revision), a directory of Hugging Face's or of Meta's files, a .gguf file or a run
+            directory (whose adapter comes with it).
         adapter: a PEFT adapter directory.
         dtype: storage of the weights: auto, float32, bfloat16 or float16.
         mesh: the devices; all of them by default.
@@ -73,13 +77,9 @@ def open_model(model: str | Pair, adapter: str | None = None, dtype: str = "auto
         found = network.config.raw.get("eos_token_id", eos)
         stops = found if isinstance(found, list) else [token for token in {found, eos} if token is not None]
         return Loaded(network, tokenizer, sorted(stops), None)
-    model, mesh = str(model), mesh or make_mesh()
-    if is_run(model):
-        if adapter is None and not (Path(model) / ADAPTER).is_dir():
-            raise UserError(f"{model} has no adapter yet. Finish the run with: jaxtune train {model}/config.yaml")
-        adapter = adapter or str(Path(model) / ADAPTER)
-        model = read_config(Path(model)).model.source
-    source = resolve(model)
+    mesh = mesh or make_mesh()
+    name, adapter = _base_and_adapter(str(model), adapter)
+    source = resolve(name)
     opened = open_adapter(adapter) if adapter else None
     network = load_model(source, mesh, dtype=dtype)
     if opened:
@@ -164,24 +164,87 @@ def generate(
     return tokenizer.batch_decode(engine.generate(ids, max_new_tokens, sampling), skip_special_tokens=True)
 
 
-def export(run_dir: str | Path, to: str = "peft", out: str | Path | None = None) -> Path:
-    """Write a run's adapter in another program's format, verified; see `weights.export`.
+def export(
+    run_dir: str | Path, to: str = "peft", out: str | Path | None = None, *, dtype: str | None = None, push: str | None = None
+) -> Path:
+    """Write what a run trained in another program's format, verified; see `weights.export` and `weights.convert`.
 
     Args:
         run_dir: the run, finished or not (then its newest checkpoint is taken).
-        to: `peft`.
-        out: the directory to make.
+        to: `peft` (the adapter), or with the adapter merged into its base `hf`, `gguf` or `meta`.
+        out: the directory to make; for gguf also a file that ends in .gguf.
+        dtype: of merged weights: float32, bfloat16, float16, for gguf also q8_0; the base's by default.
+        push: a repository of the hub to upload it to.
 
     Raises:
-        UserError: not a run, no checkpoint, or `out` exists.
+        UserError: not a run, no checkpoint, `out` exists, or a format that has no place for the model.
         RunFailure: the export does not compute what was trained.
 
     """
+    return exported(run_dir, to, out, dtype, push, Reporter(quiet=True))[0]
+
+
+def exported(
+    run_dir: str | Path, to: str, out: str | Path | None, dtype: str | None, push: str | None, reporter: Reporter
+) -> tuple[Path, Comparison]:
+    """Like `export`, with what was verified."""
     if out is None:
         raise UserError("export: say where to with out=DIR (--out DIR).")
-    if to != "peft":
-        raise UserError(f"export: format {to!r} is not supported; supported is peft.")
-    return export_run(Path(run_dir), Path(out), Reporter(quiet=True))[0]
+    if to not in ("peft", "hf", "gguf", "meta"):
+        raise UserError(f"export: format {to!r} is not supported; supported are peft, hf, gguf and meta.")
+    path, proof = export_run(Path(run_dir), Path(out), reporter, to, dtype)
+    _push(path, push, reporter)
+    return path, proof
+
+
+def convert(
+    model: str, out: str | Path, to: str = "hf", dtype: str | None = None, *, adapter: str | None = None, push: str | None = None
+) -> Path:
+    """Write a model in another format, verified; see `weights.convert`.
+
+    Args:
+        model: as in `load`; the adapter of a run directory is merged.
+        out: the directory to make; for gguf also a file that ends in .gguf.
+        to: `hf`, `gguf`, `meta` or `orbax`.
+        dtype: of the weights: float32, bfloat16, float16, for gguf also q8_0; each tensor's own by default.
+        adapter: a PEFT adapter directory to merge.
+        push: a repository of the hub to upload it to.
+
+    Raises:
+        UserError: a bad model, `out` exists, or a format that has no place for the model.
+        RunFailure: what was written is not the same model.
+
+    """
+    return converted(model, out, to, dtype, adapter, push, Reporter(quiet=True))[0]
+
+
+def converted(
+    model: str, out: str | Path, to: str, dtype: str | None, adapter: str | None, push: str | None, reporter: Reporter
+) -> tuple[Path, Comparison]:
+    """Like `convert`, with what was verified."""
+    runtime.start()
+    model, adapter = _base_and_adapter(str(model), adapter)
+    source = resolve(model)
+    opened = open_adapter(adapter) if adapter else None
+    reporter.say(f"Writing {out}, reading it again and comparing")
+    proof = convert_model(Path(out), source, to, make_mesh(), dtype=dtype, adapter=opened)
+    _push(Path(out), push, reporter)
+    return Path(out), proof
+
+
+def _push(path: Path, name: str | None, reporter: Reporter) -> None:
+    if name:
+        reporter.say(f"Uploading to {name}")
+        reporter.say(f"Uploaded: {hub.push(path, name)}")
+
+
+def _base_and_adapter(model: str, adapter: str | None) -> tuple[str, str | None]:
+    """A run directory means its base with its adapter."""
+    if not is_run(model):
+        return model, adapter
+    if adapter is None and not (Path(model) / ADAPTER).is_dir():
+        raise UserError(f"{model} has no adapter yet. Finish the run with: jaxtune train {model}/config.yaml")
+    return read_config(Path(model)).model.source, adapter or str(Path(model) / ADAPTER)
 
 
 def with_tokenizer(loaded: Loaded) -> Any:

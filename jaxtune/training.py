@@ -1,5 +1,6 @@
 """A whole run: evaluate, train, evaluate, export, report."""
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import yaml
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtune.config.schema import Config
@@ -38,7 +40,10 @@ from jaxtune.train.rundir import (
 )
 from jaxtune.train.setup import Setup, adopt_adapter, setup
 from jaxtune.train.step import TrainState, init_state
-from jaxtune.weights.export import TEXT, Verification, as_dict, export_adapter
+from jaxtune.weights.convert import convert_model
+from jaxtune.weights.export import export_adapter
+from jaxtune.weights.peft import open_adapter, write_adapter
+from jaxtune.weights.verify import TEXT, Comparison
 
 _SAMPLES, _SAMPLE_TOKENS = 5, 64
 _VERIFY_ROWS, _VERIFY_TOKENS = 4, 128
@@ -60,7 +65,7 @@ class Run:
     adapter: Path
     before: dict[str, Any] | None
     after: dict[str, Any] | None
-    verification: Verification
+    verification: Comparison
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -88,11 +93,21 @@ def run(config: Config, reporter: Reporter, *, fresh: bool = False) -> Run:
         directory.close()
 
 
-def export_run(directory: Path, out: Path, reporter: Reporter) -> tuple[Path, Verification]:
-    """A verified PEFT export of a run's newest checkpoint.
+def export_run(
+    directory: Path, out: Path, reporter: Reporter, to: str = "peft", dtype: str | None = None
+) -> tuple[Path, Comparison]:
+    """A verified export of a run's newest checkpoint: its adapter, or its base with the adapter merged.
+
+    Args:
+        directory: the run.
+        out: what to make.
+        reporter: progress.
+        to: `peft`, or a format of `weights.convert`.
+        dtype: of merged weights; the base's by default.
 
     Raises:
-        UserError: not a run, or no checkpoint yet.
+        UserError: not a run, no checkpoint yet, or a format that has no place for the model.
+        RunFailure: the export is not what was trained.
 
     """
     runtime.start()
@@ -108,7 +123,15 @@ def export_run(directory: Path, out: Path, reporter: Reporter) -> tuple[Path, Ve
     finally:
         checkpoints.close()
     with jax.set_mesh(parts.mesh):
-        return out, _export(parts, state, out, replace=False)
+        if to == "peft":
+            return out, _export(parts, state, out, replace=False)
+        with tempfile.TemporaryDirectory() as scratch:
+            write_adapter(Path(scratch), parts.model(state.trainable), parts.source.name)
+            adapter, about = open_adapter(scratch), _about(parts, directory)
+            tokenizer = parts.tokenizer
+            return out, convert_model(
+                out, parts.source, to, parts.mesh, dtype=dtype, adapter=adapter, tokenizer=tokenizer, about=about
+            )
 
 
 def _run(parts: Setup, directory: Path, reporter: Reporter) -> Run:
@@ -137,7 +160,7 @@ def _run(parts: Setup, directory: Path, reporter: Reporter) -> Run:
     write_jsonl(directory / SAMPLES, samples)
     reporter.say("Exporting the adapter, reloading it and comparing logits")
     verification = _export(parts, state, directory / ADAPTER, replace=True)
-    write_json(directory / VERIFICATION, as_dict(verification))
+    write_json(directory / VERIFICATION, verification.as_dict())
     write_report([directory], directory / REPORT)
     return Run(directory, directory / ADAPTER, before, after, verification)
 
@@ -213,7 +236,7 @@ def _answers(parts: Setup, model: CausalLM, samples: list[dict[str, Any]]) -> li
     return parts.tokenizer.batch_decode(engine.generate(ids, _SAMPLE_TOKENS), skip_special_tokens=True)
 
 
-def _export(parts: Setup, state: TrainState, out: Path, *, replace: bool) -> Verification:
+def _export(parts: Setup, state: TrainState, out: Path, *, replace: bool) -> Comparison:
     texts = [item.ids[:_VERIFY_TOKENS].tolist() for item in parts.plan.examples.items[:_VERIFY_ROWS]]
     texts += [parts.tokenizer(text)["input_ids"] for text in TEXT]
     model, kind = parts.model(state.trainable), parts.config.model
@@ -226,8 +249,30 @@ def _export(parts: Setup, state: TrainState, out: Path, *, replace: bool) -> Ver
         parts.mesh,
         dtype=kind.dtype,
         compute=kind.compute_dtype,
+        about=_about(parts, Path(parts.config.run.dir)),
         replace=replace,
     )
+
+
+def _about(parts: Setup, directory: Path) -> str:
+    """Data, hyperparameters and metrics for a model card."""
+    config, plan = parts.config, parts.plan
+    lines = ["## Data", "", f"- trained on `{Path(str(config.data.train)).name}`: {plan.examples.summary()['trained_rows']} rows"]
+    lines += [f"- evaluated on `{Path(config.data.eval).name}`"] if config.data.eval else []
+    kept = config.model_dump(mode="json", include={"adapter", "optimizer", "train", "data"}, exclude={"data": {"train", "eval"}})
+    lines += ["", "## Hyperparameters", "", "```yaml", yaml.safe_dump(kept, sort_keys=False).rstrip(), "```"]
+    rows = [row for row in read_metrics(directory) if row["split"] == "eval" and "task" in row]
+    if rows:
+        names = [name for name, value in rows[-1].items() if isinstance(value, float) and name != "epoch"]
+        lines += [
+            "",
+            "## Metrics on the evaluation data",
+            "",
+            "| step | " + " | ".join(names) + " |",
+            "|---" * (len(names) + 1) + "|",
+        ]
+        lines += [f"| {row['step']} | " + " | ".join(f"{row[name]:.4f}" for name in names) + " |" for row in rows]
+    return "\n" + "\n".join(lines) + "\n"
 
 
 def _data_summary(parts: Setup) -> dict[str, Any]:

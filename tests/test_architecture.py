@@ -148,7 +148,8 @@ OPTIONS = {
     "generate": [
         "--adapter", "--file", "--json", "--max-new-tokens", "--prompt", "--seed", "--temperature", "--top-k", "--top-p", "model",
     ],
-    "export": ["--json", "--out", "--to", "run_directory"],
+    "export": ["--dtype", "--json", "--out", "--push", "--to", "run_directory"],
+    "convert": ["--adapter", "--dtype", "--json", "--push", "--to", "model", "out"],
     "report": ["--out", "runs"],
     "config": ["--schema", "arguments"],
 }  # fmt: skip

@@ -1,6 +1,8 @@
-"""Write a run's adapter in PEFT's format; it takes its name only once its reload computes what was trained.
+"""Write what a run trained in another program's format; it takes its name only once, read again, it computes the same.
 
-jaxtune export RUN --to peft --out DIR
+jaxtune export RUN --to peft --out DIR               the adapter
+jaxtune export RUN --to hf --out DIR                 the base with the adapter merged
+jaxtune export RUN --to gguf --out model.gguf --dtype q8_0
 """
 
 import argparse
@@ -8,25 +10,19 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    from jaxtune.cli.options import add_json
+    from jaxtune.cli.options import add_writing
 
     parser.add_argument("run_directory", metavar="RUN", help="a run directory, finished or stopped")
-    parser.add_argument("--to", required=True, choices=("peft",), help="the format")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the directory to make")
-    add_json(parser)
+    parser.add_argument("--to", required=True, choices=("peft", "hf", "gguf", "meta"), help="the format")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the directory to make, for gguf also a file")
+    add_writing(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Export."""
-    from pathlib import Path
-
-    from jaxtune.cli.options import write_json
+    from jaxtune.api import exported
+    from jaxtune.cli.options import print_proof
     from jaxtune.train.progress import Reporter
-    from jaxtune.training import export_run
-    from jaxtune.weights.export import as_dict
 
-    path, proof = export_run(Path(options.run_directory), Path(options.out), Reporter())
-    peft = f"{proof.peft_difference:.1e}" if proof.peft_note is None else f"not run ({proof.peft_note})"
-    if options.json != "-":
-        print(f"{path}: verified over {proof.tokens} tokens; reload differs by {proof.reload_difference:.1e}, PEFT {peft}")
-    write_json(options.json, {"out": str(path), **as_dict(proof)})
+    path, proof = exported(options.run_directory, options.to, options.out, options.dtype, options.push, Reporter())
+    print_proof(path, proof, options.to, options.json)

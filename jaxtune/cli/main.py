@@ -11,7 +11,8 @@ COMMANDS = {
     "train": "train; continues a run directory that has checkpoints",
     "eval": "loss, perplexity and task metrics of a model on a file",
     "generate": "the model's answers to prompts",
-    "export": "a run's adapter in another program's format, verified",
+    "export": "what a run trained in another program's format, verified",
+    "convert": "a model in another format, verified",
     "report": "one page of one run or several",
     "config": "the resolved configuration, or its JSON schema",
 }

@@ -13,8 +13,28 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """`MODEL [--adapter DIR]`."""
-    parser.add_argument("model", metavar="MODEL", help="hub id, Hugging Face directory, .gguf file or run directory")
+    parser.add_argument(
+        "model", metavar="MODEL", help="hub id, directory of Hugging Face's or Meta's files, .gguf file or run directory"
+    )
     parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter (a run directory brings its own)")
+
+
+def add_writing(parser: argparse.ArgumentParser) -> None:
+    """`--dtype NAME --push REPO --json FILE`."""
+    parser.add_argument(
+        "--dtype", metavar="NAME", help="of the weights: float32, bfloat16, float16, for gguf also q8_0 (default: as they are)"
+    )
+    parser.add_argument("--push", metavar="REPO", help="upload to this repository of the hub afterwards")
+    add_json(parser)
+
+
+def print_proof(path: Any, proof: Any, to: str, json_path: str | None) -> None:
+    """What was verified, for people and for `--json`."""
+    whose = "PEFT" if to == "peft" else "transformers"
+    theirs = f"{whose} {proof.torch_difference:.1e}" if proof.torch_note is None else f"{whose} not run ({proof.torch_note})"
+    if json_path != "-":
+        print(f"{path}: verified over {proof.tokens} tokens; read again it differs by {proof.reload_difference:.1e}, {theirs}")
+    write_json(json_path, {"out": str(path), **proof.as_dict()})
 
 
 def write_json(path: str | None, value: Any) -> None:

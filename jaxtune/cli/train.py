@@ -59,9 +59,9 @@ def summary(result: "Run") -> str:
         f"  verified over {proof.tokens} tokens: reloaded logits differ by {proof.reload_difference:.1e} (largest {proof.largest_logit:.1f})"
     )
     by_peft = (
-        f"  PEFT's differ by {proof.peft_difference:.1e}"
-        if proof.peft_note is None
-        else f"  not compared with PEFT: {proof.peft_note}"
+        f"  PEFT's differ by {proof.torch_difference:.1e}"
+        if proof.torch_note is None
+        else f"  not compared with PEFT: {proof.torch_note}"
     )
     lines += [by_peft, f"Report:  {result.dir}/report.html"]
     return "\n".join(lines)

@@ -62,6 +62,25 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A path in a temporary directory beside `target`; the file made there takes the name `target` only if the block succeeds.
+
+    Raises:
+        UserError: `target` exists.
+
+    """
+    if target.exists():
+        raise UserError(f"{target} already exists. Choose another name or remove it.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield staging / target.name
+        os.replace(staging / target.name, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
 def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary sibling of `target` to fill; it takes the name `target` only if the block succeeds.
 

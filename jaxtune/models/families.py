@@ -92,6 +92,11 @@ def from_hf(raw: dict[str, Any], where: str) -> ModelConfig:
     return config
 
 
+def setting(raw: dict[str, Any], key: str) -> Any:
+    """What a `config.json` says of `key`, or what its family assumes where it is silent."""
+    return Reader(raw, "config.json", _DEFAULTS | dict(family_of(raw, "config.json").defaults))(key)
+
+
 def family_of(raw: dict[str, Any], where: str) -> Family:
     """The family that `model_type` names.
 

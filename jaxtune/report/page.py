@@ -139,9 +139,9 @@ def _data(data: dict[str, Any]) -> str:
 def _proof(result: dict[str, Any]) -> str:
     if not result:
         return ""
-    peft = result["peft_difference"]
+    peft = result["torch_difference"]
     by_peft = (
-        f"{peft:.1e} when loaded by PEFT" if peft is not None else f"not loaded by PEFT ({html.escape(result['peft_note'])})"
+        f"{peft:.1e} when loaded by PEFT" if peft is not None else f"not loaded by PEFT ({html.escape(result['torch_note'])})"
     )
     return (
         f"<h2>Export</h2><p>Over {result['tokens']} tokens of text, logits up to {result['largest_logit']:.1f}: the adapter on disk differs from the "

@@ -13,7 +13,7 @@ from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import abstract_model
 from jaxtune.models.families import FAMILIES, from_hf
 from jaxtune.weights.gguf_file import GGUF
-from jaxtune.weights.interleave import half_split
+from jaxtune.weights.interleave import half_split, interleaved
 from jaxtune.weights.rows import rows
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
 
@@ -73,6 +73,7 @@ _MIXTRAL = {"expert_count": "num_local_experts", "expert_used_count": "num_exper
 # By model_type of config.json.
 MEANINGS: dict[str, Meaning] = {
     "llama": Meaning("LLAMA", interleaved=True),
+    "mistral": Meaning("LLAMA", interleaved=True),
     "mixtral": Meaning("LLAMA", interleaved=True, keys=_MIXTRAL),
     "qwen2": Meaning("QWEN2"),
     "qwen3": Meaning("QWEN3"),
@@ -198,6 +199,28 @@ def _undone(tensor: LazyTensor, name: str, place: Place, meaning: Meaning, confi
     return tensor
 
 
+def done(tensor: LazyTensor, name: str, config: ModelConfig) -> LazyTensor:
+    """The tensor as llama.cpp stores it, but for its dtype; what `tensors` undoes."""
+    meaning = MEANINGS[config.raw["model_type"]]
+    if meaning.interleaved and ".q_proj." in name:
+        return interleaved(tensor, config.num_heads)
+    if meaning.interleaved and ".k_proj." in name:
+        return interleaved(tensor, config.num_kv_heads)
+    if meaning.norm_offset and name.endswith("norm.weight"):
+        wide = tensor.astype(np.dtype("float32"))
+        return LazyTensor(wide.shape, wide.dtype, lambda index: wide.read(index) + np.float32(meaning.norm_offset))
+    return tensor
+
+
+def round_trip(tensors: Tensors, config: ModelConfig, stored: Callable[[LazyTensor, str], LazyTensor]) -> Tensors:
+    """What `tensors` would read from a file with these tensors, `stored` being the rounding to what each is kept in."""
+    meaning, found = MEANINGS[config.raw["model_type"]], {}
+    for name, tensor in tensors.items():
+        kept = stored(done(tensor, name, config), name)
+        found[name] = _undone(kept, name, Place(name), meaning, config)
+    return found
+
+
 def _part(tensor: LazyTensor, expert: int) -> LazyTensor:
     def read(index: Index) -> np.ndarray:
         inner = index or tuple(slice(None) for _ in tensor.shape[1:])
@@ -249,19 +272,21 @@ def _llama3(file: GGUF, head_dim: int, theta: float) -> dict[str, Any]:
     """Llama 3's numbers from the divisors of every frequency, which is all that the format keeps of them."""
     divisors = file.tensors["rope_freqs.weight"].all().astype(np.float64)
     plain = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    options = {
-        "rope_type": "llama3",
-        "factor": _short(float(divisors.max())),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    turns = 8192 * plain / (2 * np.pi)
-    blend = np.clip((turns - 1.0) / 3.0, 0, 1)
-    expected = 1 / ((1 - blend) / options["factor"] + blend)
-    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
-        raise UserError(f"{file.path}: rope_freqs.weight is not Llama 3's frequency scaling, the only one that is supported.")
-    return options
+    factor = _short(float(divisors.max()))
+    for context in (8192, *(1 << size for size in range(20))):
+        blend = np.clip((context * plain / (2 * np.pi) - 1.0) / 3.0, 0, 1)
+        expected = 1 / ((1 - blend) / factor + blend)
+        if divisors.shape == expected.shape and np.allclose(divisors, expected, rtol=1e-5):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": context,
+            }
+    raise UserError(
+        f"{file.path}: rope_freqs.weight is not Llama 3's frequency scaling (from 1 to 4 turns), the only one that is supported."
+    )
 
 
 def _number(value: Any) -> Any:

@@ -1,5 +1,7 @@
-"""The tokenizer and chat template inside a GGUF file, as a transformers tokenizer."""
+"""The tokenizer and chat template inside a GGUF file: as a transformers tokenizer, and from one."""
 
+import json
+import re
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -8,7 +10,7 @@ from tokenizers.models import BPE
 from jaxtune.core.errors import UserError, listed
 from jaxtune.weights.gguf_file import GGUF
 
-_CONTROL, _USER_DEFINED = 3, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -113,3 +115,87 @@ def _add_bos_and_eos(backend: Tokenizer, bos: str | None, eos: str | None) -> No
 
 def _token(tokens: list[str], index: int | None) -> str | None:
     return None if index is None else tokens[index]
+
+
+def metadata(tokenizer: Any, vocab_size: int, stop_ids: list[int]) -> dict[str, Any]:
+    """The `tokenizer.` metadata of a GGUF file.
+
+    Args:
+        tokenizer: of transformers, with a fast backend.
+        vocab_size: rows of the embedding; those without a token get a name of their own.
+        stop_ids: tokens that end an answer.
+
+    Raises:
+        UserError: a kind of tokenizer that the format, or this code, does not know.
+
+    """
+    raw = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = raw["model"]
+    if model["type"] != "BPE":
+        raise UserError(f"A {model['type']} tokenizer cannot be written to GGUF here; supported is BPE.")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    tokens, kinds = _tokens(tokenizer, raw, vocab_size)
+    if model.get("byte_fallback"):
+        found: dict[str, Any] = {"model": "llama", "scores": _scores(tokens, merges)}
+        found["add_space_prefix"] = "Prepend" in json.dumps(raw.get("normalizer")) or "Metaspace" in json.dumps(
+            raw.get("pre_tokenizer")
+        )
+    else:
+        found = {"model": "gpt2", "pre": _pre(raw["pre_tokenizer"]), "merges": merges}
+    plain = tokenizer("a")["input_ids"]
+    rest = [token for token in stop_ids if token != tokenizer.eos_token_id]
+    ids = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "padding": tokenizer.pad_token_id,
+        "unknown": tokenizer.unk_token_id,
+    }
+    ids |= dict(zip(("eot", "eom"), rest, strict=False))
+    found |= {"tokens": tokens, "token_type": kinds}
+    found |= {f"{name}_token_id": number for name, number in ids.items() if number is not None}
+    found |= {"add_bos_token": plain[0] == tokenizer.bos_token_id, "add_eos_token": plain[-1] == tokenizer.eos_token_id}
+    template = {"tokenizer.chat_template": tokenizer.chat_template} if isinstance(tokenizer.chat_template, str) else {}
+    return {f"tokenizer.ggml.{key}": value for key, value in found.items()} | template
+
+
+def _tokens(tokenizer: Any, raw: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+    vocab = tokenizer.get_vocab()
+    if max(vocab.values()) >= vocab_size:
+        raise UserError(f"The tokenizer has {max(vocab.values()) + 1} tokens and the model {vocab_size} embeddings.")
+    tokens = [f"[PAD{number}]" for number in range(vocab_size)]
+    kinds = [_UNUSED] * vocab_size
+    for token, number in vocab.items():
+        tokens[number] = token
+        kinds[number] = _BYTE if raw["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token) else _NORMAL
+    for added in raw["added_tokens"]:
+        kinds[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
+    if tokenizer.unk_token_id is not None and kinds[tokenizer.unk_token_id] == _NORMAL:
+        kinds[tokenizer.unk_token_id] = _UNKNOWN
+    return tokens, kinds
+
+
+def _scores(tokens: list[str], merges: list[str]) -> list[float]:
+    """Sentencepiece's scores: the earlier a pair is merged, the higher."""
+    order = {}
+    for number, merge in enumerate(merges):
+        order.setdefault(merge.replace(" ", "", 1), number)
+    return [-float(order.get(token, len(merges))) for token in tokens]
+
+
+def _pre(pre_tokenizer: dict[str, Any]) -> str:
+    """llama.cpp's name of the way in which text is cut into words."""
+    parts = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    patterns = []
+    for part in parts:
+        if part["type"] == "Split":
+            patterns.append(part["pattern"].get("Regex") or re.escape(part["pattern"]["String"]))
+        elif part["type"] == "Digits" and part["individual_digits"]:
+            patterns.append(r"\p{N}")
+        elif part["type"] == "ByteLevel" and part.get("use_regex", True):
+            patterns.append(_GPT2)
+    for name in ("gpt-2", "smollm", "llama-bpe", "qwen2"):
+        if tuple(patterns) == _SPLITS[name]:
+            return name
+    raise UserError(
+        f"llama.cpp's name for this tokenizer's way of cutting words is not known here: {listed(patterns)}; known are {listed(_SPLITS, 20)}."
+    )

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxtune.core.axes import sharding
 from jaxtune.core.dtypes import compute_dtype, storage_dtype
+from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import CausalLM, abstract_model
 from jaxtune.models.families import from_hf
 from jaxtune.weights.rows import Row, check, rows
@@ -31,16 +32,29 @@ def load_model(source: Source, mesh: Mesh, *, dtype: str = "auto", compute: str 
         UserError: an unsupported architecture, or missing, unexpected or misshapen tensors.
 
     """
-    config = from_hf(source.config_json(), str(source.config_path))
-    model = abstract_model(config, jnp.dtype(jnp.float32), compute_dtype(compute))
-    graph, state = nnx.split(model)
-    tensors, table = source.tensors(), rows(state, config)
-    check(table, tensors, str(source.path), config.tie_embeddings)
+    config, tensors = checked(source)
+    graph, state = nnx.split(abstract_model(config, jnp.dtype(jnp.float32), compute_dtype(compute)))
+    table = rows(state, config)
     leaves: dict[tuple[Any, ...], Any] = dict(nnx.to_flat_state(state))
     for row in table:
         variable = leaves[row.path]
         leaves[row.path] = variable.replace(_read(row, tensors, mesh, variable.get_metadata()["axes"], dtype))
     return nnx.merge(graph, nnx.from_flat_state(leaves))
+
+
+def checked(source: Source) -> tuple[ModelConfig, Tensors]:
+    """The architecture, and exactly the tensors that it has, unread.
+
+    Raises:
+        UserError: an unsupported architecture, or missing, unexpected or misshapen tensors.
+
+    """
+    config = from_hf(source.config_json(), str(source.config_path))
+    state = nnx.split(abstract_model(config, jnp.dtype(jnp.float32), jnp.dtype(jnp.float32)))[1]
+    tensors, table = source.tensors(), rows(state, config)
+    check(table, tensors, str(source.path), config.tie_embeddings)
+    names = {name for row in table for name in row.names}
+    return config, {name: tensor for name, tensor in tensors.items() if name in names}
 
 
 def _read(row: Row, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], dtype: str) -> jax.Array:

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from jaxtune.core.errors import UserError, listed
-from jaxtune.core.files import read_json
+from jaxtune.core.files import read_json, write_json
+from jaxtune.models.config import ModelConfig
+from jaxtune.models.families import from_hf
 from jaxtune.weights import torch_files
-from jaxtune.weights.interleave import half_split
+from jaxtune.weights.interleave import half_split, interleaved
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
 
 PARAMS = "params.json"
@@ -68,10 +70,18 @@ def config_json(path: Path) -> dict[str, Any]:
         "rms_norm_eps": params.get("norm_eps", 1e-5),
         "max_position_embeddings": params.get("max_seq_len") or _context(params, theta),
         "rope_parameters": rope,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": _tied(found),
         "attention_bias": False,
         "mlp_bias": False,
     }
+
+
+def _tied(found: Tensors) -> bool:
+    """Whether the head is the embedding, of which Meta's files hold a copy."""
+    head, embedding = found.get("lm_head.weight"), found["model.embed_tokens.weight"]
+    if head is None or head.shape != embedding.shape:
+        return False
+    return all((ours == theirs).all() for ours, theirs in zip(head.blocks(), embedding.blocks(), strict=True))
 
 
 def _factor(params: dict[str, Any]) -> float:
@@ -154,3 +164,73 @@ def _joined(parts: Sequence[LazyTensor], axis: int | None) -> LazyTensor:
         return np.concatenate(found, axis=axis)
 
     return LazyTensor(tuple(shape), parts[0].dtype, read)
+
+
+def write_directory(directory: Path, tensors: Tensors, config_json: dict[str, Any]) -> None:
+    """Write `params.json` and `consolidated.00.pth`, in Meta's names and row order.
+
+    The tensors are gathered in a scratch file that is mapped to memory, since PyTorch writes a file from tensors that are all there.
+
+    Raises:
+        UserError: a model that Meta's code does not compute.
+
+    """
+    config = from_hf(config_json, str(directory))
+    write_json(directory / PARAMS, _params(config))
+    scratch = directory / ".scratch"
+    try:
+        torch_files.write_file(directory / "consolidated.00.pth", _named_by_meta(tensors, config), scratch)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _named_by_meta(tensors: Tensors, config: ModelConfig) -> Tensors:
+    layer_names, top_names = ({theirs: ours for ours, theirs in table.items()} for table in (_LAYER, _TOP))
+    found: Tensors = {}
+    for name, tensor in (
+        tensors | {"lm_head.weight": tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])}
+    ).items():
+        stem = name.removesuffix(".weight")
+        if not stem.startswith("model.layers."):
+            found[f"{top_names[stem]}.weight"] = tensor
+            continue
+        _, _, layer, kind = stem.split(".", 3)
+        if kind in ("self_attn.q_proj", "self_attn.k_proj"):
+            tensor = interleaved(tensor, config.num_heads if kind == "self_attn.q_proj" else config.num_kv_heads)
+        found[f"layers.{layer}.{layer_names[kind]}.weight"] = tensor
+    return found
+
+
+def _params(config: ModelConfig) -> dict[str, Any]:
+    rope = config.ropes[0]
+    scaled = rope.kind == "llama3"
+    known = dict(_SCALED) == {key: rope.get(key) for key in _SCALED} if scaled else rope.kind == "default"
+    extras = config.qkv_bias or config.o_bias or config.mlp_bias
+    if config.raw["model_type"] != "llama" or extras or not known or config.head_dim * config.num_heads != config.hidden_size:
+        raise UserError(
+            "Meta's format has a place for Llama only: no biases, heads that fill the width, plain or Llama 3's rotary embedding. "
+            "Convert to hf instead."
+        )
+    params = {
+        "dim": config.hidden_size,
+        "n_layers": config.num_layers,
+        "n_heads": config.num_heads,
+        "n_kv_heads": config.num_kv_heads,
+        "vocab_size": config.vocab_size,
+        "norm_eps": config.norm.eps,
+        "rope_theta": rope.theta,
+        "max_seq_len": config.max_positions,
+        **_feed_forward(config),
+    }
+    return params | ({"use_scaled_rope": True, "rope_scaling_factor": rope.get("factor")} if scaled else {})
+
+
+def _feed_forward(config: ModelConfig) -> dict[str, Any]:
+    """The two numbers from which Meta's code computes the width of the feed-forward part."""
+    base = int(2 * 4 * config.hidden_size / 3)
+    for multiple in (4096, 1024, 256, 1):
+        for factor in (None, 1.2, 1.3, 1.4, 1.5, config.intermediate_size / base, (config.intermediate_size + 0.5) / base):
+            width = base if factor is None else int(factor * base)
+            if -(-width // multiple) * multiple == config.intermediate_size:
+                return {"multiple_of": multiple, **({} if factor is None else {"ffn_dim_multiplier": factor})}
+    raise AssertionError(config.intermediate_size)

@@ -23,7 +23,7 @@ from jaxtune.weights.tensors import Tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
-_COPY = ".base_layer"
+COPY = ".base_layer"
 
 # Keys of adapter_config.json that do not change what the adapter computes.
 _NEUTRAL = {
@@ -214,7 +214,7 @@ def entries(model: CausalLM) -> Iterator[Entry]:
             rank = layer.part.ranks[number] if layer else 0
             at: tuple[Any, ...] = (number,) if stacked else ()
             if not str(leaf).startswith("lora_"):
-                inner = _COPY if layer and not model.adapter.is_saved(name) else ""
+                inner = COPY if layer and not model.adapter.is_saved(name) else ""
                 yield Entry(f"{PREFIX}{name}{inner}.{leaf}", variable, at)
             elif rank:
                 kind = str(leaf)
@@ -229,7 +229,7 @@ def _check(adapter: Adapter, shapes: dict[str, tuple[int, ...]], model: CausalLM
     where = {name: leaf for leaf, row in zip(_leaves(base), rows(base, model.config), strict=True) for name in row.names}
     where.setdefault("lm_head.weight", where["model.embed_tokens.weight"])
     for name in [name for name in found if name not in shapes]:
-        plain = name.removeprefix(PREFIX).replace(_COPY, "")
+        plain = name.removeprefix(PREFIX).replace(COPY, "")
         leaf = where.get(plain)
         if leaf is not None and plain in ("model.embed_tokens.weight", "lm_head.weight"):
             if (

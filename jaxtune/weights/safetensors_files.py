@@ -1,5 +1,7 @@
-"""The tensors of a safetensors file."""
+"""The tensors of a safetensors file, read and written one by one."""
 
+import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,3 +42,25 @@ def _reader(file: Any, name: str) -> Callable[[Index], np.ndarray]:
         return file.get_slice(name)[index] if index else file.get_tensor(name)
 
     return read
+
+
+def write_file(path: Path, tensors: Tensors) -> None:
+    """Write tensors as they are read, so that no more than a part of one is in memory; the package's own writer wants all of them."""
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + nbytes(tensor)
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            for block in tensor.blocks():
+                file.write(block.view(np.uint8).data)
+
+
+def nbytes(tensor: LazyTensor) -> int:
+    """Size of a tensor's values."""
+    return int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jaxtune.core.errors import UserError, listed
-from jaxtune.core.files import read_json
+from jaxtune.core.files import read_json, write_json
 from jaxtune.weights import safetensors_files, torch_files
 from jaxtune.weights.tensors import Tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
 _TORCH_SINGLE, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
@@ -54,3 +55,25 @@ def _open_sharded(path: Path, name: str, open_file: Callable[[Path], Tensors]) -
     if extra := sorted(tensors.keys() - where.keys()):
         raise UserError(f"{path}: the files hold tensors that {name} does not name: {listed(extra)}.")
     return tensors
+
+
+def write_directory(directory: Path, tensors: Tensors, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write weights as one safetensors file, or as several with an index where they are larger than one shard may be."""
+    shards: list[Tensors] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        more = safetensors_files.nbytes(tensor)
+        if shards[-1] and size + more > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += more
+    if len(shards) == 1:
+        safetensors_files.write_file(directory / SINGLE, shards[0])
+        return
+    where, total = {}, sum(safetensors_files.nbytes(tensor) for tensor in tensors.values())
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        safetensors_files.write_file(directory / name, shard)
+        where |= dict.fromkeys(shard, name)
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})

@@ -1,6 +1,5 @@
 """Where a model comes from: a hub id, a Hugging Face directory, Meta's files or a GGUF file, seen alike."""
 
-import os
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -9,14 +8,15 @@ from typing import Any
 
 from jaxtune.core.errors import UserError
 from jaxtune.core.files import read_json
-from jaxtune.weights import gguf_models, gguf_tokenizer, meta, shards
+from jaxtune.weights import gguf_models, gguf_tokenizer, hub, meta, orbax_files, shards
 from jaxtune.weights.gguf_file import GGUF, open_gguf
 from jaxtune.weights.tensors import Tensors
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
-_HUB_TORCH = ["pytorch_model*.bin"]
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,21 @@ class Source(ABC):
 
     def transformers(self) -> dict[str, str] | None:
         """What `from_pretrained` of transformers loads the same weights by; None where it cannot."""
-        return {"pretrained_model_name_or_path": str(self.path)}
+        return None
+
+    def generation_config(self) -> dict[str, Any]:
+        """What ends and begins a text, for exports in Hugging Face's format."""
+        path = self.path / "generation_config.json"
+        if path.exists():
+            return read_json(path)
+        stops, config = self.stop_ids(), self.config_json()
+        found = {"bos_token_id": config.get("bos_token_id"), "eos_token_id": stops[0] if len(stops) == 1 else stops or None}
+        return {key: value for key, value in (found | {"pad_token_id": config.get("pad_token_id")}).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Directory(Source):
-    """A directory in Hugging Face's format."""
+    """A directory in Hugging Face's format, or with the weights as an orbax checkpoint."""
 
     @property
     def config_path(self) -> Path:
@@ -73,7 +82,11 @@ class Directory(Source):
 
     def tensors(self) -> Tensors:
         """See Source."""
-        return shards.open_directory(self.path)
+        return (
+            orbax_files.open_directory(self.path)
+            if (self.path / orbax_files.FOLDER).is_dir()
+            else shards.open_directory(self.path)
+        )
 
     def tokenizer(self) -> Any | None:
         """See Source."""
@@ -84,6 +97,10 @@ class Directory(Source):
         path = self.path / "generation_config.json"
         found = read_json(path).get("eos_token_id") if path.exists() else None
         return _ids(found) or super().stop_ids()
+
+    def transformers(self) -> dict[str, str] | None:
+        """See Source."""
+        return None if (self.path / orbax_files.FOLDER).is_dir() else {"pretrained_model_name_or_path": str(self.path)}
 
 
 @dataclass(frozen=True)
@@ -139,16 +156,13 @@ class MetaDirectory(Source):
         """A tokenizer in Hugging Face's format beside the weights; Meta's own `tokenizer.model` alone is not read."""
         return load_tokenizer(self.path) if (self.path / "tokenizer.json").exists() else None
 
-    def transformers(self) -> dict[str, str] | None:
-        """See Source."""
-        return None
-
 
 def resolve(model: str) -> Source:
     """The model that a user's string means.
 
     Args:
-        model: a directory with `config.json` or with Meta's `params.json`, a `.gguf` file, or a hub id such as org/name.
+        model: a directory with `config.json` or with Meta's `params.json`, a `.gguf` file, or a hub id such as org/name,
+            with a branch, tag or commit as org/name@revision.
 
     Raises:
         UserError: there is no such thing, or the hub does not give it out.
@@ -167,8 +181,9 @@ def resolve(model: str) -> Source:
         if path.suffix.lower() != ".gguf":
             raise UserError(f"{model} is a file, but not a .gguf one. Give the model's directory or a .gguf file.")
         return GGUFFile(str(path.resolve()), path, open_gguf(path))
-    if _HUB_ID.fullmatch(model) and not model.startswith((".", "/")):
-        return Directory(model, _download(model))
+    if (named := _HUB_ID.fullmatch(model)) and not model.startswith((".", "/")):
+        path = hub.download(*named.groups())
+        return Directory(model, path) if (path / "config.json").exists() else MetaDirectory(model, path)
     raise UserError(f"{model} does not exist. Give a directory with config.json, a .gguf file or a hub id (org/name).")
 
 
@@ -184,7 +199,7 @@ def load_tokenizer(path: Path) -> Any | None:
         UserError: there is one and it cannot be read.
 
     """
-    if not any((path / name).exists() for name in _TOKENIZER_FILES):
+    if not any((path / name).exists() for name in TOKENIZER_FILES[:4]):
         return None
     from transformers import AutoTokenizer
 
@@ -192,23 +207,3 @@ def load_tokenizer(path: Path) -> Any | None:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{path}: the tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except GatedRepoError:
-        raise UserError(
-            f"{name} is gated. Accept its licence on its hub page, then run 'hf auth login' or set HF_TOKEN."
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"{name} is neither a path here nor a model on the hub. For a private one, run 'hf auth login'."
-        ) from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{name} is not a path here, and the hub cannot be reached{offline}: {reason}") from None

@@ -1,11 +1,12 @@
 """What every weight reader yields: named tensors that are read only where and when they are asked for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 Index = tuple[slice, ...]
+_BLOCK_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,18 @@ class LazyTensor:
     dtype: np.dtype
     read: Callable[[Index], np.ndarray]
     quantised: bool = False
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """The whole tensor in runs of rows of a bounded size, in order."""
+        row = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        step = max(1, _BLOCK_BYTES // max(row, 1))
+        rest = tuple(slice(0, size) for size in self.shape[1:])
+        for start in range(0, self.shape[0], step) if self.shape else ():
+            yield np.ascontiguousarray(self.read((slice(start, min(start + step, self.shape[0])), *rest)))
+
+    def astype(self, dtype: np.dtype) -> "LazyTensor":
+        """The tensor rounded to a dtype as it is read."""
+        return self if dtype == self.dtype else LazyTensor(self.shape, dtype, lambda index: self.read(index).astype(dtype))
 
     def all(self) -> np.ndarray:
         """The whole tensor."""

@@ -1,4 +1,4 @@
-"""Weights in PyTorch's own files (`.bin`, `.pth`): memory-mapped, and never a pickle that runs code."""
+"""Weights in PyTorch's own files (`.bin`, `.pth`): memory-mapped, and never a pickle that runs code; written from a scratch file."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +27,7 @@ def open_file(path: Path) -> Tensors:
     """
     from pickle import UnpicklingError
 
-    try:
-        import torch
-    except ModuleNotFoundError:
-        raise UserError(f"{path}: reading PyTorch's files needs PyTorch: pip install 'jaxtune[torch]'.") from None
+    torch = _torch(path)
     try:
         found = _load(torch, path)
     except UnpicklingError as error:
@@ -71,3 +68,36 @@ def _reader(tensor: Any, dtype: np.dtype) -> Callable[[Index], np.ndarray]:
         return part.numpy()
 
     return read
+
+
+def write_file(path: Path, tensors: Tensors, scratch: Path) -> None:
+    """Write tensors as one file of PyTorch.
+
+    Args:
+        path: the file.
+        tensors: by the names they will have.
+        scratch: a file to gather them in, mapped to memory; as large as all of them.
+
+    """
+    torch = _torch(path)
+    sizes = [int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize for tensor in tensors.values()]
+    starts = np.concatenate([[0], np.cumsum([-(-size // 64) * 64 for size in sizes])])
+    whole = np.memmap(scratch, np.uint8, "w+", shape=(int(starts[-1]),))
+    found = {}
+    for (name, tensor), start, size in zip(tensors.items(), starts[:-1], sizes, strict=True):
+        at = int(start)
+        for block in tensor.blocks():
+            whole[at : at + block.nbytes] = block.reshape(-1).view(np.uint8)
+            at += block.nbytes
+        dtype = getattr(torch, tensor.dtype.name)
+        # A storage of its own for each tensor, else every one of them would be saved with all.
+        found[name] = torch.from_numpy(whole[int(start) : int(start) + size]).view(dtype).reshape(tensor.shape)
+    torch.save(found, path)
+
+
+def _torch(path: Path) -> Any:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise UserError(f"{path}: PyTorch's files need PyTorch: pip install 'jaxtune[torch]'.") from None
+    return torch

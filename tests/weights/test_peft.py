@@ -218,7 +218,7 @@ def test_export_is_verified_by_both_and_carries_the_tokenizer(chat_model, tmp_pa
     result = exported(tmp_path / "out", with_adapter(chat_model, one_device), chat_model, one_device)
     assert result.tokens == 12
     assert result.reload_difference < 1e-5
-    assert result.peft_difference < 1e-3
+    assert result.torch_difference < 1e-3
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"} <= names
     assert resolve(str(chat_model)).tokenizer().chat_template == tools.CHATML
@@ -258,8 +258,8 @@ def test_an_export_verifies_on_a_base_that_was_stored_in_fewer_bits_than_its_fil
     model = load_model(source, one_device, dtype="bfloat16")
     inject(model, LoRAConfig(4, 8.0), 0, one_device)
     result = export_adapter(tmp_path / "out", model, source, None, TEXTS, one_device, dtype="bfloat16", compute="auto")
-    assert result.peft_note is None
-    assert result.peft_difference < 1e-3
+    assert result.torch_note is None
+    assert result.torch_difference < 1e-3
 
 
 def test_low_precision_base_keeps_float32_factors(tmp_path, one_device):

@@ -1,0 +1,232 @@
+"""A model in another program's format, with its adapter merged if it has one; it takes its name only once, read again, it is the same."""
+
+import math
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtune.core.dtypes import DTYPES
+from jaxtune.core.errors import RunFailure, UserError, listed
+from jaxtune.core.files import new_directory, new_file, write_json, write_text
+from jaxtune.models.config import ModelConfig
+from jaxtune.models.families import from_hf
+from jaxtune.weights import gguf_models, gguf_tokenizer, gguf_writer, meta, orbax_files, shards
+from jaxtune.weights.card import card
+from jaxtune.weights.load import checked, load_model
+from jaxtune.weights.merge import merged
+from jaxtune.weights.peft import Adapter, attach
+from jaxtune.weights.source import TOKENIZER_FILES, GGUFFile, Source, resolve
+from jaxtune.weights.tensors import LazyTensor, Tensors
+from jaxtune.weights.verify import SAME, TORCH, Comparison, against_transformers, logits, texts_of
+
+FORMATS = ("hf", "gguf", "meta", "orbax")
+
+
+@dataclass(frozen=True)
+class Changed(Source):
+    """Another source's model with other weights."""
+
+    base: Source
+    raw: dict[str, Any]
+    weights: Tensors
+
+    @property
+    def config_path(self) -> Path:
+        """See Source."""
+        return self.base.config_path
+
+    def config_json(self) -> dict[str, Any]:
+        """See Source."""
+        return self.raw
+
+    def tensors(self) -> Tensors:
+        """See Source."""
+        return self.weights
+
+    def tokenizer(self) -> Any | None:
+        """See Source."""
+        return self.base.tokenizer()
+
+
+def convert_model(
+    out: Path,
+    source: Source,
+    to: str,
+    mesh: Mesh,
+    *,
+    dtype: str | None = None,
+    adapter: Adapter | None = None,
+    tokenizer: Any = None,
+    about: str = "",
+) -> Comparison:
+    """Write a model, read it again, and only if it is the same name it `out`.
+
+    The same means: the architecture, every number of every tensor (after rounding to `dtype`), and the logits. Where an adapter is
+    merged, the merged weights in float32 compute what base and adapter compute side by side.
+
+    Args:
+        out: the directory to make; for `gguf` also a file that ends in .gguf.
+        source: the model.
+        to: one of FORMATS.
+        mesh: where the models that are compared go.
+        dtype: of the weights: float32, bfloat16, float16, for gguf also q8_0; by default each tensor's own.
+        adapter: to be merged in float32.
+        tokenizer: the one that goes with the model; by default the source's.
+        about: more text for the model card.
+
+    Raises:
+        UserError: a format that has no place for this model, or `out` exists.
+        RunFailure: what was written is not the same; nothing is left at `out`.
+
+    """
+    _check_arguments(out, to, dtype)
+    config, tensors = checked(source)
+    raw, tokenizer = source.config_json(), tokenizer or source.tokenizer()
+    texts = texts_of(tokenizer, config.vocab_size)
+    before = None
+    if adapter:
+        model = load_model(source, mesh, compute="float32")
+        attach(model, adapter, mesh)
+        before = logits(model, texts)
+        del model
+        wide, raw = merged(tensors, adapter, raw, np.dtype("float32"))
+        _check_merged(
+            logits(load_model(Changed(source.name, source.path, source, raw, wide), mesh, compute="float32"), texts), before
+        )
+        tensors, raw = merged(tensors, adapter, source.config_json())
+    if to == "gguf":
+        dtype = dtype or tensors["model.embed_tokens.weight"].dtype.name
+        expected = _gguf_rounded(tensors, from_hf(raw, source.name), dtype)
+    else:
+        expected = tensors if dtype is None else {name: tensor.astype(DTYPES[dtype]) for name, tensor in tensors.items()}
+        raw = _with_dtype(raw, expected)
+    with ExitStack() as stack:
+        if to == "gguf" and out.suffix == ".gguf":
+            written_to = stack.enter_context(new_file(out))
+            staging = written_to.parent
+        else:
+            staging = stack.enter_context(new_directory(out))
+            written_to = staging / f"{Path(source.name).stem}-{dtype}.gguf" if to == "gguf" else staging
+        if to == "gguf":
+            gguf_writer.write_gguf(
+                written_to, tensors, raw, _gguf_tokenizer(source, raw, tokenizer), Path(source.name).stem, dtype or ""
+            )
+        else:
+            _write(staging, source, raw, expected, to, tokenizer)
+        written = resolve(str(written_to))
+        _check_same(Changed(source.name, source.path, source, raw, expected), written)
+        if before is None:
+            before = logits(load_model(source, mesh, compute="float32"), texts)
+        after = logits(load_model(written, mesh, compute="float32"), texts)
+        lossless = adapter is None and dtype != "q8_0" and all(expected[name].dtype == tensors[name].dtype for name in tensors)
+        note, torch_difference = against_transformers(written, after, texts) if to == "hf" else (f"not for {to}", None)
+        result = Comparison.of(before, after, texts, torch_difference, note)
+        if not np.isfinite(after).all() or (lossless and not result.reload_difference <= SAME * result.largest_logit):
+            raise RunFailure(
+                f"The model that was written computes something else: logits differ by {result.reload_difference:.2e}. Not written."
+            )
+        write_text(staging / "README.md", card(source, to, result, about, adapter is not None))
+    return result
+
+
+def _check_arguments(out: Path, to: str, dtype: str | None) -> None:
+    if to not in FORMATS:
+        raise UserError(f"The format {to!r} is not supported; supported are {listed(FORMATS)}.")
+    allowed = gguf_writer.FORMATS if to == "gguf" else DTYPES
+    if dtype is not None and dtype not in allowed:
+        raise UserError(f"The dtype {dtype!r} is not supported for {to}; supported are {listed(allowed)}.")
+
+
+def _check_merged(found: np.ndarray, wanted: np.ndarray) -> None:
+    difference, top = float(np.abs(found - wanted).max()), float(np.abs(wanted).max())
+    if not difference <= TORCH * top:
+        raise RunFailure(
+            f"The merged weights compute something else: logits differ by {difference:.2e} (largest {top:.1f}). Not written."
+        )
+
+
+def _write(staging: Path, source: Source, raw: dict[str, Any], tensors: Tensors, to: str, tokenizer: Any) -> None:
+    if to == "meta":
+        meta.write_directory(staging, tensors, raw)
+    else:
+        (shards if to == "hf" else orbax_files).write_directory(staging, tensors)
+        write_json(staging / "config.json", raw)
+        if generation := source.generation_config():
+            write_json(staging / "generation_config.json", generation)
+    _copy_tokenizer(staging, source, tokenizer)
+
+
+def _copy_tokenizer(staging: Path, source: Source, tokenizer: Any) -> None:
+    """The source's own files where it has some, byte by byte, else the tokenizer as transformers saves it."""
+    files = [source.path / name for name in TOKENIZER_FILES if source.path.is_dir() and (source.path / name).exists()]
+    for file in files:
+        shutil.copyfile(file, staging / file.name)
+    if not files and tokenizer is not None:
+        tokenizer.save_pretrained(staging)
+
+
+def _gguf_tokenizer(source: Source, raw: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    if isinstance(source, GGUFFile):
+        return {key: value for key, value in source.file.metadata.items() if key.startswith("tokenizer.")}
+    return gguf_tokenizer.metadata(tokenizer, raw["vocab_size"], source.stop_ids()) if tokenizer is not None else {}
+
+
+def _gguf_rounded(tensors: Tensors, config: ModelConfig, dtype: str) -> Tensors:
+    """What will be read from the file: as stored, with what llama.cpp changes done and undone."""
+    gguf_writer.check_expressible(config)
+    return gguf_models.round_trip(tensors, config, lambda tensor, name: gguf_writer.stored(tensor, name, dtype))
+
+
+def _with_dtype(raw: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
+    """`config.json` with the dtype that most numbers have, where it is new or another one."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors.values():
+        sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + math.prod(tensor.shape)
+    key = "torch_dtype" if "torch_dtype" in raw else "dtype"
+    return raw | {key: max(sizes, key=lambda name: sizes[name])}
+
+
+def _check_same(expected: Source, written: Source) -> None:
+    """The architecture and every number.
+
+    Raises:
+        UserError: the format could not hold the architecture.
+        RunFailure: a tensor is another one.
+
+    """
+    ours, theirs = (from_hf(source.config_json(), str(source.config_path)) for source in (expected, written))
+    if odd := [
+        field.name
+        for field in fields(ours)
+        if field.compare and not _close(getattr(ours, field.name), getattr(theirs, field.name))
+    ]:
+        differences = listed(f"{name} {getattr(theirs, name)} instead of {getattr(ours, name)}" for name in odd)
+        raise UserError(f"The format has no place for this model; read again it would have {differences}. Not written.")
+    wanted, found = expected.tensors(), checked(written)[1]
+    if odd := sorted(wanted.keys() ^ found.keys()):
+        raise RunFailure(f"Read again, the tensors {listed(odd)} are missing or too many. Not written.")
+    if odd := [name for name in wanted if not _equal(wanted[name], found[name])]:
+        raise RunFailure(f"Read again, the tensors {listed(odd)} are not what was to be written. Not written.")
+
+
+def _equal(ours: LazyTensor, theirs: LazyTensor) -> bool:
+    pairs = zip(ours.blocks(), theirs.blocks(), strict=False)
+    return ours.shape == theirs.shape and all(
+        np.array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32)) for a, b in pairs
+    )
+
+
+def _close(ours: Any, theirs: Any) -> bool:
+    """Equality up to the rounding of a float32, which is what some formats keep."""
+    if isinstance(ours, float) and isinstance(theirs, int | float):
+        return math.isclose(ours, theirs, rel_tol=1e-6)
+    if isinstance(ours, tuple) and isinstance(theirs, tuple):
+        return len(ours) == len(theirs) and all(map(_close, ours, theirs))
+    if is_dataclass(ours) and type(ours) is type(theirs):
+        return all(_close(getattr(ours, field.name), getattr(theirs, field.name)) for field in fields(ours))
+    return ours == theirs
