@@ -36,11 +36,11 @@ def tiny_config(**changes):
     return LlamaConfig(**(numbers | changes))
 
 
-def byte_tokenizer(template=CHATML, eos="<|im_end|>", add_bos=False):
+def byte_tokenizer(template=CHATML, eos="<|im_end|>", add_bos=False, merges=()):
     """One token a byte, and the special tokens; pad is eos, as in many real tokenizers."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: number for number, token in enumerate([*alphabet, *SPECIAL])}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    vocab = {token: number for number, token in enumerate([*alphabet, *SPECIAL, *map("".join, merges)])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(SPECIAL)
@@ -122,3 +122,11 @@ def jaxtune(*arguments, torch=False, timeout=500, **options):
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, env=child_environment(torch), check=False, **options
     )
+
+
+def rewrite_tensors(directory, change):
+    """Replace the tensors of model.safetensors by what `change` makes of them."""
+    from safetensors.torch import load_file, save_file
+
+    path = Path(directory) / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})

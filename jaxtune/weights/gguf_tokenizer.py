@@ -68,7 +68,7 @@ def _byte_level(file: GGUF, meta: dict[str, Any]) -> Tokenizer:
     if kind not in _SPLITS:
         raise UserError(f"{file.path}: pre-tokenizer {kind!r} is not supported; supported are {listed(_SPLITS, 20)}.")
     vocab = {token: index for index, token in enumerate(meta["tokens"])}
-    merges = [tuple(merge.split(" ", 1)) for merge in meta["merges"]]
+    merges = [tuple(merge.split(" ", 1)) for merge in meta.get("merges", [])]
     backend = Tokenizer(BPE(vocab=vocab, merges=merges))
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _SPLITS[kind]]
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -148,6 +148,8 @@ def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:
     for theirs, ours in MEANINGS[config.raw["model_type"]].keys.items():
         if (value := setting(config.raw, ours)) is not None:
             found[theirs] = float(value) if theirs in _FLOATS else value
+    if config.experts:
+        found |= {"expert_count": config.experts.count, "expert_used_count": config.experts.chosen}
     return {f"{architecture}.{key}": value for key, value in found.items()}
 
 

@@ -57,13 +57,13 @@ def _open_sharded(path: Path, name: str, open_file: Callable[[Path], Tensors]) -
     return tensors
 
 
-def write_directory(directory: Path, tensors: Tensors, shard_bytes: int = SHARD_BYTES) -> None:
+def write_directory(directory: Path, tensors: Tensors, shard_bytes: int | None = None) -> None:
     """Write weights as one safetensors file, or as several with an index where they are larger than one shard may be."""
     shards: list[Tensors] = [{}]
     size = 0
     for name, tensor in tensors.items():
         more = safetensors_files.nbytes(tensor)
-        if shards[-1] and size + more > shard_bytes:
+        if shards[-1] and size + more > (shard_bytes or SHARD_BYTES):
             shards.append({})
             size = 0
         shards[-1][name] = tensor
