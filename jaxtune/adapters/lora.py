@@ -81,7 +81,7 @@ class LoRALinear(Linear):
     def __call__(self, x: Float[Array, "*batch in"], dropout: Dropout | None = None) -> Float[Array, "*batch out"]:
         """The adapted linear map; the adapter's input is dropped out only where `dropout` brings keys."""
         y, dropped = self.product(x), self._dropped(x, dropout)
-        update = low_rank(dropped.reshape(-1, x.shape[-1]), self.lora_A[...], self.lora_B[...] * self.scale[...]).reshape(y.shape)
+        update = low_rank(dropped.reshape(-1, x.shape[-1]), self.lora_A[...], self._scaled_b()).reshape(y.shape)
         if self.lora_magnitude_vector is None:
             return checkpoint_name(y + update, PROJECTION)
         stretch = self._stretch().astype(y.dtype)
@@ -91,10 +91,13 @@ class LoRALinear(Linear):
     def as_head(self, x: Float[Array, "*batch in"], dropout: Dropout | None) -> tuple[jax.Array, jax.Array]:
         """See Linear: [x, x A^T] and [W, scale B], so that the update is not rounded into the weight."""
         low = matmul(self._dropped(x, dropout), self.lora_A[...])
-        wide = jnp.concatenate([self.weight[...].astype(x.dtype), (self.lora_B[...] * self.scale[...]).astype(x.dtype)], axis=-1)
+        wide = jnp.concatenate([self.weight[...].astype(x.dtype), self._scaled_b().astype(x.dtype)], axis=-1)
         if self.lora_magnitude_vector is not None:
             wide = wide * self._stretch().astype(x.dtype)[:, None]
         return jnp.concatenate([x, low], axis=-1), wide
+
+    def _scaled_b(self) -> Float[Array, "out rank"]:
+        return self.lora_B[...] * self.scale[...].astype(self.lora_B[...].dtype)
 
     def _dropped(self, x: jax.Array, dropout: Dropout | None) -> jax.Array:
         return x if dropout is None or not self.part.dropout else dropout(x, self.part.dropout, self.part.name)

@@ -42,6 +42,8 @@ def _open_sharded(path: Path, name: str, open_file: Callable[[Path], Tensors]) -
             raise UserError(f"{path / name} names {file!r}, which is not a plain file name. Do not use this model.")
         if not (path / file).exists():
             raise UserError(f"{path / file}, named by {name}, does not exist. Download it again.")
+        if not _inside(path, path / file):
+            raise UserError(f"{path / file}, named by {name}, leads out of the directory. Do not use this model.")
         found = open_file(path / file)
         if twice := sorted(found.keys() & tensors.keys()):
             raise UserError(f"{path}: the tensors {listed(twice)} are in more than one file. Download it again.")
@@ -55,6 +57,13 @@ def _open_sharded(path: Path, name: str, open_file: Callable[[Path], Tensors]) -
     if extra := sorted(tensors.keys() - where.keys()):
         raise UserError(f"{path}: the files hold tensors that {name} does not name: {listed(extra)}.")
     return tensors
+
+
+def _inside(directory: Path, file: Path) -> bool:
+    """Whether a file lies where it seems to; the hub's cache keeps files as links into the folder of blobs beside the snapshots."""
+    real, home = file.resolve(), directory.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    return real.is_relative_to(home) or (blobs is not None and real.is_relative_to(blobs))
 
 
 def write_directory(directory: Path, tensors: Tensors, shard_bytes: int | None = None) -> None:

@@ -31,14 +31,18 @@ def open_file(path: Path) -> Tensors:
     try:
         found = _load(torch, path)
     except UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        reason = _first_line(error)
         raise UserError(f"{path} holds more than tensors, which could run code and is not loaded ({reason}).") from None
     except (RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = _first_line(error)
         raise UserError(f"{path} is not a whole file of PyTorch ({reason}). Download it again.") from None
     if not isinstance(found, dict) or not all(torch.is_tensor(value) for value in found.values()):
         raise UserError(f"{path} does not hold tensors by name. Save the model's state_dict.")
     return {name: _lazy(tensor, name, path) for name, tensor in found.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _load(torch: Any, path: Path) -> Any:

@@ -169,7 +169,7 @@ READ_BY_TRANSFORMERS = {
     "mistral_without_window": {},
     "qwen2": {},
     "qwen3": {"head_dim": 128},
-    "qwen3_moe": {"head_dim": 128},
+    "qwen3_moe": {"head_dim": 128, "moe_intermediate_size": 768},
     "phi3": {"sliding_window": None},
     "gemma2": {"query_pre_attn_scalar": 256, "head_dim": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "gemma3_pattern": {"query_pre_attn_scalar": 256, "head_dim": 256, "final_logit_softcapping": None},

@@ -113,7 +113,7 @@ def test_llama3_scaling_is_recovered_from_its_divisors_and_others_are_refused(tm
 def test_another_architecture_and_unknown_metadata_are_refused(tmp_path):
     for architecture, key, expected in (
         ("gpt2", None, "'gpt2' is not supported"),
-        ("llama", "llama.expert_count", "llama.expert_count"),
+        ("llama", "llama.attention.sinks", "llama.attention.sinks"),
     ):
         writer = gguf.GGUFWriter(tmp_path / "x.gguf", architecture)
         if key:

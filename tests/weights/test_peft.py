@@ -14,7 +14,7 @@ from jaxtune.adapters.config import LoRAConfig
 from jaxtune.adapters.inject import adapted, inject, split_trainable
 from jaxtune.core.errors import RunFailure, UserError
 from jaxtune.objectives.sft import Batch, sft
-from jaxtune.weights import export
+from jaxtune.weights import export, verify
 from jaxtune.weights.export import export_adapter
 from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import attach, entries, open_adapter, write_adapter
@@ -232,7 +232,7 @@ def test_export_is_verified_by_both_and_carries_the_tokenizer(chat_model, tmp_pa
 def test_an_export_that_computes_something_else_is_not_written(breakage, chat_model, tmp_path, one_device, monkeypatch):
     model = with_adapter(chat_model, one_device)
     if breakage == "peft":
-        monkeypatch.setattr(export, "PEFT", 1e-9)
+        monkeypatch.setattr(verify, "TORCH", 1e-9)
     else:
         write = export.write_adapter
 
