@@ -61,6 +61,17 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}. Write or download the file again.") from None
 
 
+def refuse_existing(target: Path) -> None:
+    """Nothing is overwritten.
+
+    Raises:
+        UserError: `target` is a file, or a directory that holds something.
+
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} already exists and is not empty. Choose another name or remove it.")
+
+
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
     """A path in a temporary directory beside `target`; the file made there takes the name `target` only if the block succeeds.
@@ -69,8 +80,7 @@ def new_file(target: Path) -> Iterator[Path]:
         UserError: `target` exists.
 
     """
-    if target.exists():
-        raise UserError(f"{target} already exists. Choose another name or remove it.")
+    refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
@@ -92,8 +102,8 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         UserError: `target` exists and is not empty, and `replace` is false.
 
     """
-    if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} already exists and is not empty. Choose another directory or remove it.")
+    if not replace:
+        refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:

@@ -2,7 +2,8 @@
 
 import math
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxtune.core.dtypes import DTYPES
 from jaxtune.core.errors import RunFailure, UserError, listed
-from jaxtune.core.files import new_directory, new_file, write_json, write_text
+from jaxtune.core.files import new_directory, new_file, refuse_existing, write_json, write_text
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.families import from_hf
 from jaxtune.weights import gguf_models, gguf_tokenizer, gguf_writer, meta, orbax_files, shards
@@ -22,7 +23,7 @@ from jaxtune.weights.merge import merged
 from jaxtune.weights.peft import Adapter, attach
 from jaxtune.weights.source import TOKENIZER_FILES, GGUFFile, Source, resolve
 from jaxtune.weights.tensors import LazyTensor, Tensors
-from jaxtune.weights.verify import SAME, TORCH, Comparison, against_transformers, logits, texts_of
+from jaxtune.weights.verify import SAME, TORCH, Comparison, Texts, against_transformers, logits, texts_of
 
 FORMATS = ("hf", "gguf", "meta", "orbax")
 
@@ -88,41 +89,26 @@ def convert_model(
     config, tensors = checked(source)
     raw, tokenizer = source.config_json(), tokenizer or source.tokenizer()
     texts = texts_of(tokenizer, config.vocab_size)
-    before = None
+    before = _computed(source, adapter, mesh, texts)
     if adapter:
-        model = load_model(source, mesh, compute="float32")
-        attach(model, adapter, mesh)
-        before = logits(model, texts)
-        del model
-        wide, raw = merged(tensors, adapter, raw, np.dtype("float32"))
-        _check_merged(
-            logits(load_model(Changed(source.name, source.path, source, raw, wide), mesh, compute="float32"), texts), before
-        )
-        tensors, raw = merged(tensors, adapter, source.config_json())
+        _check_merged(source, tensors, adapter, mesh, texts, before)
+        tensors, raw = merged(tensors, adapter, raw)
+    name = source.name.rpartition("/")[2].removesuffix(".gguf")
     if to == "gguf":
         dtype = dtype or tensors["model.embed_tokens.weight"].dtype.name
         expected = _gguf_rounded(tensors, from_hf(raw, source.name), dtype)
     else:
-        expected = tensors if dtype is None else {name: tensor.astype(DTYPES[dtype]) for name, tensor in tensors.items()}
+        expected = tensors if dtype is None else {key: tensor.astype(DTYPES[dtype]) for key, tensor in tensors.items()}
         raw = _with_dtype(raw, expected)
-    with ExitStack() as stack:
-        if to == "gguf" and out.suffix == ".gguf":
-            written_to = stack.enter_context(new_file(out))
-            staging = written_to.parent
-        else:
-            staging = stack.enter_context(new_directory(out))
-            written_to = staging / f"{Path(source.name).stem}-{dtype}.gguf" if to == "gguf" else staging
+    with _place(out, to, f"{name}-{dtype}.gguf") as path:
         if to == "gguf":
-            gguf_writer.write_gguf(
-                written_to, tensors, raw, _gguf_tokenizer(source, raw, tokenizer), Path(source.name).stem, dtype or ""
-            )
+            found = _gguf_tokenizer(source, raw, tokenizer)
+            gguf_writer.write_gguf(path, tensors, raw, found, name, str(dtype))
         else:
-            _write(staging, source, raw, expected, to, tokenizer)
-        written = resolve(str(written_to))
+            _write(path, source, raw, expected, to, tokenizer)
+        written = resolve(str(path))
         _check_same(Changed(source.name, source.path, source, raw, expected), written)
-        if before is None:
-            before = logits(load_model(source, mesh, compute="float32"), texts)
-        after = logits(load_model(written, mesh, compute="float32"), texts)
+        after = _computed(written, None, mesh, texts)
         note, torch_difference = against_transformers(written, after, texts) if to == "hf" else (f"not for {to}", None)
         result = Comparison.of(before, after, texts, torch_difference, note)
         exact = adapter is None and _same_numbers(tensors, expected)
@@ -130,8 +116,27 @@ def convert_model(
             raise RunFailure(
                 f"The model that was written computes something else: logits differ by {result.reload_difference:.2e}. Not written."
             )
-        write_text(staging / "README.md", card(source, to, result, about, adapter is not None))
+        folder = path.parent if path.suffix == ".gguf" else path
+        write_text(folder / "README.md", card(source, to, result, about, adapter is not None))
     return result
+
+
+@contextmanager
+def _place(out: Path, to: str, name: str) -> Iterator[Path]:
+    """Where to write: a directory; for gguf a file of this name in one, or the very file."""
+    if to == "gguf" and out.suffix == ".gguf":
+        with new_file(out) as path:
+            yield path
+    else:
+        with new_directory(out) as staging:
+            yield staging / name if to == "gguf" else staging
+
+
+def _computed(source: Source, adapter: Adapter | None, mesh: Mesh, texts: Texts) -> np.ndarray:
+    model = load_model(source, mesh, compute="float32")
+    if adapter:
+        attach(model, adapter, mesh)
+    return logits(model, texts)
 
 
 def _check_arguments(out: Path, to: str, dtype: str | None) -> None:
@@ -140,9 +145,18 @@ def _check_arguments(out: Path, to: str, dtype: str | None) -> None:
     allowed = gguf_writer.FORMATS if to == "gguf" else DTYPES
     if dtype is not None and dtype not in allowed:
         raise UserError(f"The dtype {dtype!r} is not supported for {to}; supported are {listed(allowed)}.")
+    refuse_existing(out)
 
 
-def _check_merged(found: np.ndarray, wanted: np.ndarray) -> None:
+def _check_merged(source: Source, tensors: Tensors, adapter: Adapter, mesh: Mesh, texts: Texts, wanted: np.ndarray) -> None:
+    """The merged weights, not yet rounded, compute what base and adapter compute side by side.
+
+    Raises:
+        RunFailure: they do not.
+
+    """
+    wide, raw = merged(tensors, adapter, source.config_json(), np.dtype("float32"))
+    found = _computed(Changed(source.name, source.path, source, raw, wide), None, mesh, texts)
     difference, top = float(np.abs(found - wanted).max()), float(np.abs(wanted).max())
     if not difference <= TORCH * top:
         raise RunFailure(

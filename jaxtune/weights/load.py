@@ -18,6 +18,8 @@ from jaxtune.weights.rows import Row, check, rows
 from jaxtune.weights.source import Source
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
 
+_ALIGNMENT = 64
+
 
 def load_model(source: Source, mesh: Mesh, *, dtype: str = "auto", compute: str = "auto") -> CausalLM:
     """The model with its weights sharded over the mesh.
@@ -73,7 +75,15 @@ def _part(row: Row, parts: list[LazyTensor], dtype: np.dtype, index: Index | Non
     inner = index[depth:]
     chosen = np.arange(len(parts)).reshape(row.stack)[index[:depth]]
     extent = tuple(len(range(size)[part]) for size, part in zip(row.shape, inner, strict=True))
-    out = np.empty((chosen.size, *extent), dtype)
+    out = _aligned((chosen.size, *extent), dtype)
     for place, number in enumerate(chosen.reshape(-1)):
         out[place] = parts[number].read(inner)
     return out.reshape(*chosen.shape, *extent)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that begins where JAX takes it over on the CPU instead of copying it."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    whole = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -whole.ctypes.data % _ALIGNMENT
+    return whole[start : start + size].view(dtype).reshape(shape)

@@ -1,8 +1,8 @@
 """The tensors of a safetensors file, read and written one by one."""
 
 import json
+import mmap
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,28 @@ def open_file(path: Path) -> Tensors:
 
     """
     try:
-        file = safe_open(path, framework="np")
-        return {name: _lazy(file, name, path) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        file = safe_open(path, framework="np")  # checks that the header is sound and the file as long as it says
+        kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}). Download or save it again.") from None
+    for name, kind in kinds.items():
+        if kind not in _DTYPES:
+            raise UserError(f"{path}: tensor {name} has dtype {kind}; supported are {listed(_DTYPES)}.")
+    with path.open("rb") as raw:
+        size = struct.unpack("<Q", raw.read(8))[0]
+        header = json.loads(raw.read(size))
+        data = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
+    return {name: _lazy(data, 8 + size, header[name]) for name in kinds}
 
 
-def _lazy(file: Any, name: str, path: Path) -> LazyTensor:
-    part = file.get_slice(name)
-    if part.get_dtype() not in _DTYPES:
-        raise UserError(f"{path}: tensor {name} has dtype {part.get_dtype()}; supported are {listed(_DTYPES)}.")
-    return LazyTensor(tuple(part.get_shape()), _DTYPES[part.get_dtype()], _reader(file, name))
+def _lazy(data: mmap.mmap, start: int, entry: dict[str, Any]) -> LazyTensor:
+    shape, dtype = tuple(entry["shape"]), _DTYPES[entry["dtype"]]
 
+    def read(index: Index) -> np.ndarray:  # a view of the file, which whoever keeps it copies
+        count = int(np.prod(shape, dtype=np.int64))
+        return np.frombuffer(data, dtype, count, start + entry["data_offsets"][0]).reshape(shape)[index]
 
-def _reader(file: Any, name: str) -> Callable[[Index], np.ndarray]:
-    def read(index: Index) -> np.ndarray:
-        return file.get_slice(name)[index] if index else file.get_tensor(name)
-
-    return read
+    return LazyTensor(shape, dtype, read)
 
 
 def write_file(path: Path, tensors: Tensors) -> None:

@@ -62,7 +62,7 @@ def observe(overrides, directory, monkeypatch):
     if not any(override.startswith("mesh.") for override in overrides):
         monkeypatch.setattr(setup, "make_mesh", lambda *sizes: make_mesh(devices=jax.devices()[:1]))
     monkeypatch.setattr("jaxtune.training._answers", lambda parts, model, samples: [""] * len(samples))
-    monkeypatch.setattr(export, "_why_not_peft", lambda source: "not the subject here")
+    monkeypatch.setattr(export, "why_not_torch", lambda source, *packages: "not the subject here")
     monkeypatch.setattr("jaxtune.core.runtime.start", lambda: None)
     config = load_config(overrides=[*overrides, f"run.dir={directory}"])
     result = run(config, Reporter(quiet=True))
