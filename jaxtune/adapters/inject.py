@@ -133,6 +133,10 @@ def _train_whole(model: CausalLM, config: LoRAConfig) -> None:
                 raise UserError(
                     f"modules_to_save: {listed(config.saved)} takes some layers of {_generic(path)} only; name all of them."
                 )
+            if leaf == "bias" and config.bias == "lora_only" and isinstance(module, LoRALinear) and 0 in module.part.ranks:
+                raise UserError(
+                    f"bias: lora_only where some layers of {_generic(path)} only are adapted is not supported; use none or all."
+                )
             if True in hits or (leaf == "bias" and with_bias):
                 setattr(module, leaf, LoRAParam(variable[...].astype(jnp.float32), axes=variable.get_metadata()["axes"]))
 

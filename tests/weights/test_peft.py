@@ -209,6 +209,12 @@ def test_options_that_are_not_implemented_are_refused(option, adapter):
         open_adapter(adapter)
 
 
+def test_biases_of_some_layers_of_a_stack_alone_are_refused(tmp_path, one_device):
+    tools.save_model(tmp_path, tools.tiny_config(attention_bias=True))
+    with pytest.raises(UserError, match="bias: lora_only where some layers"):
+        with_adapter(tmp_path, one_device, bias="lora_only", layers=(1,))
+
+
 def exported(directory, model, chat_model, mesh):
     source = resolve(str(chat_model))
     return export_adapter(directory, model, source, source.tokenizer(), TEXTS, mesh, dtype="auto", compute="auto")
