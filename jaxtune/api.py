@@ -27,6 +27,7 @@ from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import attach, open_adapter
 from jaxtune.weights.source import Source, resolve
 from jaxtune.weights.verify import Comparison
+from jaxtune.weights.vocabulary import for_adapter
 
 Pair = tuple[CausalLM, Any]
 Prompt = str | list[dict[str, str]]
@@ -79,8 +80,8 @@ def open_model(model: str | Pair, adapter: str | None = None, dtype: str = "auto
         return Loaded(network, tokenizer, sorted(stops), None)
     mesh = mesh or make_mesh()
     name, adapter = _base_and_adapter(str(model), adapter)
-    source = resolve(name)
     opened = open_adapter(adapter) if adapter else None
+    source = for_adapter(resolve(name), opened)
     network = load_model(source, mesh, dtype=dtype)
     if opened:
         attach(network, opened, mesh)
@@ -224,8 +225,8 @@ def converted(
     """Like `convert`, with what was verified."""
     runtime.start()
     model, adapter = _base_and_adapter(str(model), adapter)
-    source = resolve(model)
     opened = open_adapter(adapter) if adapter else None
+    source = for_adapter(resolve(model), opened)
     reporter.say(f"Writing {out}, reading it again and comparing")
     proof = convert_model(Path(out), source, to, make_mesh(), dtype=dtype, adapter=opened)
     _push(Path(out), push, reporter)

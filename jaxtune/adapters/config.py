@@ -27,6 +27,8 @@ class LoRAConfig:
         ranks, alphas: `(end of a name or regular expression, value)` where rank or alpha differ; the first that fits counts.
         saved: ends of names of modules that are trained whole.
         bias: biases that train: none, those of adapted layers, or all.
+        tokens: `(name of the embedding or the head, ids)` whose rows are the adapter's own (PEFT's trainable tokens).
+        tokens_train: whether those rows train, or only come with the adapter.
         copies: tensors of the base that the adapter's file repeats.
 
     """
@@ -44,6 +46,8 @@ class LoRAConfig:
     alphas: tuple[tuple[str, float], ...] = ()
     saved: tuple[str, ...] = ()
     bias: Literal["none", "all", "lora_only"] = "none"
+    tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    tokens_train: bool = True
     copies: tuple[str, ...] = ()
 
     def is_target(self, name: str, in_block: bool) -> bool:

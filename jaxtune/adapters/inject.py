@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxtune.adapters.config import ALL_LINEAR, LoRAConfig, fits
 from jaxtune.adapters.lora import LoRAEmbedding, LoRALinear, LoRAParam, Part
+from jaxtune.adapters.tokens import TokenEmbedding, TokenLinear
 from jaxtune.core.axes import sharding
 from jaxtune.core.errors import UserError, listed, nearest
 from jaxtune.models.config import ModelConfig
@@ -48,6 +49,7 @@ def inject(model: CausalLM, config: LoRAConfig, seed: int, mesh: Mesh) -> None:
             new = LoRALinear(module, part, draw, dora=config.dora)
         setattr(_at(model, path[:-1]), str(path[-1]), new)
     _train_whole(model, config)
+    _own_rows(model, config)
     for _, variable in nnx.to_flat_state(nnx.state(model, LoRAParam)):
         place = sharding(mesh, variable.get_metadata()["axes"], variable.shape)
         variable.set_value(jax.device_put(variable[...], place))
@@ -55,8 +57,8 @@ def inject(model: CausalLM, config: LoRAConfig, seed: int, mesh: Mesh) -> None:
 
 
 def split_trainable(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """`(graphdef, trainable, frozen)`: the adapters' leaves and everything else."""
-    graph, trainable, frozen = nnx.split(model, LoRAParam, ...)
+    """`(graphdef, trainable, frozen)`: the adapters' leaves, but for those that only come with them, and everything else."""
+    graph, trainable, frozen = nnx.split(model, lambda _, leaf: isinstance(leaf, LoRAParam) and leaf.trains, ...)
     return graph, trainable, frozen
 
 
@@ -139,6 +141,33 @@ def _train_whole(model: CausalLM, config: LoRAConfig) -> None:
                 )
             if True in hits or (leaf == "bias" and with_bias):
                 setattr(module, leaf, LoRAParam(variable[...].astype(jnp.float32), axes=variable.get_metadata()["axes"]))
+
+
+def _own_rows(model: CausalLM, config: LoRAConfig) -> None:
+    """Give the tokens that have rows of their own in the adapter those rows, which begin at what they are.
+
+    Raises:
+        UserError: a module without rows of tokens, one that is adapted otherwise too, or an id that it does not have.
+
+    """
+    rows = dict(config.tokens)
+    if unknown := [name for name in rows if not (fits((name,), EMBEDDING) or fits((name,), HEAD))]:
+        raise UserError(f"trainable_token_indices: {listed(unknown)} has no tokens; embed_tokens and lm_head have.")
+    for owner, name, kind, new in (
+        (model.model, "embed_tokens", Embedding, TokenEmbedding),
+        (model, "lm_head", Linear, TokenLinear),
+    ):
+        ids, module = rows.get(name, rows.get(f"model.{name}")), getattr(owner, name)
+        if ids is None or (module is None and ids == rows.get("embed_tokens")):
+            continue
+        untied = model.config.tie_embeddings and model.lm_head is not None
+        if untied or type(module) is not kind or isinstance(module.weight, LoRAParam):
+            raise UserError(f"{name}: rows of single tokens and another adapter on the same or a tied module are not supported.")
+        if not ids or min(ids) < 0 or max(ids) >= module.weight.shape[0]:
+            raise UserError(
+                f"trainable_token_indices: {name} has the tokens 0 to {module.weight.shape[0] - 1}, not {listed(ids)}."
+            )
+        setattr(owner, name, new(module, ids, trains=config.tokens_train))
 
 
 def _at(model: nnx.Module, path: tuple[Any, ...]) -> Any:

@@ -17,7 +17,12 @@ from jaxtune.models.remat import LOW, PROJECTION
 
 
 class LoRAParam(nnx.Param):
-    """A trainable leaf of an adapter; always float32."""
+    """A leaf of an adapter; always float32. It trains unless it says otherwise."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is trained, or only comes with the adapter."""
+        return bool(self.get_metadata().get("trained", True))
 
 
 class LoRAScale(nnx.Variable):

@@ -28,6 +28,8 @@ class ModelSection(Section):
     """Storage of the frozen weights; auto keeps what the file has."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Activations and matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU."""
+    new_tokens: list[str] = []
+    """Special tokens to add to the vocabulary; their rows begin at the mean of the others."""
 
 
 class AdapterSection(Section):
@@ -45,6 +47,8 @@ class AdapterSection(Section):
     """Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)."""
     targets: str | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Which modules: all-linear (all but the head), a list of names such as [q_proj, v_proj], or a regular expression for a whole name."""
+    train_tokens: Literal["none", "new", "all"] = "none"
+    """Rows of embedding and head that train beside: none, those of new tokens, or both matrices whole."""
     init: str | None = None
     """A PEFT adapter directory to start from; null starts from zero update."""
 

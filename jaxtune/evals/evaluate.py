@@ -74,6 +74,7 @@ def _language_model(model: CausalLM, tokenizer: Any, path: str, batch: int, prog
 
 def row_losses(model: CausalLM, examples: Examples, batch: int, progress: Any = None) -> tuple[np.ndarray, np.ndarray]:
     """`(sum of token losses, supervised tokens)` of every example, in nats, float64."""
+    model.config.check_tokens(item.ids for item in examples.items)
     graph, state = nnx.split(model)
     lengths = examples.lengths
     layout = Layout(batch, int(lengths.max()), packing=False, shuffle=False, seed=0)

@@ -80,9 +80,10 @@ class Engine:
         """Read the prompts into a cache with `room` slots for what follows.
 
         Raises:
-            UserError: a prompt is empty.
+            UserError: a prompt is empty, or has a token that the model has not.
 
         """
+        self.config.check_tokens(prompts)
         if any(len(prompt) == 0 for prompt in prompts):
             raise UserError("An empty prompt: there is nothing to go on from.")
         longest = max(map(len, prompts))

@@ -1,7 +1,12 @@
 """The architecture of a decoder: one description with declared variations, whatever the family."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import numpy as np
+
+from jaxtune.core.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,20 @@ class ModelConfig:
     logit_scale: float = 1.0
     experts: ExpertsConfig | None = None
     raw: dict[str, Any] = field(compare=False, hash=False, repr=False, default_factory=dict)
+
+    def check_tokens(self, rows: Iterable[Sequence[int] | np.ndarray]) -> None:
+        """That the model has every token of these rows; an index too large would be read as the last one.
+
+        Raises:
+            UserError: it has not.
+
+        """
+        largest = max((int(np.max(row)) for row in rows if len(row)), default=0)
+        if largest >= self.vocab_size:
+            raise UserError(
+                f"The tokenizer gives token {largest}, and the model has {self.vocab_size} tokens. Use the model's own tokenizer, or the "
+                "one it was trained with; training with more tokens adds rows for them."
+            )
 
     @property
     def num_layers(self) -> int:

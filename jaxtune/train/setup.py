@@ -25,6 +25,7 @@ from jaxtune.train.progress import Reporter
 from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import attach, open_adapter
 from jaxtune.weights.source import Source, resolve
+from jaxtune.weights.vocabulary import Grown, for_adapter, with_tokens
 
 OBJECTIVES = {"sft": sft}
 AUTO_REMAT = "dots"
@@ -84,7 +85,15 @@ def setup(config: Config, reporter: Reporter) -> Setup:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_divides(config.train.micro_batch_size or config.train.batch_size, mesh, _rows_key(config))
     adapter = open_adapter(config.adapter.init) if config.adapter.init else None
-    source = resolve(config.model.source)
+    source = for_adapter(resolve(config.model.source), adapter)
+    if adapter is None:
+        source = with_tokens(source, config.model.new_tokens, mesh.shape["tensor"])
+    elif config.model.new_tokens or config.adapter.train_tokens != "none":
+        raise UserError(
+            "model.new_tokens and adapter.train_tokens: an adapter that is trained further (adapter.init) keeps its tokens. Remove them."
+        )
+    if config.adapter.train_tokens == "new" and not isinstance(source, Grown):
+        raise UserError("adapter.train_tokens = new, and no token is new. Name some in model.new_tokens, or take all.")
     from_hf(source.config_json(), str(source.config_path))
     tokenizer = source.tokenizer()
     if tokenizer is None:
@@ -97,12 +106,25 @@ def setup(config: Config, reporter: Reporter) -> Setup:
     numbers = config.adapter
     if adapter is None:
         targets = numbers.targets if isinstance(numbers.targets, str) else tuple(numbers.targets)
-        lora = LoRAConfig(numbers.rank, numbers.alpha, numbers.dropout, numbers.rslora, targets=targets)
+        saved = ("embed_tokens", "lm_head") if numbers.train_tokens == "all" else ()
+        tokens = {} if saved else _token_rows(model, source)
+        lora = LoRAConfig(
+            numbers.rank,
+            numbers.alpha,
+            numbers.dropout,
+            numbers.rslora,
+            targets=targets,
+            saved=saved,
+            tokens=tuple(tokens.items()),
+            tokens_train=numbers.train_tokens == "new",
+        )
         inject(model, lora, config.train.seed, mesh)
     else:
         attach(model, adapter, mesh, numbers.dropout)
     graph, trainable, frozen = split_trainable(model)
     _announce(model, trainable, frozen, mesh, reporter)
+    if isinstance(source, Grown) and adapter is None:
+        _announce_tokens(source, numbers.train_tokens, reporter)
     return Setup(
         config, mesh, source, tokenizer, graph, trainable, frozen, plan, eval_plan, optimizer(config.optimizer, len(plan))
     )
@@ -167,6 +189,18 @@ def _announce(model: CausalLM, trainable: nnx.State, frozen: nnx.State, mesh: Me
         f"LoRA on {len(adapted(model))} linear maps in each of {model.config.num_layers} layers: {train:,} parameters train "
         f"({train / (train + rest):.2%}), {rest:,} frozen; {mesh.size} x {device}, {model.compute_dtype.name}"
     )
+
+
+def _token_rows(model: CausalLM, source: Source) -> dict[str, tuple[int, ...]]:
+    """The rows of new tokens that come with the adapter, by module."""
+    if not isinstance(source, Grown):
+        return {}
+    return dict.fromkeys(("embed_tokens", "lm_head")[: 1 if model.lm_head is None else 2], source.fresh)
+
+
+def _announce_tokens(source: Grown, train: str, reporter: Reporter) -> None:
+    note = "train" if train != "none" else "do NOT train; to train them set adapter.train_tokens=new"
+    reporter.say(f"{source.describe()}: their rows begin at the mean of the others and {note}")
 
 
 def parameters(state: nnx.State) -> int:

@@ -4,7 +4,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,37 +21,11 @@ from jaxtune.weights.card import card
 from jaxtune.weights.load import checked, load_model
 from jaxtune.weights.merge import merged
 from jaxtune.weights.peft import Adapter, attach
-from jaxtune.weights.source import TOKENIZER_FILES, GGUFFile, Source, resolve
+from jaxtune.weights.source import Changed, GGUFFile, Source, resolve
 from jaxtune.weights.tensors import LazyTensor, Tensors
 from jaxtune.weights.verify import SAME, TORCH, Comparison, Texts, against_transformers, logits, texts_of
 
 FORMATS = ("hf", "gguf", "meta", "orbax")
-
-
-@dataclass(frozen=True)
-class Changed(Source):
-    """Another source's model with other weights."""
-
-    base: Source
-    raw: dict[str, Any]
-    weights: Tensors
-
-    @property
-    def config_path(self) -> Path:
-        """See Source."""
-        return self.base.config_path
-
-    def config_json(self) -> dict[str, Any]:
-        """See Source."""
-        return self.raw
-
-    def tensors(self) -> Tensors:
-        """See Source."""
-        return self.weights
-
-    def tokenizer(self) -> Any | None:
-        """See Source."""
-        return self.base.tokenizer()
 
 
 def convert_model(
@@ -177,7 +151,7 @@ def _write(staging: Path, source: Source, raw: dict[str, Any], tensors: Tensors,
 
 def _copy_tokenizer(staging: Path, source: Source, tokenizer: Any) -> None:
     """The source's own files where it has some, byte by byte, else the tokenizer as transformers saves it."""
-    files = [source.path / name for name in TOKENIZER_FILES if source.path.is_dir() and (source.path / name).exists()]
+    files = source.tokenizer_files()
     for file in files:
         shutil.copyfile(file, staging / file.name)
     if not files and tokenizer is not None:

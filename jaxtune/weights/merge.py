@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.weights.peft import COPY, PREFIX, Adapter
+from jaxtune.adapters.config import fits
+from jaxtune.weights.peft import COPY, PREFIX, TOKENS, Adapter
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -31,7 +32,12 @@ def merged(
     found = {name.removeprefix(PREFIX).replace(COPY, ""): tensor for name, tensor in kept.items()}
     for name, tensor in found.items():
         module, _, leaf = name.rpartition(".lora_")
-        if not module:
+        if name.endswith(TOKENS):
+            module = name.removesuffix(TOKENS)
+            ids = next(ids for key, ids in adapter.config.tokens if fits((key,), module))
+            for matrix in (EMBEDDING, HEAD) if tied else (f"{module}.weight",):
+                out[matrix] = _with_rows(out[matrix], ids, tensor.all(), dtype)
+        elif not module:
             changed[name] = tensor
         elif leaf == "A.weight":
             factors = tensor.all(), found[f"{module}.lora_B.weight"].all()
@@ -55,6 +61,21 @@ def _is_copy(name: str, adapter: Adapter) -> bool:
     """Whether a tensor only repeats the base's."""
     plain = name.removeprefix(PREFIX)
     return COPY in plain or ("lora_" not in plain and not adapter.config.is_saved(plain.removesuffix(".weight")))
+
+
+def _with_rows(weight: LazyTensor, ids: tuple[int, ...], rows: np.ndarray, dtype: np.dtype | None) -> LazyTensor:
+    """The matrix with these rows for these tokens."""
+    weight = weight if dtype is None else weight.astype(dtype)
+
+    def read(index: Index) -> np.ndarray:
+        whole = np.array(weight.read(index))
+        start, stop, _ = index[0].indices(weight.shape[0])
+        for token, row in zip(ids, rows, strict=True):
+            if start <= token < stop:
+                whole[token - start] = row[index[1]].astype(weight.dtype)
+        return whole
+
+    return LazyTensor(weight.shape, weight.dtype, read)
 
 
 def _adapted(weight: LazyTensor, a: np.ndarray, b: np.ndarray, scale: float, magnitude: np.ndarray | None) -> LazyTensor:

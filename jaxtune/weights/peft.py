@@ -24,6 +24,7 @@ from jaxtune.weights.tensors import Tensors
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 COPY = ".base_layer"
+TOKENS = ".token_adapter.trainable_tokens_delta"
 
 # Keys of adapter_config.json that do not change what the adapter computes.
 _NEUTRAL = {
@@ -33,6 +34,7 @@ _NEUTRAL = {
 _READ = {
     "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules", "layers_to_transform",
     "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save", "bias",
+    "trainable_token_indices", "ensure_weight_tying",
 }  # fmt: skip
 
 
@@ -95,7 +97,15 @@ def _config(raw: dict[str, Any], where: Path) -> LoRAConfig:
         alphas=tuple((raw.get("alpha_pattern") or {}).items()),
         saved=tuple(_names(raw.get("modules_to_save"))),
         bias=bias,
+        tokens=_tokens(raw.get("trainable_token_indices"), where),
     )
+
+
+def _tokens(found: Any, where: Path) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    rows = found if isinstance(found, dict) else {"embed_tokens": found} if found else {}
+    if not all(isinstance(ids, list) and all(isinstance(token, int) for token in ids) for ids in rows.values()):
+        raise UserError(f"{where}: trainable_token_indices must be lists of token ids, not {found!r}.")
+    return tuple((name, tuple(ids)) for name, ids in rows.items())
 
 
 def _names(found: Any) -> tuple[str, ...] | str:
@@ -184,6 +194,7 @@ def _json(config: LoRAConfig, targets: tuple[str, ...] | str, base_name: str) ->
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": written(config.saved),
+        "trainable_token_indices": {name: list(ids) for name, ids in config.tokens} or None,
         "inference_mode": True,
     }
 
@@ -213,7 +224,9 @@ def entries(model: CausalLM) -> Iterator[Entry]:
         for number, name in enumerate(names):
             rank = layer.part.ranks[number] if layer else 0
             at: tuple[Any, ...] = (number,) if stacked else ()
-            if not str(leaf).startswith("lora_"):
+            if leaf == TOKENS.rpartition(".")[2]:
+                yield Entry(f"{PREFIX}{name}{TOKENS}", variable, at)
+            elif not str(leaf).startswith("lora_"):
                 inner = COPY if layer and not model.adapter.is_saved(name) else ""
                 yield Entry(f"{PREFIX}{name}{inner}.{leaf}", variable, at)
             elif rank:

@@ -49,6 +49,10 @@ class Source(ABC):
     def tokenizer(self) -> Any | None:
         """The tokenizer, or None where the model comes without."""
 
+    def tokenizer_files(self) -> list[Path]:
+        """The files that the tokenizer is read from, where they are Hugging Face's."""
+        return [self.path / name for name in TOKENIZER_FILES if self.path.is_dir() and (self.path / name).exists()]
+
     def stop_ids(self) -> list[int]:
         """Ids at which generation ends."""
         return _ids(self.config_json().get("eos_token_id"))
@@ -155,6 +159,51 @@ class MetaDirectory(Source):
     def tokenizer(self) -> Any | None:
         """A tokenizer in Hugging Face's format beside the weights; Meta's own `tokenizer.model` alone is not read."""
         return load_tokenizer(self.path) if (self.path / "tokenizer.json").exists() else None
+
+
+@dataclass(frozen=True)
+class Changed(Source):
+    """Another source's model with other weights.
+
+    Attributes:
+        base: where the rest comes from.
+        raw: its `config.json`.
+        weights: its tensors.
+
+    """
+
+    base: Source
+    raw: dict[str, Any]
+    weights: Tensors
+
+    @property
+    def config_path(self) -> Path:
+        """See Source."""
+        return self.base.config_path
+
+    def config_json(self) -> dict[str, Any]:
+        """See Source."""
+        return self.raw
+
+    def tensors(self) -> Tensors:
+        """See Source."""
+        return self.weights
+
+    def tokenizer(self) -> Any | None:
+        """See Source."""
+        return self.base.tokenizer()
+
+    def tokenizer_files(self) -> list[Path]:
+        """See Source."""
+        return self.base.tokenizer_files()
+
+    def stop_ids(self) -> list[int]:
+        """See Source."""
+        return self.base.stop_ids()
+
+    def generation_config(self) -> dict[str, Any]:
+        """See Source."""
+        return self.base.generation_config()
 
 
 def resolve(model: str) -> Source:

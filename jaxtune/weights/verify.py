@@ -82,10 +82,11 @@ def padded(rows: list[list[int]]) -> Texts:
 
 
 def texts_of(tokenizer: Any, vocab_size: int) -> Texts:
-    """A few texts, or where there is no tokenizer a few rows of tokens."""
+    """A few texts, or where there is no tokenizer a few rows of tokens, and the last tokens, which may have been added."""
+    last = list(range(max(0, vocab_size - _IDS), vocab_size))
     if tokenizer is None:
-        return padded(np.random.default_rng(0).integers(0, vocab_size, (len(TEXT), _IDS)).tolist())
-    return padded([tokenizer(text)["input_ids"] for text in TEXT])
+        return padded([*np.random.default_rng(0).integers(0, vocab_size, (len(TEXT), _IDS)).tolist(), last])
+    return padded([*(tokenizer(text)["input_ids"] for text in TEXT), last])
 
 
 def logits(model: CausalLM, texts: Texts) -> np.ndarray:
@@ -122,7 +123,10 @@ def torch_model(source: Source) -> Iterator[tuple[Any, str]]:
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other packages among themselves
         where = {**(source.transformers() or {}), "attn_implementation": "eager"}  # the others drop Gemma 2's soft-cap
-        yield AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False), scratch
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
+        if model.config.vocab_size != (size := source.config_json()["vocab_size"]):
+            model.resize_token_embeddings(size, mean_resizing=False)
+        yield model, scratch
 
 
 def torch_logits(model: Any, texts: Texts) -> np.ndarray:

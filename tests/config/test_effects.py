@@ -22,6 +22,7 @@ from tests.weights.test_peft import with_adapter
 
 TIMES = ("step_seconds", "tokens_per_second", "mfu")
 CHANGES = {
+    "model.new_tokens": "['<|new|>']", "adapter.train_tokens": "all",
     "model.dtype": "bfloat16", "model.compute_dtype": "bfloat16",
     "adapter.rank": 8, "adapter.alpha": 16, "adapter.dropout": 0.3, "adapter.rslora": "true", "adapter.targets": "[q_proj]",
     "data.train_on": "all", "data.max_length": 80, "data.packing": "false", "data.shuffle": "false",

@@ -53,8 +53,10 @@ VARIANTS = {
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "head": {"target_modules": ["lm_head", "q_proj"]},
     "dora head": {"target_modules": ["lm_head"], "use_dora": True},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [9, 5, 200]},
+    "tokens of both": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [9, 5], "lm_head": [5, 200, 7]}},
 }  # fmt: skip
-TIED = ("lora", "saved", "embedding", "head")
+TIED = ("lora", "saved", "embedding", "head", "tokens")
 
 
 @pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|save_embedding_layers):UserWarning")
@@ -81,10 +83,25 @@ def test_an_adapter_of_peft_computes_the_same_here_and_comes_back_the_same(name,
 
 @pytest.mark.filterwarnings("ignore:.*save_embedding_layers:UserWarning")
 @pytest.mark.parametrize(
-    "name", ["lora", "ranks", "dora", "dora layers", "saved", "bias of the adapted", "embedding", "head", "dora head"]
+    "name",
+    [
+        "lora",
+        "ranks",
+        "dora",
+        "dora layers",
+        "saved",
+        "bias of the adapted",
+        "embedding",
+        "head",
+        "dora head",
+        "tokens",
+        "tokens of both",
+        "tied tokens",
+    ],
 )
 def test_gradients_of_every_variant_equal_pefts(name, tmp_path, one_device):
-    config = tools.tiny_config(attention_bias=True)
+    config = tools.tiny_config(attention_bias=True, tie_word_embeddings=name.startswith("tied"))
+    name = name.removeprefix("tied ")
     tools.save_model(tmp_path / "base", config)
     reference = peft_side.lora(tools.random_model(config), b_std=0.1, **VARIANTS[name])
     reference.save_pretrained(tmp_path / "adapter")
@@ -200,7 +217,7 @@ def test_trap18_keys_that_do_not_fit_are_listed(name, adapter, chat_model, one_d
 
 
 @pytest.mark.parametrize(
-    "option", [{"lora_bias": True}, {"bias": "some"}, {"trainable_token_indices": [1]}, {"target_modules": None}, {"new": 1}]
+    "option", [{"lora_bias": True}, {"bias": "some"}, {"trainable_token_indices": "all"}, {"target_modules": None}, {"new": 1}]
 )
 def test_options_that_are_not_implemented_are_refused(option, adapter):
     path = adapter / "adapter_config.json"
