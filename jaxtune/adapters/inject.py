@@ -153,21 +153,22 @@ def _own_rows(model: CausalLM, config: LoRAConfig) -> None:
     rows = dict(config.tokens)
     if unknown := [name for name in rows if not (fits((name,), EMBEDDING) or fits((name,), HEAD))]:
         raise UserError(f"trainable_token_indices: {listed(unknown)} has no tokens; embed_tokens and lm_head have.")
-    for owner, name, kind, new in (
-        (model.model, "embed_tokens", Embedding, TokenEmbedding),
-        (model, "lm_head", Linear, TokenLinear),
-    ):
-        ids, module = rows.get(name, rows.get(f"model.{name}")), getattr(owner, name)
+    for name, module in (("embed_tokens", model.model.embed_tokens), ("lm_head", model.lm_head)):
+        ids = rows.get(name, rows.get(f"model.{name}"))
         if ids is None or (module is None and ids == rows.get("embed_tokens")):
             continue
         untied = model.config.tie_embeddings and model.lm_head is not None
-        if untied or type(module) is not kind or isinstance(module.weight, LoRAParam):
+        if untied or type(module) not in (Embedding, Linear) or isinstance(module.weight, LoRAParam):
             raise UserError(f"{name}: rows of single tokens and another adapter on the same or a tied module are not supported.")
-        if not ids or min(ids) < 0 or max(ids) >= module.weight.shape[0]:
+        if not ids or min(ids) < 0 or max(ids) >= model.config.vocab_size:
+            tokens = listed(map(str, ids))
             raise UserError(
-                f"trainable_token_indices: {name} has the tokens 0 to {module.weight.shape[0] - 1}, not {listed(ids)}."
+                f"trainable_token_indices: {name} has the tokens 0 to {model.config.vocab_size - 1}, not all of {tokens}."
             )
-        setattr(owner, name, new(module, ids, trains=config.tokens_train))
+        if isinstance(module, Embedding):
+            model.model.embed_tokens = TokenEmbedding(module, ids, trains=config.tokens_train)
+        else:
+            model.lm_head = TokenLinear(module, ids, trains=config.tokens_train)
 
 
 def _at(model: nnx.Module, path: tuple[Any, ...]) -> Any:

@@ -1,5 +1,6 @@
 """Logical axis names of arrays, and the one table that maps them to mesh axes."""
 
+import math
 from dataclasses import dataclass, fields
 
 import jax
@@ -60,14 +61,17 @@ def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], r
 
     """
     spec = (None,) * (len(shape) - len(axes)) + tuple(rules.spec(axes))
-    kept = []
-    for size, entry in zip(shape, spec, strict=True):
-        names = (entry,) if isinstance(entry, str) else (entry or ())
-        ways = 1
-        for name in names:
-            ways *= mesh.shape[name]
-        kept.append(entry if size % ways == 0 else None)
+    kept = [entry if size % _parts(mesh, entry) == 0 else None for size, entry in zip(shape, spec, strict=True)]
     return NamedSharding(mesh, PartitionSpec(*kept))
+
+
+def vocab_parts(mesh: Mesh, rules: Rules = RULES) -> int:
+    """Into how many parts the mesh cuts the vocabulary."""
+    return _parts(mesh, rules.vocab)
+
+
+def _parts(mesh: Mesh, entry: type_axis) -> int:
+    return math.prod(mesh.shape[name] for name in ((entry,) if isinstance(entry, str) else entry or ()))
 
 
 def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Array:

@@ -86,6 +86,7 @@ class ModelConfig:
         fused: q, k and v in one matrix (`qkv_proj`), gate and up in one (`gate_up_proj`).
         attention_scale: what q k^T is multiplied with.
         attention_softcap, logit_softcap: c in c tanh(x / c), on scores and logits; None: not at all.
+        vocab_padding: further rows of embedding and head that no token has, so that they divide over a mesh; logits have none of them.
         embedding_scale, residual_scale, logit_scale: multipliers of the embeddings, of what a block adds, of the logits.
 
     """
@@ -115,6 +116,7 @@ class ModelConfig:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     experts: ExpertsConfig | None = None
+    vocab_padding: int = 0
     raw: dict[str, Any] = field(compare=False, hash=False, repr=False, default_factory=dict)
 
     def check_tokens(self, rows: Iterable[Sequence[int] | np.ndarray]) -> None:

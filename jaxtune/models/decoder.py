@@ -165,7 +165,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: np.dtype, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.embed_tokens = Embedding(config.vocab_size + config.vocab_padding, config.hidden_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
             _stack(partial(DecoderLayer, config, config.layers[part[0]].sparse, dtype=dtype), len(part), rngs)
             for part in config.segments
@@ -218,7 +218,8 @@ class CausalLM(nnx.Module):
         self.model = Decoder(config, dtype=dtype, rngs=rngs)
         head = None
         if not config.tie_embeddings:
-            head = Linear(config.hidden_size, config.vocab_size, ("vocab", "embed"), bias=False, dtype=dtype, rngs=rngs)
+            rows = config.vocab_size + config.vocab_padding
+            head = Linear(config.hidden_size, rows, ("vocab", "embed"), bias=False, dtype=dtype, rngs=rngs)
         self.lm_head = nnx.data(head)
 
     def hidden_states(
@@ -272,7 +273,8 @@ class CausalLM(nnx.Module):
 
     def head(self, hidden: Float[Array, "*batch embed"], dropout: Dropout | None = None) -> tuple[jax.Array, jax.Array]:
         """`(h, W)`: the logits are h W^T, before a soft-cap; W is [vocab, embed], or wider by the rank of the head's adapter."""
-        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).as_head(hidden, dropout)
+        h, weight = (self.model.embed_tokens if self.lm_head is None else self.lm_head).as_head(hidden, dropout)
+        return h, weight[: self.config.vocab_size] if self.config.vocab_padding else weight
 
     def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """The head applied to hidden states, float32."""

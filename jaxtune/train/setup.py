@@ -87,7 +87,7 @@ def setup(config: Config, reporter: Reporter) -> Setup:
     adapter = open_adapter(config.adapter.init) if config.adapter.init else None
     source = for_adapter(resolve(config.model.source), adapter)
     if adapter is None:
-        source = with_tokens(source, config.model.new_tokens, mesh.shape["tensor"])
+        source = with_tokens(source, config.model.new_tokens)
     elif config.model.new_tokens or config.adapter.train_tokens != "none":
         raise UserError(
             "model.new_tokens and adapter.train_tokens: an adapter that is trained further (adapter.init) keeps its tokens. Remove them."

@@ -1,5 +1,6 @@
 """From a source to a model on the devices, tensor by tensor; no second copy of the weights exists."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxtune.core.axes import sharding
+from jaxtune.core.axes import sharding, vocab_parts
 from jaxtune.core.dtypes import compute_dtype, storage_dtype
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import CausalLM, abstract_model
@@ -35,6 +36,7 @@ def load_model(source: Source, mesh: Mesh, *, dtype: str = "auto", compute: str 
 
     """
     config, tensors = checked(source)
+    config = replace(config, vocab_padding=-config.vocab_size % vocab_parts(mesh))
     graph, state = nnx.split(abstract_model(config, jnp.dtype(jnp.float32), compute_dtype(compute)))
     table = rows(state, config)
     leaves: dict[tuple[Any, ...], Any] = dict(nnx.to_flat_state(state))
@@ -60,7 +62,7 @@ def checked(source: Source) -> tuple[ModelConfig, Tensors]:
 
 
 def _read(row: Row, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], dtype: str) -> jax.Array:
-    parts = [tensors[name] for name in row.names]
+    parts = [_with_padding(tensors[name], row.shape) for name in row.names]
     with jax.numpy_dtype_promotion("standard"):  # a stack of layers has one dtype: the least that holds them all
         found = np.dtype(jnp.result_type(*{part.dtype for part in parts}))
     stored = storage_dtype(dtype, found, any(part.quantised for part in parts))
@@ -79,6 +81,19 @@ def _part(row: Row, parts: list[LazyTensor], dtype: np.dtype, index: Index | Non
     for place, number in enumerate(chosen.reshape(-1)):
         out[place] = parts[number].read(inner)
     return out.reshape(*chosen.shape, *extent)
+
+
+def _with_padding(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
+    """The tensor, with its last row again where the model has more rows than the file."""
+    if tensor.shape == shape:
+        return tensor
+
+    def read(index: Index) -> np.ndarray:
+        start, stop, _ = index[0].indices(shape[0])
+        rows = tensor.read((slice(min(start, tensor.shape[0] - 1), min(stop, tensor.shape[0])), *index[1:]))
+        return np.concatenate([rows, np.repeat(rows[-1:], stop - start - len(rows), axis=0)])
+
+    return LazyTensor(shape, tensor.dtype, read, tensor.quantised)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

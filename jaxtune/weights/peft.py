@@ -223,17 +223,17 @@ def entries(model: CausalLM) -> Iterator[Entry]:
         stacked = len(names) > 1 or any(isinstance(part, int) for part in path)
         for number, name in enumerate(names):
             rank = layer.part.ranks[number] if layer else 0
+            used = {"rank": rank, "vocab": model.config.vocab_size}  # the rest of these axes is padding
             at: tuple[Any, ...] = (number,) if stacked else ()
+            at += tuple(slice(used.get(axis)) for axis in variable.get_metadata()["axes"])
             if leaf == TOKENS.rpartition(".")[2]:
                 yield Entry(f"{PREFIX}{name}{TOKENS}", variable, at)
             elif not str(leaf).startswith("lora_"):
                 inner = COPY if layer and not model.adapter.is_saved(name) else ""
                 yield Entry(f"{PREFIX}{name}{inner}.{leaf}", variable, at)
             elif rank:
-                kind = str(leaf)
-                cut = {"A": (slice(rank),), "B": (slice(None), slice(rank))}.get(kind[-1], ())
-                suffix = ".weight" if kind in ("lora_A", "lora_B") else ""
-                yield Entry(f"{PREFIX}{name}.{kind}{suffix}", variable, (*at, *cut), kind == "lora_magnitude_vector")
+                suffix = ".weight" if leaf in ("lora_A", "lora_B") else ""
+                yield Entry(f"{PREFIX}{name}.{leaf}{suffix}", variable, at, leaf == "lora_magnitude_vector")
 
 
 def _check(adapter: Adapter, shapes: dict[str, tuple[int, ...]], model: CausalLM, base: nnx.State) -> tuple[str, ...]:
@@ -245,6 +245,7 @@ def _check(adapter: Adapter, shapes: dict[str, tuple[int, ...]], model: CausalLM
         plain = name.removeprefix(PREFIX).replace(COPY, "")
         leaf = where.get(plain)
         if leaf is not None and plain in ("model.embed_tokens.weight", "lm_head.weight"):
+            leaf = leaf[: model.config.vocab_size]
             if (
                 found[name].shape != leaf.shape
                 or (found[name].all().astype(np.float32) != np.asarray(leaf).astype(np.float32)).any()
@@ -275,4 +276,4 @@ def _leaves(state: nnx.State) -> list[jax.Array]:
 def _base_tensor(model: CausalLM, name: str) -> np.ndarray:
     """A tensor of the base that the adapter's file repeats: the embedding or the head."""
     module = model.lm_head if "lm_head" in name and model.lm_head is not None else model.model.embed_tokens
-    return np.ascontiguousarray(np.asarray(module.weight[...]))
+    return np.ascontiguousarray(np.asarray(module.weight[: model.config.vocab_size]))

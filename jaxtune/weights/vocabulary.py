@@ -45,18 +45,15 @@ class Grown(Changed):
     def describe(self) -> str:
         """The tokens whose rows are new, for a message."""
         names = self.words.convert_ids_to_tokens(list(self.fresh)) if self.words else []
-        known = [repr(name) for name in names if name is not None]
-        padding = len(self.fresh) - len(known)
-        return f"{len(known)} new tokens ({listed(known, 5)})" + (f" and {padding} rows of padding" if padding else "")
+        return f"{len(names)} new tokens ({listed(map(repr, names), 5)})"
 
 
-def with_tokens(source: Source, tokens: Sequence[str], multiple: int = 1) -> Source:
+def with_tokens(source: Source, tokens: Sequence[str]) -> Source:
     """The source with special tokens added to its tokenizer, and with rows for every token that its tokenizer has.
 
     Args:
         source: the model, with a tokenizer.
         tokens: new special tokens; those that are there already are left as they are.
-        multiple: where rows are added, so many that the vocabulary divides by this; the padding's are like the new tokens'.
 
     Returns:
         The source itself where every token has a row already and none is new.
@@ -80,13 +77,9 @@ def with_tokens(source: Source, tokens: Sequence[str], multiple: int = 1) -> Sou
     words.add_tokens([AddedToken(token, special=True, normalized=False) for token in wanted], special_tokens=True)
     new = words.convert_tokens_to_ids(wanted)
     needed = 1 + max(words.get_vocab().values())
-    if needed > size:
-        grown = -(-needed // multiple) * multiple
-    elif wanted:
-        grown = size
-    else:
+    if needed <= size and not wanted:
         return source
-    return _grown(source, grown, tuple(sorted({*new, *range(size, grown)})), used, words)
+    return _grown(source, max(size, needed), tuple(sorted({*new, *range(size, needed)})), used, words)
 
 
 def for_adapter(source: Source, adapter: Adapter | None) -> Source:
