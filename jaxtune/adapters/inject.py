@@ -155,10 +155,11 @@ def _own_rows(model: CausalLM, config: LoRAConfig) -> None:
         raise UserError(f"trainable_token_indices: {listed(unknown)} has no tokens; embed_tokens and lm_head have.")
     for name, module in (("embed_tokens", model.model.embed_tokens), ("lm_head", model.lm_head)):
         ids = rows.get(name, rows.get(f"model.{name}"))
-        if ids is None or (module is None and ids == rows.get("embed_tokens")):
+        if ids is None or (module is None and ids == rows.get("embed_tokens")):  # a tied head has the embedding's
             continue
         untied = model.config.tie_embeddings and model.lm_head is not None
-        if untied or type(module) not in (Embedding, Linear) or isinstance(module.weight, LoRAParam):
+        plain = module is not None and type(module) in (Embedding, Linear) and not isinstance(module.weight, LoRAParam)
+        if module is None or untied or not plain:
             raise UserError(f"{name}: rows of single tokens and another adapter on the same or a tied module are not supported.")
         if not ids or min(ids) < 0 or max(ids) >= model.config.vocab_size:
             tokens = listed(map(str, ids))
