@@ -1,6 +1,6 @@
 """The model card: the `README.md` of an export."""
 
-from jaxtune.weights.source import Source
+from jaxtune.weights.source import Changed, Source
 from jaxtune.weights.verify import Comparison
 
 _MADE = {
@@ -44,6 +44,9 @@ def card(source: Source, to: str, result: Comparison, about: str, adapted: bool)
     if "gguf_file" in found:
         base = f'"{found["pretrained_model_name_or_path"]}", gguf_file="{found["gguf_file"]}"'
     whose = "PEFT" if to == "peft" else "transformers"
+    size, use = source.config_json()["vocab_size"], _USE[to]
+    if isinstance(source, Changed) and source.base.config_json()["vocab_size"] != size:
+        use = use.replace("\nmodel =", f"\nbase.resize_token_embeddings({size})  # the adapter has the new tokens' rows\nmodel =")
     torch = (
         f"{result.torch_difference:.1e} by {whose}"
         if result.torch_difference is not None
@@ -58,7 +61,7 @@ base_model: {source.name}
 {_MADE[to]} Made by jaxtune from `{source.name}`.{merged}
 
 ```python
-{_USE[to].format(base=base)}
+{use.format(base=base)}
 ```
 {about}
 ## Verified before it was written

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.core.errors import UserError
+from jaxtune.core.errors import UserError, listed
 from jaxtune.weights.tensors import Index, LazyTensor
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -74,7 +74,7 @@ def open_gguf(path: Path) -> GGUF:
         raise UserError(f"{path} cannot be read: {error}.") from None
     try:
         return _parse(path, _Cursor(data))
-    except (struct.error, KeyError, ValueError) as error:
+    except (struct.error, KeyError, ValueError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{path} is not a whole GGUF file ({error}). Download it again.") from None
 
 
@@ -86,12 +86,17 @@ def _parse(path: Path, cursor: _Cursor) -> GGUF:
     metadata = {}
     for _ in range(pair_count):
         key = cursor.text()
+        if key in metadata:
+            raise ValueError(f"the key {key} stands twice")
         metadata[key] = cursor.value(cursor.scalar("I"))
     infos = []
     for _ in range(tensor_count):
         name, dims = cursor.text(), cursor.scalar("I")
         shape = tuple(reversed([cursor.scalar("Q") for _ in range(dims)]))
         infos.append((name, shape, cursor.scalar("I"), cursor.scalar("Q")))
+    names = [name for name, *_ in infos]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"tensors {listed(twice)} stand twice")
     alignment = metadata.get("general.alignment", 32)
     start = -(-cursor.at // alignment) * alignment
     tensors = {name: _lazy(path, cursor.data, name, shape, kind, start + offset) for name, shape, kind, offset in infos}
@@ -107,6 +112,8 @@ def _lazy(path: Path, data: mmap.mmap, name: str, shape: tuple[int, ...], kind: 
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
     except ValueError:
         raise UserError(f"{path}: tensor {name} has the unknown block format {kind}.") from None
+    if not shape or shape[-1] % block:
+        raise ValueError(f"tensor {name} has the shape {list(shape)}, which is no whole number of blocks of {block}")
     rows = int(np.prod(shape[:-1], dtype=np.int64))
     row_bytes = shape[-1] // block * size
     if offset + rows * row_bytes > len(data):

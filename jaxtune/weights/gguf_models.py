@@ -107,6 +107,11 @@ def config_json(file: GGUF) -> dict[str, Any]:
     )
     if missing := [key for key in required if key not in found]:
         raise UserError(f"{file.path}: the metadata {listed(prefix + key for key in missing)} is missing.")
+    counts = [key for key in (*required, "attention.head_count_kv", "attention.key_length") if key in found]
+    if wrong := [key for key in counts if not isinstance(found[key], int) or found[key] < 1]:
+        raise UserError(
+            f"{file.path}: the metadata {listed(f'{prefix}{key} = {found[key]!r}' for key in wrong)} is no positive whole number."
+        )
     heads = found["attention.head_count"]
     head_dim = found.get("attention.key_length") or found["embedding_length"] // heads
     tokenizer = {name: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")}

@@ -26,16 +26,24 @@ def open_file(path: Path) -> Tensors:
     try:
         file = safe_open(path, framework="np")  # checks that the header is sound and the file as long as it says
         kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
+        with path.open("rb") as raw:
+            size = struct.unpack("<Q", raw.read(8))[0]
+            header = json.loads(raw.read(size), object_pairs_hook=_without_duplicates)
+            data = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}). Download or save it again.") from None
     for name, kind in kinds.items():
         if kind not in _DTYPES:
             raise UserError(f"{path}: tensor {name} has dtype {kind}; supported are {listed(_DTYPES)}.")
-    with path.open("rb") as raw:
-        size = struct.unpack("<Q", raw.read(8))[0]
-        header = json.loads(raw.read(size))
-        data = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
     return {name: _lazy(data, 8 + size, header[name]) for name in kinds}
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"its header has {listed(sorted({name for name in names if names.count(name) > 1}))} twice")
+    return found
 
 
 def _lazy(data: mmap.mmap, start: int, entry: dict[str, Any]) -> LazyTensor:

@@ -1,5 +1,6 @@
 """Hugging Face directories: shards, mixed dtypes, strictness, tied heads, stop tokens."""
 
+import contextlib
 import json
 import shutil
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
 from jaxtune.weights.load import load_model
+from jaxtune.weights.safetensors_files import open_file
 from jaxtune.weights.source import resolve
 from tests import tools
 
@@ -54,6 +56,38 @@ def test_weights_arrive_bit_for_bit_on_a_mesh(chat_model):
     assert gate.sharding.shard_shape(gate.shape) == (3, 24, 8)
     for layer in range(3):
         np.testing.assert_array_equal(gate[layer], tensors[f"model.layers.{layer}.mlp.gate_proj.weight"].numpy())
+
+
+def header_of(path):
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    return data[8 : 8 + size], data[8 + size :]
+
+
+def test_a_key_that_stands_twice_is_refused(chat_model, tmp_path):
+    text, values = header_of(chat_model / "model.safetensors")
+    name = b'"model.norm.weight":'
+    entry = text[text.index(name) : text.index(b"}", text.index(name)) + 1]
+    twice = text.replace(entry, entry + b"," + entry)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(twice).to_bytes(8, "little") + twice + values)
+    with pytest.raises(UserError, match=r"header has model\.norm\.weight twice"):
+        open_file(path)
+
+
+def test_a_file_with_any_byte_of_its_header_changed_or_cut_anywhere_is_one_clear_error_or_read(chat_model, tmp_path):
+    whole, random = (chat_model / "model.safetensors").read_bytes(), np.random.default_rng(0)
+    header, path = len(header_of(chat_model / "model.safetensors")[0]) + 8, tmp_path / "model.safetensors"
+    for place in random.integers(0, header, 100):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << random.integers(0, 8)
+        path.write_bytes(changed)
+        with contextlib.suppress(UserError):
+            {name: tensor.all() for name, tensor in open_file(path).items()}
+    for size in (0, 4, header - 1, header, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="not a whole safetensors file"):
+            open_file(path)
 
 
 INDEXES = {

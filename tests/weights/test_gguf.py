@@ -1,5 +1,7 @@
 """The GGUF route: logits, tokenizer and what it refuses, against transformers' own reader."""
 
+import contextlib
+
 import gguf
 import numpy as np
 import pytest
@@ -108,6 +110,42 @@ def test_llama3_scaling_is_recovered_from_its_divisors_and_others_are_refused(tm
     write_gguf(tmp_path / "other.gguf", model, freqs=divisors + 0.5)
     with pytest.raises(UserError, match="not Llama 3's frequency scaling"):
         resolve(str(tmp_path / "other.gguf")).config_json()
+
+
+def test_a_damaged_file_is_one_clear_error_or_read(tmp_path):
+    """Cut anywhere, and any byte of the header changed."""
+    write_gguf(tmp_path / "whole.gguf", tools.random_model(tools.tiny_config()))
+    whole, random = (tmp_path / "whole.gguf").read_bytes(), np.random.default_rng(0)
+    header, path = whole.rindex(b".weight") + 40, tmp_path / "x.gguf"
+    for place in random.integers(0, header, 200):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << random.integers(0, 8)
+        path.write_bytes(changed)
+        with contextlib.suppress(UserError):
+            source = resolve(str(path))
+            source.config_json()
+            {name: tensor.all() for name, tensor in source.tensors().items()}
+    for size in (0, 3, 20, header // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"whole GGUF file|cannot be read"):
+            resolve(str(path))
+
+
+@pytest.mark.parametrize("damage", ["key", "tensor", "shape"])
+def test_a_key_or_tensor_twice_and_a_misshapen_tensor_are_refused(damage, tmp_path, one_device):
+    model = tools.random_model(tools.tiny_config())
+    if damage == "shape":
+        model.model.norm.weight = torch.nn.Parameter(torch.ones(30))
+    write_gguf(tmp_path / "x.gguf", model)
+    data = (tmp_path / "x.gguf").read_bytes()
+    if damage == "key":
+        data = data.replace(b"llama.rope.freq_base", b"llama.context_length")
+    if damage == "tensor":
+        data = data.replace(b"blk.0.attn_k.weight", b"blk.0.attn_q.weight")
+    (tmp_path / "x.gguf").write_bytes(data)
+    expected = {"shape": r"of the wrong shape: model\.norm\.weight \[30\] instead of \[32\]"}.get(damage, "twice")
+    with pytest.raises(UserError, match=expected):
+        load_model(resolve(str(tmp_path / "x.gguf")), one_device)
 
 
 def test_another_architecture_and_unknown_metadata_are_refused(tmp_path):

@@ -121,7 +121,11 @@ def test_trap17_new_tokens_from_training_to_every_export(train, tied, tmp_path, 
     theirs = PeftModel.from_pretrained(resized, result.adapter).eval()
     np.testing.assert_allclose(ours, tools.torch_logits(theirs, ids), atol=2e-4)
 
+    card = (result.adapter / "README.md").read_text()
+    assert f"base.resize_token_embeddings({KNOWN + 3})" in card
+
     merged = jaxtune.export(result.dir, to="hf", out=tmp_path / "merged")
+    assert "resize" not in (merged / "README.md").read_text()
     again = AutoModelForCausalLM.from_pretrained(merged).eval()
     assert again.config.vocab_size == KNOWN + 3
     assert again.config.tie_word_embeddings == (tied and train != "all")
