@@ -86,6 +86,7 @@ def setup(config: Config, reporter: Reporter) -> Setup:
     check_divides(config.train.micro_batch_size or config.train.batch_size, mesh, _rows_key(config))
     adapter = open_adapter(config.adapter.init) if config.adapter.init else None
     source = for_adapter(resolve(config.model.source), adapter)
+    from_hf(source.config_json(), str(source.config_path))
     if adapter is None:
         source = with_tokens(source, config.model.new_tokens)
     elif config.model.new_tokens or config.adapter.train_tokens != "none":
@@ -94,7 +95,6 @@ def setup(config: Config, reporter: Reporter) -> Setup:
         )
     if config.adapter.train_tokens == "new" and not isinstance(source, Grown):
         raise UserError("adapter.train_tokens = new, and no token is new. Name some in model.new_tokens, or take all.")
-    from_hf(source.config_json(), str(source.config_path))
     tokenizer = source.tokenizer()
     if tokenizer is None:
         raise UserError(
