@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtune.config.schema import Config
 from jaxtune.core import runtime
 from jaxtune.core.errors import UserError
-from jaxtune.core.files import write_json, write_jsonl
+from jaxtune.core.files import read_json, refuse_existing, write_json, write_jsonl
+from jaxtune.core.mesh import make_mesh
 from jaxtune.data.chat import prompt_ids
 from jaxtune.data.formats import Conversation, conversation
 from jaxtune.data.sources import read_rows
@@ -42,8 +43,11 @@ from jaxtune.train.setup import Setup, adopt_adapter, setup
 from jaxtune.train.step import TrainState, init_state
 from jaxtune.weights.convert import convert_model
 from jaxtune.weights.export import export_adapter
-from jaxtune.weights.peft import open_adapter, write_adapter
-from jaxtune.weights.verify import TEXT, Comparison
+from jaxtune.weights.load import load_model
+from jaxtune.weights.peft import attach, open_adapter, write_adapter
+from jaxtune.weights.source import load_tokenizer, resolve
+from jaxtune.weights.verify import TEXT, Comparison, padded, texts_of
+from jaxtune.weights.vocabulary import for_adapter
 
 _SAMPLES, _SAMPLE_TOKENS = 5, 64
 _VERIFY_ROWS, _VERIFY_TOKENS = 4, 128
@@ -96,7 +100,9 @@ def run(config: Config, reporter: Reporter, *, fresh: bool = False) -> Run:
 def export_run(
     directory: Path, out: Path, reporter: Reporter, to: str = "peft", dtype: str | None = None
 ) -> tuple[Path, Comparison]:
-    """A verified export of a run's newest checkpoint: its adapter, or its base with the adapter merged.
+    """A verified export of a run: its adapter, or its base with the adapter merged.
+
+    A finished run is its adapter, and needs its data no more; of an unfinished one the newest checkpoint counts.
 
     Args:
         directory: the run.
@@ -114,6 +120,8 @@ def export_run(
     if not is_run(directory):
         raise UserError(f"{directory} is not a run directory: it has no config.yaml.")
     config = read_config(directory)
+    if (directory / ADAPTER).is_dir():
+        return out, _export_finished(config, directory, out, to, dtype)
     parts = setup(config, reporter)
     checkpoints = Checkpoints(directory, config.checkpoint.keep)
     try:
@@ -127,11 +135,24 @@ def export_run(
             return out, _export(parts, state, out, replace=False)
         with tempfile.TemporaryDirectory() as scratch:
             write_adapter(Path(scratch), parts.model(state.trainable), parts.source.name)
-            adapter, about = open_adapter(scratch), _about(parts, directory)
+            adapter, about = open_adapter(scratch), _about(config, directory)
             tokenizer = parts.tokenizer
             return out, convert_model(
                 out, parts.source, to, parts.mesh, dtype=dtype, adapter=adapter, tokenizer=tokenizer, about=about
             )
+
+
+def _export_finished(config: Config, directory: Path, out: Path, to: str, dtype: str | None) -> Comparison:
+    adapter, mesh = open_adapter(directory / ADAPTER), make_mesh()
+    source, about, kind = for_adapter(resolve(config.model.source), adapter), _about(config, directory), config.model
+    tokenizer = load_tokenizer(directory / ADAPTER) or source.tokenizer()
+    if to != "peft":
+        return convert_model(out, source, to, mesh, dtype=dtype, adapter=adapter, tokenizer=tokenizer, about=about)
+    refuse_existing(out)
+    model = load_model(source, mesh, dtype=kind.dtype, compute=kind.compute_dtype)
+    attach(model, adapter, mesh)
+    texts = texts_of(tokenizer, model.config.vocab_size)
+    return export_adapter(out, model, source, tokenizer, texts, mesh, dtype=kind.dtype, compute=kind.compute_dtype, about=about)
 
 
 def _run(parts: Setup, directory: Path, reporter: Reporter) -> Run:
@@ -245,19 +266,19 @@ def _export(parts: Setup, state: TrainState, out: Path, *, replace: bool) -> Com
         model,
         parts.source,
         parts.tokenizer,
-        texts,
+        padded(texts),
         parts.mesh,
         dtype=kind.dtype,
         compute=kind.compute_dtype,
-        about=_about(parts, Path(parts.config.run.dir)),
+        about=_about(parts.config, Path(parts.config.run.dir)),
         replace=replace,
     )
 
 
-def _about(parts: Setup, directory: Path) -> str:
+def _about(config: Config, directory: Path) -> str:
     """Data, hyperparameters and metrics for a model card."""
-    config, plan = parts.config, parts.plan
-    lines = ["## Data", "", f"- trained on `{Path(str(config.data.train)).name}`: {plan.examples.summary()['trained_rows']} rows"]
+    rows = read_json(directory / DATA_SUMMARY)["train"]["trained_rows"]
+    lines = ["## Data", "", f"- trained on `{Path(str(config.data.train)).name}`: {rows} rows"]
     lines += [f"- evaluated on `{Path(config.data.eval).name}`"] if config.data.eval else []
     kept = config.model_dump(mode="json", include={"adapter", "optimizer", "train", "data"}, exclude={"data": {"train", "eval"}})
     lines += ["", "## Hyperparameters", "", "```yaml", yaml.safe_dump(kept, sort_keys=False).rstrip(), "```"]

@@ -17,7 +17,7 @@ from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import attach, open_adapter, write_adapter
 from jaxtune.weights.rows import rows
 from jaxtune.weights.source import Source
-from jaxtune.weights.verify import SAME, Comparison, Texts, difference, logits, padded, torch_logits, torch_model, why_not_torch
+from jaxtune.weights.verify import SAME, Comparison, Texts, difference, logits, torch_logits, torch_model, why_not_torch
 
 
 def export_adapter(
@@ -25,7 +25,7 @@ def export_adapter(
     model: CausalLM,
     source: Source,
     tokenizer: Any,
-    texts: list[list[int]],
+    texts: Texts,
     mesh: Mesh,
     *,
     dtype: str,
@@ -40,7 +40,7 @@ def export_adapter(
         model: the trained model.
         source: its base, read again for the comparison.
         tokenizer: saved with the adapter; may be None.
-        texts: ids of the texts that are compared on.
+        texts: what the models are compared on.
         mesh: where the fresh base goes.
         dtype: storage dtype of the trained model's base.
         compute: its compute dtype.
@@ -51,25 +51,24 @@ def export_adapter(
         RunFailure: the reload does not compute the same; nothing is left at `out`.
 
     """
-    batch = padded(texts)
-    trained = logits(model, batch)
+    trained = logits(model, texts)
     with new_directory(out, replace=replace) as staging:
         write_adapter(staging, model, source.name)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         fresh = load_model(source, mesh, dtype=dtype, compute=compute)
         attach(fresh, open_adapter(staging), mesh)
-        reloaded = logits(fresh, batch)
+        reloaded = logits(fresh, texts)
         note = why_not_torch(source, "peft")
-        result = Comparison.of(trained, reloaded, batch, None, note)
+        result = Comparison.of(trained, reloaded, texts, None, note)
         if not result.reload_difference <= SAME * result.largest_logit:
             raise RunFailure(
                 f"The exported adapter computes something else: logits differ by {result.reload_difference:.2e} "
                 f"(largest {result.largest_logit:.1f}). Not written."
             )
         if note is None:
-            against = _compare_with_peft(fresh, staging, source, batch)
-            result = Comparison.of(trained, reloaded, batch, against, None)
+            against = _compare_with_peft(fresh, staging, source, texts)
+            result = Comparison.of(trained, reloaded, texts, against, None)
         write_text(staging / "README.md", card(source, "peft", result, about, adapted=True))
     return result
 

@@ -45,7 +45,7 @@ class Grown(Changed):
     def describe(self) -> str:
         """The tokens whose rows are new, for a message."""
         names = self.words.convert_ids_to_tokens(list(self.fresh)) if self.words else []
-        return f"{len(names)} new tokens ({listed(map(repr, names), 5)})"
+        return f"{len(names)} new {'token' if len(names) == 1 else 'tokens'} ({listed(map(repr, names), 5)})"
 
 
 def with_tokens(source: Source, tokens: Sequence[str]) -> Source:

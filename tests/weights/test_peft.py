@@ -22,7 +22,7 @@ from jaxtune.weights.source import resolve
 from tests import tools
 from tests.parity import peft_side
 
-TEXTS = [[5, 9, 200, 7, 3], [1, 2, 3, 4, 5, 6, 7]]
+TEXTS = verify.padded([[5, 9, 200, 7, 3], [1, 2, 3, 4, 5, 6, 7]])
 
 
 def with_adapter(directory, mesh, targets="all-linear", seed=0, **numbers):
