@@ -236,7 +236,10 @@ def converted(
 def _push(path: Path, name: str | None, reporter: Reporter) -> None:
     if name:
         reporter.say(f"Uploading to {name}")
-        reporter.say(f"Uploaded: {hub.push(path, name)}")
+        try:
+            reporter.say(f"Uploaded: {hub.push(path, name)}")
+        except UserError as error:
+            raise UserError(f"{path} is written and verified, but not uploaded. {error}") from None
 
 
 def _base_and_adapter(model: str, adapter: str | None) -> tuple[str, str | None]:

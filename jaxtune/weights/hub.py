@@ -24,16 +24,22 @@ def download(name: str, revision: str | None = None) -> Path:
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     with _explained(name, revision):
-        wanted = _WEIGHTS[0]
-        if not is_offline_mode():
-            files = HfApi().list_repo_files(name, revision=revision)
-            wanted = next(
-                (kind for kind in _WEIGHTS if any(Path(file).match(kind[0]) and "/" not in file for file in files)), wanted
-            )
+        wanted, local = _WEIGHTS[0], is_offline_mode()
+        try:
+            files = [] if local else HfApi().list_repo_files(name, revision=revision)
+        except HfHubHTTPError:
+            raise
+        except HTTPError:  # no connection: what the cache has will do
+            files, local = [], True
+        wanted = next((kind for kind in _WEIGHTS if any(Path(file).match(kind[0]) and "/" not in file for file in files)), wanted)
         ignored = ["*/*"]  # a repository may hold the same model in other formats below
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[*_FILES, *wanted], ignore_patterns=ignored))
+        patterns = [*_FILES, *wanted]
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored, local_files_only=local)
+        )
 
 
 def push(directory: Path, name: str) -> str:
@@ -58,6 +64,7 @@ def _explained(name: str, revision: str | None) -> Iterator[None]:
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
+        HTTPError,
         LocalEntryNotFoundError,
         LocalTokenNotFoundError,
         RepositoryNotFoundError,
@@ -87,10 +94,10 @@ def _explained(name: str, revision: str | None) -> Iterator[None]:
                 f"{name}: the hub refuses this token ({status}). Run 'hf auth login' with one that may write there."
             ) from None
         raise _unreachable(name, error) from None
-    except (LocalEntryNotFoundError, OSError) as error:
+    except (LocalEntryNotFoundError, HTTPError, OSError) as error:
         raise _unreachable(name, error) from None
 
 
 def _unreachable(name: str, error: Exception) -> UserError:
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-    return UserError(f"{name} is not a path here, and the hub cannot be reached{offline}: {str(error).splitlines()[0]}")
+    return UserError(f"{name} is not a path here, and the hub cannot be reached{offline}: {str(error).partition(chr(10))[0]}")

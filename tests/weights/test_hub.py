@@ -136,6 +136,18 @@ def test_a_model_is_fetched_once_and_then_found_without_the_hub(stand_in, monkey
     assert not stand_in.asked
 
 
+def test_without_a_connection_the_cache_will_do_and_an_upload_says_so(stand_in, tmp_path, monkeypatch):
+    path = resolve("org/model").path
+    for place in ("huggingface_hub.constants.ENDPOINT", "huggingface_hub.hf_api.constants.ENDPOINT"):
+        monkeypatch.setattr(place, "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # it tries five times
+    assert resolve("org/model").path == path
+    with pytest.raises(UserError, match="org/torch is not a path here, and the hub cannot be reached"):
+        resolve("org/torch")
+    with pytest.raises(UserError, match="the hub cannot be reached"):
+        hub.push(tmp_path, "org/mine")
+
+
 def test_a_revision_is_asked_for(stand_in):
     assert resolve("org/model@v2").name == "org/model@v2"
     assert any("/v2" in path for _, path in stand_in.asked)
