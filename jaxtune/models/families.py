@@ -17,11 +17,14 @@ _NEUTRAL = {
     "is_llama_config", "unsloth_fixed", "unsloth_version", "torchscript", "_commit_hash", "output_attentions", "output_hidden_states",
     "return_dict", "id2label", "label2id", "problem_type", "chunk_size_feed_forward", "is_encoder_decoder", "tokenizer_class",
     "task_specific_params", "name_or_path", "auto_map", "unk_token_id", "_attn_implementation", "attn_implementation",
+    "max_sequence_length",
 }  # fmt: skip
 # Keys that shape training from scratch and have no part in fine-tuning here.
 _PRETRAINING = {
     "initializer_range", "attention_dropout", "resid_pdrop", "embd_pdrop", "router_aux_loss_coef", "router_jitter_noise",
 }  # fmt: skip
+# Keys of published files that change nothing as long as they have these values.
+_INERT = {"full_attn_mod": 1, "interpolate_factor": 1}
 
 
 def _plain(read: Reader) -> dict[str, Any]:
@@ -117,7 +120,7 @@ def family_of(raw: dict[str, Any], where: str) -> Family:
 def _check(config: ModelConfig, read: Reader) -> None:
     """What no family may have, and no key left that nothing asked for."""
     where = read.where
-    known = _NEUTRAL | _PRETRAINING | read.read
+    known = _NEUTRAL | _PRETRAINING | read.read | {key for key, value in _INERT.items() if read.raw.get(key) == value}
     unknown = [key for key, value in read.raw.items() if key not in known and value not in (None, False, 0, [], {})]
     if unknown:
         raise UserError(
@@ -181,8 +184,14 @@ def _mixtral(read: Reader) -> dict[str, Any]:
     return varied | {"layers": tuple(replace(layer, sparse=True) for layer in varied["layers"]), "experts": experts}
 
 
+def _window(read: Reader) -> int | None:
+    """The window, which the file may name without its being used."""
+    window = read("sliding_window")
+    return window if read("use_sliding_window") else None
+
+
 def _qwen_layers(read: Reader) -> tuple[LayerConfig, ...]:
-    window = read("sliding_window") if read("use_sliding_window") else None
+    window = _window(read)
     first = read("max_window_layers")
     kinds = layer_types(read, lambda layer: SLIDING if window is not None and layer >= first else FULL)
     return tuple(LayerConfig(window=window if kind == SLIDING else None) for kind in kinds)
@@ -204,7 +213,7 @@ def _qwen3_moe(read: Reader) -> dict[str, Any]:
     read.refuse("output_router_logits", False)
     read("max_window_layers")  # transformers gives every layer the window, or none
     _full(read)
-    window = read("sliding_window") if read("use_sliding_window") else None
+    window = _window(read)
     count, step = read("num_local_experts") or read("num_experts"), read("decoder_sparse_step")  # two names for one number
     dense = set(read("mlp_only_layers") or [])
     sparse = [count > 0 and layer not in dense and (layer + 1) % step == 0 for layer in range(read("num_hidden_layers"))]
@@ -233,6 +242,7 @@ def _gemma(read: Reader) -> dict[str, Any]:
 
 def _gemma2(read: Reader) -> dict[str, Any]:
     _whole_rope(read)
+    read.refuse("sliding_window_size", read("sliding_window"))  # an old second name
     layers = tuple(_by_type(read, lambda layer: FULL if layer % 2 else SLIDING))
     return _gemma(read) | {"layers": layers, "attention_softcap": read("attn_logit_softcapping")}
 
@@ -275,7 +285,8 @@ def _smollm3(read: Reader) -> dict[str, Any]:
     _whole_rope(read)
     count, every = read("num_hidden_layers"), read("no_rope_layer_interval")
     rotary = read("no_rope_layers") or [int((layer + 1) % every != 0) for layer in range(count)]
-    window = read("sliding_window") if read("use_sliding_window") else None
+    window = _window(read)
+    read("max_window_layers")  # of Qwen's configuration, which transformers does not read here
     kinds = layer_types(read, lambda layer: SLIDING if window is not None and not rotary[layer] else FULL)
     bias = read("attention_bias")
     layers = tuple(
