@@ -45,7 +45,7 @@ def card(source: Source, to: str, result: Comparison, about: str, adapted: bool)
         base = f'"{found["pretrained_model_name_or_path"]}", gguf_file="{found["gguf_file"]}"'
     whose = "PEFT" if to == "peft" else "transformers"
     size, use = source.config_json()["vocab_size"], _USE[to]
-    if isinstance(source, Changed) and source.base.config_json()["vocab_size"] != size:
+    if to == "peft" and isinstance(source, Changed) and source.base.config_json()["vocab_size"] != size:
         use = use.replace("\nmodel =", f"\nbase.resize_token_embeddings({size})  # the adapter has the new tokens' rows\nmodel =")
     torch = (
         f"{result.torch_difference:.1e} by {whose}"

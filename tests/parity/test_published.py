@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from transformers import AutoConfig
@@ -148,6 +149,14 @@ SMALL = {
     "hidden_size": 64, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 6, "num_key_value_heads": 2, "vocab_size": 160,
     "transformers_version": "4.45.0",
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Each of these compiles a program of its own; what it computes counts here, not how fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
