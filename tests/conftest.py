@@ -21,6 +21,14 @@ from jaxtune.core.mesh import make_mesh  # noqa: E402 (likewise)
 from tests import tools  # noqa: E402 (likewise: it imports torch and transformers, which read the environment above)
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules whose every test compiles programs of its own: what they compute counts there, not how fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def one_device():
     """A mesh of one device, for what does not concern sharding."""

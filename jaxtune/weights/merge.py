@@ -35,8 +35,7 @@ def merged(
         if name.endswith(TOKENS):
             module = name.removesuffix(TOKENS)
             ids = next(ids for key, ids in adapter.config.tokens if fits((key,), module))
-            for matrix in (EMBEDDING, HEAD) if tied else (f"{module}.weight",):
-                out[matrix] = _with_rows(out[matrix], ids, tensor.all(), dtype)
+            out[f"{module}.weight"] = _with_rows(out[f"{module}.weight"], ids, tensor.all(), dtype)
         elif not module:
             changed[name] = tensor
         elif leaf == "A.weight":

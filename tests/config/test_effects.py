@@ -20,6 +20,8 @@ from jaxtune.weights.peft import write_adapter
 from tests import tools
 from tests.weights.test_peft import with_adapter
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TIMES = ("step_seconds", "tokens_per_second", "mfu")
 CHANGES = {
     "model.new_tokens": "['<|new|>']", "adapter.train_tokens": "all",
@@ -35,14 +37,6 @@ CHANGES = {
 # Keys whose other values are files, or are refused, which is tested below or beside the thing itself.
 OTHERS = {"model.source", "adapter.init", "data.train", "data.eval", "data.format", "run.dir"}
 SINGLE = {"adapter.method", "trainable", "optimizer.name", "train.objective", "mesh.slices", "mesh.context", "run.trackers"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Each of these runs compiles programs of its own; what they compute counts here, not how fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from jaxtune.weights.source import resolve
 from tests import tools
 from tests.parity import families
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module", params=families.FAMILIES)
 def family(request, tmp_path_factory, one_device):

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from transformers import AutoConfig
@@ -12,6 +11,8 @@ from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
 from tests import tools
 from tests.parity import families
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 _ALL = {
     "bos_token_id": 1,
@@ -97,6 +98,7 @@ PUBLISHED = {
     "Mistral Nemo": _MISTRAL | {"sliding_window": None, "head_dim": 24, "attention_dropout": 0.0, "max_position_embeddings": 1024000},
     "Qwen2.5": _QWEN,
     "Qwen2.5 Math": _QWEN | {"use_mrope": False, "sliding_window": 4096},
+    "Qwen2 with windows": _QWEN | {"use_sliding_window": True, "sliding_window": 6},
     "Qwen2.5 with YaRN": _QWEN | {"rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}},
     "Qwen3": _QWEN3,
     "Qwen3 30B-A3B": _QWEN3 | {
@@ -149,14 +151,6 @@ SMALL = {
     "hidden_size": 64, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 6, "num_key_value_heads": 2, "vocab_size": 160,
     "transformers_version": "4.45.0",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Each of these compiles a program of its own; what it computes counts here, not how fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

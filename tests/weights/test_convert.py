@@ -19,6 +19,8 @@ from jaxtune.weights.source import resolve
 from tests import tools
 from tests.parity import families, peft_side
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 IDS = np.random.default_rng(0).integers(0, 256, (2, 24))
 
 

@@ -26,6 +26,8 @@ ASK = """
 import json, os, sys, urllib.request
 import xllamacpp
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 path, prompts = sys.argv[1], json.loads(sys.argv[2])
 wanted = xllamacpp.CommonParams()
 wanted.model.path, wanted.n_ctx, wanted.n_parallel, wanted.warmup, wanted.fit_params = path, 128, 1, False, False
