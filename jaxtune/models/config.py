@@ -129,8 +129,8 @@ class ModelConfig:
         largest = max((int(np.max(row)) for row in rows if len(row)), default=0)
         if largest >= self.vocab_size:
             raise UserError(
-                f"The tokenizer gives token {largest}, and the model has {self.vocab_size} tokens. Use the model's own tokenizer, or the "
-                "one it was trained with; training with more tokens adds rows for them."
+                f"The tokenizer gives token {largest}, and the model has {self.vocab_size} tokens. Use the model's own tokenizer, or name "
+                "the tokens that are new in model.new_tokens when training."
             )
 
     @property

@@ -86,7 +86,7 @@ def setup(config: Config, reporter: Reporter) -> Setup:
     check_divides(config.train.micro_batch_size or config.train.batch_size, mesh, _rows_key(config))
     adapter = open_adapter(config.adapter.init) if config.adapter.init else None
     source = for_adapter(resolve(config.model.source), adapter)
-    from_hf(source.config_json(), str(source.config_path))
+    from_hf(source.config_json(), str(source.config_path))  # what is wrong there is said before the tokenizer is read
     if adapter is None:
         source = with_tokens(source, config.model.new_tokens)
     elif config.model.new_tokens or config.adapter.train_tokens != "none":
@@ -101,6 +101,9 @@ def setup(config: Config, reporter: Reporter) -> Setup:
             f"{config.model.source} has no tokenizer, which training needs. Put its tokenizer files beside the weights."
         )
     plan, eval_plan = _plans(config, tokenizer, reporter)
+    from_hf(source.config_json(), str(source.config_path)).check_tokens(
+        item.ids for part in (plan, eval_plan) if part for item in part.examples.items
+    )
     reporter.say(f"Loading {shown(config.model.source)}")
     model = load_model(source, mesh, dtype=config.model.dtype, compute=config.model.compute_dtype)
     numbers = config.adapter

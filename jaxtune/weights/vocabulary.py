@@ -49,14 +49,14 @@ class Grown(Changed):
 
 
 def with_tokens(source: Source, tokens: Sequence[str]) -> Source:
-    """The source with special tokens added to its tokenizer, and with rows for every token that its tokenizer has.
+    """The source with special tokens added to its tokenizer, and with rows for them.
 
     Args:
         source: the model, with a tokenizer.
-        tokens: new special tokens; those that are there already are left as they are.
+        tokens: new special tokens; those that model and tokenizer have already are left as they are.
 
     Returns:
-        The source itself where every token has a row already and none is new.
+        The source itself where no token is new.
 
     Raises:
         UserError: there is no tokenizer to add to.
@@ -64,22 +64,20 @@ def with_tokens(source: Source, tokens: Sequence[str]) -> Source:
     """
     from tokenizers import AddedToken
 
+    if not tokens:
+        return source
     words, size = source.tokenizer(), source.config_json()["vocab_size"]
     if words is None:
-        if tokens:
-            raise UserError(
-                f"{source.name} has no tokenizer, so no tokens can be added. Put its tokenizer files beside the weights."
-            )
-        return source
+        raise UserError(f"{source.name} has no tokenizer, so no tokens can be added. Put its tokenizer files beside the weights.")
     known = words.get_vocab()
-    wanted = [token for token in dict.fromkeys(tokens) if token not in known]
+    wanted = [token for token in dict.fromkeys(tokens) if known.get(token, size) >= size]
+    if not wanted:
+        return source
     used = min(size, 1 + max(known.values()))
     words.add_tokens([AddedToken(token, special=True, normalized=False) for token in wanted], special_tokens=True)
     new = words.convert_tokens_to_ids(wanted)
-    needed = 1 + max(words.get_vocab().values())
-    if needed <= size and not wanted:
-        return source
-    return _grown(source, max(size, needed), tuple(sorted({*new, *range(size, needed)})), used, words)
+    needed = max(size, 1 + max(new))
+    return _grown(source, needed, tuple(sorted({*new, *range(size, needed)})), used, words)
 
 
 def for_adapter(source: Source, adapter: Adapter | None) -> Source:

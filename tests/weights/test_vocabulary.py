@@ -60,7 +60,10 @@ def test_new_tokens_take_unused_rows_first(tmp_path, one_device):
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_found_out(tmp_path):
     directory = base(tmp_path, vocab=259)
-    assert with_tokens(resolve(directory), []).fresh == (259, 260, 261, 262)
+    assert with_tokens(resolve(directory), ["<|im_start|>"]).config_json()["vocab_size"] == 259
+    assert with_tokens(resolve(directory), ["<|end_header_id|>"]).fresh == (259, 260, 261)
+    with pytest.raises(UserError, match=r"gives token 259, and the model has 259 tokens.*model\.new_tokens"):
+        trained(tmp_path, directory, "model.new_tokens=[]")
     rows = tools.write_rows(tmp_path / "rows.jsonl", tools.sums(4))
     with pytest.raises(UserError, match=r"gives token 259, and the model has 259"):
         jaxtune.generate(directory, ["1+1?"], max_new_tokens=2)
