@@ -11,6 +11,8 @@ import jaxtune
 from tests import tools
 from tests.parity import families
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Beside what `families` varies: what GGUF has a place for.
 MODELS = {
     "llama": {}, "mistral_without_window": {}, "qwen2": {}, "qwen3": {}, "qwen3_moe": {}, "phi3": {"sliding_window": None, "hidden_size": 64},
@@ -25,8 +27,6 @@ TOLERANCE = {"gemma2": 2e-3, "gemma3_pattern": 2e-3}
 ASK = """
 import json, os, sys, urllib.request
 import xllamacpp
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 path, prompts = sys.argv[1], json.loads(sys.argv[2])
 wanted = xllamacpp.CommonParams()
