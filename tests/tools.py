@@ -111,9 +111,9 @@ def sums(count, seed=0):
 
 
 def child_environment(torch=False):
-    """One CPU device; without `torch` only our own reader verifies exports, which is quicker."""
-    hide = {} if torch else {"PYTHONPATH": str(Path(__file__).parent / "train" / "without_torch")}
-    return os.environ | {"JAX_PLATFORMS": "cpu"} | hide
+    """One CPU device; without `torch`, only our own reader verifies exports and programs are compiled in a hurry."""
+    quick = {"PYTHONPATH": str(Path(__file__).parent / "train" / "without_torch"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return os.environ | {"JAX_PLATFORMS": "cpu"} | ({} if torch else quick)
 
 
 def jaxtune(*arguments, torch=False, timeout=500, **options):

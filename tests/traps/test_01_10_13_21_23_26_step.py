@@ -18,6 +18,8 @@ from jaxtune.train.step import eval_step, init_state, train_step
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROWS, LENGTH = 8, 24
 
 

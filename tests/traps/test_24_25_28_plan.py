@@ -20,6 +20,8 @@ from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
 from tests import tools
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def examples(lengths):
     """Examples that fill so many positions, all but the first token supervised; ids name the example."""
