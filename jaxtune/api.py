@@ -8,7 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxtune.config.loading import load_config, validated
-from jaxtune.config.schema import Config
+from jaxtune.config.schema import Config, DataSection
 from jaxtune.core import runtime
 from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
@@ -30,7 +30,7 @@ from jaxtune.weights.verify import Comparison
 from jaxtune.weights.vocabulary import for_adapter
 
 Pair = tuple[CausalLM, Any]
-Prompt = str | list[dict[str, str]]
+Prompt = str | list[dict[str, Any]] | Conversation
 
 
 @dataclass(frozen=True)
@@ -114,15 +114,19 @@ def train(config: Config | dict | str | Path, *, fresh: bool = False, quiet: boo
 def evaluate(
     model: str | Pair, data: str, adapter: str | None = None, *, task: str = "auto", batch_size: int = 32, quiet: bool = True
 ) -> dict[str, Any]:
-    """Metrics of a model on a JSON Lines file; see `evals.evaluate`.
+    """Metrics of a model on a file, directory or data set of the hub; see `evals.evaluate`.
+
+    The rows of a run directory's model are read as its configuration says (`data.format`, `data.columns`, `data.on_error`).
 
     Raises:
         UserError: a bad file, model or task, or a model without a tokenizer.
 
     """
+    trained_on = read_config(Path(model)).data if isinstance(model, str | Path) and is_run(model) else DataSection()
+    section = trained_on.model_copy(update={"train": None, "split": None, "eval": str(data)})
     loaded = open_model(model, adapter)
     with Reporter(quiet).task("Evaluating", 1) as bar:
-        return evaluate_model(loaded.model, with_tokenizer(loaded), loaded.stop_ids, str(data), task, batch_size, bar.update_of)
+        return evaluate_model(loaded.model, with_tokenizer(loaded), loaded.stop_ids, section, task, batch_size, bar.update_of)
 
 
 def generate(
@@ -265,6 +269,8 @@ def with_tokenizer(loaded: Loaded) -> Any:
 
 def as_conversation(prompt: Prompt, place: str) -> Conversation:
     """A prompt as the conversation that it begins."""
+    if isinstance(prompt, Conversation):
+        return prompt
     if isinstance(prompt, str):
         return Conversation(place, [{"role": "user", "content": prompt}], plain=True)
     return Conversation(place, list(prompt), plain=False)

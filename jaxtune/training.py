@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtune.config.schema import Config
 from jaxtune.core import runtime
 from jaxtune.core.errors import UserError
-from jaxtune.core.files import read_json, refuse_existing, write_json, write_jsonl
+from jaxtune.core.files import read_json, read_jsonl, refuse_existing, write_json, write_jsonl
 from jaxtune.core.mesh import make_mesh
 from jaxtune.data.chat import prompt_ids
-from jaxtune.data.formats import Conversation, conversation
-from jaxtune.data.sources import read_rows
+from jaxtune.data.formats import Conversation
+from jaxtune.data.inspect import histogram
+from jaxtune.data.prepare import conversations
 from jaxtune.evals.evaluate import evaluate
 from jaxtune.generate.engine import Engine
 from jaxtune.models.decoder import CausalLM
@@ -35,7 +37,7 @@ from jaxtune.train.rundir import (
     SAMPLES,
     VERIFICATION,
     RunDirectory,
-    file_digest,
+    first_day,
     is_run,
     read_config,
 )
@@ -50,6 +52,7 @@ from jaxtune.weights.verify import TEXT, Comparison, padded, texts_of
 from jaxtune.weights.vocabulary import for_adapter
 
 _SAMPLES, _SAMPLE_TOKENS = 5, 64
+_OPENING = 200  # characters of a text that are asked to be continued
 _VERIFY_ROWS, _VERIFY_TOKENS = 4, 128
 
 
@@ -86,10 +89,10 @@ def run(config: Config, reporter: Reporter, *, fresh: bool = False) -> Run:
     """
     runtime.start()
     config = adopt_adapter(config)
-    files = {key: value for key, value in (("data.train", config.data.train), ("data.eval", config.data.eval)) if value}
-    digests = {key: file_digest(value) for key, value in files.items()}
-    parts = setup(config, reporter)
-    directory = RunDirectory(config, digests, fresh)
+    day = date.today() if fresh else first_day(config.run.dir)
+    parts = setup(config, reporter, day)
+    plans = (("data.train", parts.plan), ("data.eval", parts.eval_plan))
+    directory = RunDirectory(config, {key: plan.examples.digest for key, plan in plans if plan}, day, fresh)
     try:
         with jax.set_mesh(parts.mesh):
             return _run(parts, directory.path, reporter)
@@ -122,7 +125,7 @@ def export_run(
     config = read_config(directory)
     if (directory / ADAPTER).is_dir():
         return out, _export_finished(config, directory, out, to, dtype)
-    parts = setup(config, reporter)
+    parts = setup(config, reporter, first_day(directory))
     checkpoints = Checkpoints(directory, config.checkpoint.keep)
     try:
         if checkpoints.latest is None:
@@ -201,15 +204,14 @@ def _measured(
     parts: Setup, state: TrainState, log: MetricsLog, directory: Path, step: int, reporter: Reporter
 ) -> dict[str, Any] | None:
     """The evaluation before (step 0) or after training: from the log where an earlier call has it, else made and logged."""
-    data = parts.config.data.eval
-    if data is None:
+    if parts.eval_plan is None:
         return None
     found = [row for row in read_metrics(directory) if row["split"] == "eval" and row["step"] == step and "task" in row]
     if found:
         return found[0]
     with reporter.task("Evaluating before" if step == 0 else "Evaluating after", 1) as bar:
         model = parts.model(state.trainable)
-        result = evaluate(model, parts.tokenizer, parts.source.stop_ids(), data, progress=bar.update_of)
+        result = evaluate(model, parts.tokenizer, parts.source.stop_ids(), parts.config.data, progress=bar.update_of)
     row = {"split": "eval", "step": step, "epoch": _epoch(parts, step), **result}
     log.write(row)
     return row
@@ -231,20 +233,43 @@ def _evaluation(parts: Setup, log: MetricsLog, reporter: Reporter) -> Callable[[
 
 
 def _epoch(parts: Setup, step: int) -> float:
-    return round(parts.plan.positions[step - 1].epoch, 6) if step else 0.0
+    return round(parts.plan.epoch(step - 1), 6) if step else 0.0
 
 
-def _sample_rows(parts: Setup) -> list[Conversation]:
-    data = parts.config.data
-    rows = read_rows(data.eval or data.train or "")
-    return [conversation(row, data.format) for row in rows[:_SAMPLES]]
+def _sample_rows(parts: Setup) -> list[dict[str, Any]]:
+    """The first rows to evaluate on, or else to train on, as prompts; of a text, its first words."""
+    data, found = parts.config.data, []
+    for row in conversations(data, "train" if parts.eval_plan is None else "eval"):
+        prompt, wanted = row.prompt, row.answer
+        if row.text:
+            text = row.messages[0]["content"]
+            prompt, wanted = [{"role": "user", "content": text[:_OPENING]}], text[_OPENING : 3 * _OPENING]
+        sample = {"place": str(row.place), "prompt": prompt, "wanted": wanted, "plain": row.plain, "text": row.text}
+        sample |= {"options": dict(row.options)} if row.options else {}
+        if prompt and _is_prompt(parts, sample):
+            found.append(sample)
+        if len(found) == _SAMPLES:
+            break
+    return found
+
+
+def _is_prompt(parts: Setup, sample: dict[str, Any]) -> bool:
+    try:
+        return bool(prompt_ids(parts.tokenizer, _asked(sample)))
+    except UserError:  # a row that data.on_error=skip left out of training too
+        return False
+
+
+def _asked(sample: dict[str, Any]) -> Conversation:
+    plain, text = sample.get("plain", True), sample.get("text", False)
+    return Conversation(sample["place"], sample["prompt"], plain, text, sample.get("options", {}))
 
 
 def _samples_before(parts: Setup, state: TrainState, directory: Path) -> list[dict[str, Any]]:
     """Prompts with the answers wanted and the answers before training; read back where an earlier call wrote them."""
     if (directory / SAMPLES).exists():
-        return [row.value for row in read_rows(str(directory / SAMPLES))]
-    rows = [{"prompt": row.prompt, "wanted": row.answer, "place": row.place} for row in _sample_rows(parts)]
+        return read_jsonl(directory / SAMPLES)
+    rows = _sample_rows(parts)
     for row, text in zip(rows, _answers(parts, parts.model(state.trainable), rows), strict=True):
         row["before"] = text
     write_jsonl(directory / SAMPLES, rows)
@@ -252,7 +277,9 @@ def _samples_before(parts: Setup, state: TrainState, directory: Path) -> list[di
 
 
 def _answers(parts: Setup, model: CausalLM, samples: list[dict[str, Any]]) -> list[str]:
-    ids = [prompt_ids(parts.tokenizer, Conversation(sample["place"], sample["prompt"], plain=True)) for sample in samples]
+    if not samples:
+        return []
+    ids = [prompt_ids(parts.tokenizer, _asked(sample)) for sample in samples]
     engine = Engine(model, parts.source.stop_ids(), batch=max(len(ids), 2))
     return parts.tokenizer.batch_decode(engine.generate(ids, _SAMPLE_TOKENS), skip_special_tokens=True)
 
@@ -277,9 +304,10 @@ def _export(parts: Setup, state: TrainState, out: Path, *, replace: bool) -> Com
 
 def _about(config: Config, directory: Path) -> str:
     """Data, hyperparameters and metrics for a model card."""
-    rows = read_json(directory / DATA_SUMMARY)["train"]["trained_rows"]
-    lines = ["## Data", "", f"- trained on `{Path(str(config.data.train)).name}`: {rows} rows"]
-    lines += [f"- evaluated on `{Path(config.data.eval).name}`"] if config.data.eval else []
+    data = read_json(directory / DATA_SUMMARY)
+    rows, names = data["train"]["rows"], {part: _source_names(config, part) for part in ("train", "eval")}
+    lines = ["## Data", "", f"- trained on {names['train']}: {rows} rows"]
+    lines += [f"- evaluated on {names['eval'] or config.data.split}: {data['eval']['rows']} rows"] if "eval" in data else []
     kept = config.model_dump(mode="json", include={"adapter", "optimizer", "train", "data"}, exclude={"data": {"train", "eval"}})
     lines += ["", "## Hyperparameters", "", "```yaml", yaml.safe_dump(kept, sort_keys=False).rstrip(), "```"]
     rows = [row for row in read_metrics(directory) if row["split"] == "eval" and "task" in row]
@@ -296,10 +324,20 @@ def _about(config: Config, directory: Path) -> str:
     return "\n" + "\n".join(lines) + "\n"
 
 
+def _source_names(config: Config, part: Any) -> str:
+    """The sources' names without their folders."""
+    return ", ".join(f"`{Path(entry.source).name}`" for entry in config.data.entries(part))
+
+
 def _data_summary(parts: Setup) -> dict[str, Any]:
     plans = {"train": parts.plan, "eval": parts.eval_plan}
     return {
-        name: {**plan.examples.summary(), "lengths": plan.examples.lengths.tolist(), "steps": len(plan)}
+        name: {
+            **plan.examples.summary(),
+            "packing_efficiency": round(plan.efficiency(), 4),
+            "steps": len(plan),
+            "lengths": histogram(plan.examples.lengths),
+        }
         for name, plan in plans.items()
         if plan
     }

@@ -144,6 +144,7 @@ def test_keys_of_a_single_value_are_those_the_contract_keeps_for_later():
 OPTIONS = {
     "quickstart": ["--dir", "--fresh", "--json"],
     "train": ["--data", "--fresh", "--json", "--model", "--quiet", "arguments"],
+    "data": ["--data", "--json", "--model", "--rows", "arguments"],
     "eval": ["--adapter", "--batch-size", "--data", "--json", "--task", "model"],
     "generate": [
         "--adapter", "--file", "--json", "--max-new-tokens", "--prompt", "--seed", "--temperature", "--top-k", "--top-p", "model",

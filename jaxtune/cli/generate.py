@@ -28,14 +28,14 @@ def run(options: argparse.Namespace) -> None:
     """Generate."""
     from jaxtune.api import generate
     from jaxtune.cli.options import write_json
-    from jaxtune.data.formats import conversation
-    from jaxtune.data.sources import read_rows
+    from jaxtune.config.schema import DataSection
+    from jaxtune.data.prepare import conversations
 
-    rows = [conversation(row, answered=False) for row in read_rows(options.file)] if options.file else []
+    rows = list(conversations(DataSection(eval=options.file), "eval", answered=False)) if options.file else []
     prompts = [row.prompt[0]["content"] if row.plain else row.prompt for row in rows] or [options.prompt]
     texts = generate(
         options.model,
-        prompts,
+        rows or prompts,
         options.adapter,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,

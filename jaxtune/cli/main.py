@@ -9,6 +9,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "quickstart": "the main job, no arguments: real model, real data, report",
     "train": "train; continues a run directory that has checkpoints",
+    "data": "what will be trained on: decoded rows, mask, lengths, packing",
     "eval": "loss, perplexity and task metrics of a model on a file",
     "generate": "the model's answers to prompts",
     "export": "what a run trained in another program's format, verified",

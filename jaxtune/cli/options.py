@@ -3,12 +3,32 @@
 import argparse
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxtune.config.schema import Config
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """`--json FILE`."""
     parser.add_argument("--json", metavar="FILE", help="also write the figures as JSON ('-': to stdout)")
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """`[CONFIG.yaml] [key=value ...] [--model MODEL] [--data FILE]`."""
+    parser.add_argument(
+        "arguments", nargs="*", metavar="CONFIG.yaml | key=value", help="a configuration file, and keys that override it"
+    )
+    parser.add_argument("--model", help="the same as model.source=...")
+    parser.add_argument("--data", help="the same as data.train=...")
+
+
+def config_of(options: argparse.Namespace) -> "Config":
+    """The configuration that the arguments of `add_config` say."""
+    from jaxtune.cli.config import from_arguments
+
+    shortcuts = [f"{key}={value}" for key, value in (("model.source", options.model), ("data.train", options.data)) if value]
+    return from_arguments([*options.arguments, *shortcuts])
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

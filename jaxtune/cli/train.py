@@ -13,30 +13,23 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument(
-        "arguments", nargs="*", metavar="CONFIG.yaml | key=value", help="a configuration file, and keys that override it"
-    )
-    parser.add_argument("--model", help="the same as model.source=...")
-    parser.add_argument("--data", help="the same as data.train=...")
+    from jaxtune.cli.options import add_config, add_json
+
+    add_config(parser)
     parser.add_argument(
         "--fresh", action="store_true", help="remove an earlier run in the same directory instead of going on with it"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress")
-    from jaxtune.cli.options import add_json
-
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Train."""
-    from jaxtune.cli.config import from_arguments
-    from jaxtune.cli.options import write_json
+    from jaxtune.cli.options import config_of, write_json
     from jaxtune.train.progress import Reporter
     from jaxtune.training import run as train
 
-    shortcuts = [f"{key}={value}" for key, value in (("model.source", options.model), ("data.train", options.data)) if value]
-    config = from_arguments([*options.arguments, *shortcuts])
-    result = train(config, Reporter(options.quiet), fresh=options.fresh)
+    result = train(config_of(options), Reporter(options.quiet), fresh=options.fresh)
     print(summary(result))
     write_json(options.json, figures(result))
 

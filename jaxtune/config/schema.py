@@ -53,15 +53,39 @@ class AdapterSection(Section):
     """A PEFT adapter directory to start from; null starts from zero update."""
 
 
+class DataSource(Section):
+    """One source of rows, where there are several or where more is to be said of one."""
+
+    source: str
+    """As in data.train: a file, directory, glob, URL or data set of the hub."""
+    split: str | None = None
+    """The split of a data set or of a directory; null takes train for training, validation or test for evaluation."""
+    name: str | None = None
+    """The configuration of a data set of the hub that has several."""
+    weight: Positive = 1.0
+    """Passes over this source in an epoch: 2 shows each row twice, 0.5 half of the rows, the other half in the next epoch."""
+    rows: Count | None = None
+    """Only the first so many rows; a data set of the hub is then streamed, not downloaded."""
+
+
+Sources = str | Annotated[list[str | DataSource], Field(min_length=1)]
+
+
 class DataSection(Section):
     """The examples."""
 
-    train: str | None = None
-    """A JSON Lines file with messages or prompt/completion rows."""
-    eval: str | None = None
+    train: Sources | None = None
+    """A file (.jsonl, .json, .csv, .parquet, .txt, also compressed), directory, glob, data set of the hub, or a list of {source, weight, split}."""
+    eval: Sources | None = None
     """The same for evaluation; evaluated before, after and every train.eval_every steps."""
-    format: Literal["auto", "messages", "prompt-completion"] = "auto"
-    """What a row holds; auto finds out from its keys."""
+    split: Annotated[str, Field(pattern=r"^\d+(\.\d+)?%$")] | Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Instead of data.eval the part of data.train to evaluate on, such as 5% or 0.05; drawn by a hash of each row's prompt."""
+    format: Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text", "preference"] = "auto"
+    """What a row holds; auto finds out from the keys of a source's first row."""
+    columns: dict[str, str] = {}
+    """Where other columns hold what the format wants, such as {prompt: question, completion: "{answers.0} because {reason}"}."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What a bad row does: end the run, or be left out and listed."""
     train_on: Literal["responses", "last", "all"] = "responses"
     """Which tokens are supervised: all assistant messages, only the last one, or everything."""
     max_length: Annotated[int, Field(ge=2)] = 1024
@@ -70,6 +94,25 @@ class DataSection(Section):
     """Whether several examples share a row, without seeing each other."""
     shuffle: bool = True
     """Whether the order is drawn anew for every epoch."""
+
+    @property
+    def fraction(self) -> float:
+        """`split` as a fraction; 0 where nothing is split off."""
+        return float(self.split[:-1]) / 100 if isinstance(self.split, str) else self.split or 0.0
+
+    def entries(self, part: Literal["train", "eval"]) -> list[DataSource]:
+        """The sources of `data.train` or `data.eval`, each with all its settings."""
+        found = self.train if part == "train" else self.eval
+        found = [] if found is None else [found] if isinstance(found, str) else found
+        return [DataSource(source=entry) if isinstance(entry, str) else entry for entry in found]
+
+    @model_validator(mode="after")
+    def _one_evaluation_set(self) -> "DataSection":
+        if self.split is not None and self.eval is not None:
+            raise ValueError("data.split and data.eval are both set. Keep one of them")
+        if not 0 <= self.fraction < 1:
+            raise ValueError(f"data.split ({self.split}) must lie below 100%")
+        return self
 
 
 class OptimizerSection(Section):

@@ -46,6 +46,11 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def read_jsonl(path: Path) -> list[dict]:
+    """The rows that `write_jsonl` wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
 def read_json(path: Path) -> Any:
     """The JSON value in `path`.
 

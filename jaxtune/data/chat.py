@@ -1,139 +1,206 @@
-"""From a conversation to the tokens that are fed and the ones that are supervised.
+"""From conversations to the tokens that are fed and the ones that are supervised.
 
-Tokens are what the tokenizer's own chat template gives, here, in evaluation and in generation. The mask is made by position:
-character spans of the answers are found by rendering the conversation up to each of them, and mapped to tokens by offsets.
+Tokens are what the tokenizer's own chat template gives, here, in evaluation and in generation. The mask is made by position: the
+characters of the answers are known from the rendering, and mapped to tokens by the tokenizer's own offsets.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from jaxtune.core.errors import UserError
 from jaxtune.data.formats import Conversation
+from jaxtune.data.readers import is_text
+from jaxtune.data.row import BadRow
+from jaxtune.data.template import ChatTemplate, Rendering, Span, plain_template
 
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised conversation.
+    """Tokens of a row.
 
     Attributes:
         ids: int32 token ids.
-        supervised: for every token whether predicting it is trained.
+        weights: for every token how much predicting it counts; 0 where it is not supervised.
 
     """
 
     ids: np.ndarray
-    supervised: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """For every token whether predicting it is trained."""
+        return self.weights > 0
 
 
-def prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
-    """The ids that generation starts from, the answer not begun.
+@dataclass(frozen=True)
+class Document:
+    """A tokenised row, or one answer's part of it, uncut.
 
-    Raises:
-        UserError: the tokenizer has no chat template and the row is a chat.
+    Attributes:
+        conversation: what it says.
+        ids: int32 token ids.
+        spans: token ranges that are supervised, disjoint and in order, with their weights.
+        rewritten: see `template.Rendering`.
 
     """
-    if tokenizer.chat_template:
-        text = _render(tokenizer, conversation.prompt, conversation.place, generate=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not conversation.plain:
-        raise _no_template(conversation.place)
-    return tokenizer(conversation.prompt[0]["content"])["input_ids"]
+
+    conversation: Conversation
+    ids: np.ndarray
+    spans: tuple[Span, ...]
+    rewritten: bool = False
+
+    def example(self) -> Example:
+        """Its tokens with a weight each."""
+        weights = np.zeros(len(self.ids), np.float32)
+        for span in self.spans:
+            weights[span.begin : span.end] = span.weight
+        return Example(self.ids, weights)
 
 
-def tokenise(tokenizer: Any, conversation: Conversation, train_on: str) -> Example:
-    """The example of a conversation.
+class Tokeniser:
+    """Tokenises rows for training, many at a time.
 
     Args:
         tokenizer: a fast transformers tokenizer.
-        conversation: the messages.
-        train_on: `responses`, `last` (the last response only) or `all` tokens.
-
-    Raises:
-        UserError: the template fails, or renders an answer in a way that leaves unclear which tokens are the answer.
+        train_on: `responses`, `last` (the last response only) or `all` tokens. Of a text all tokens are trained.
+        day: the date for templates that print one; today's by default.
 
     """
-    if tokenizer.chat_template:
-        return _tokenise_chat(tokenizer, conversation, train_on)
-    if not conversation.plain:
-        raise _no_template(conversation.place)
-    prompt = prompt_ids(tokenizer, conversation)
-    answer = tokenizer(conversation.answer, add_special_tokens=False)["input_ids"]
-    if tokenizer.eos_token_id is None:
-        raise UserError("The tokenizer has neither a chat template nor an EOS token, so an answer could not be ended.")
-    ids = np.asarray([*prompt, *answer, tokenizer.eos_token_id], np.int32)
-    return Example(ids, np.arange(len(ids)) >= (0 if train_on == "all" else len(prompt)))
+
+    def __init__(self, tokenizer: Any, train_on: str, day: date | None = None) -> None:
+        self.tokenizer, self.train_on = tokenizer, train_on
+        self._template = template_of(tokenizer, day)
+        self._has_own = bool(tokenizer.chat_template)
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+
+    def __call__(self, conversations: Sequence[Conversation]) -> list[list[Document] | BadRow]:
+        """The documents of each conversation; bad ones as errors."""
+        return self.encode(self.render(conversations))
+
+    def render(self, conversations: Sequence[Conversation]) -> list[list[Rendering] | BadRow]:
+        """The texts to encode; for what goes through no template, the conversation as it is."""
+        found: list[list[Rendering] | BadRow] = [[] for _ in conversations]
+        chats = []
+        for number, conversation in enumerate(conversations):
+            if not all(is_text(message["content"]) for message in conversation.messages):
+                found[number] = BadRow(conversation.place, "a text has half of a surrogate pair, which is no character.")
+            elif self._templated(conversation):
+                chats.append(number)
+            elif not self._has_own and self._eos is None:
+                found[number] = BadRow(
+                    conversation.place,
+                    "the tokenizer has neither a chat template nor an EOS token, so an answer could not be ended.",
+                )
+            else:
+                found[number] = [Rendering(conversation, "", ())]
+        texts = self._template.renderings([conversations[number] for number in chats], self.train_on)
+        for number, text in zip(chats, texts, strict=True):
+            found[number] = text
+        return found
+
+    def encode(self, rendered: Sequence[list[Rendering] | BadRow]) -> list[list[Document] | BadRow]:
+        """The tokens of what was rendered. Runs without Python's lock for most of its time."""
+        flat = [part for parts in rendered if not isinstance(parts, BadRow) for part in parts]
+        documents = iter(self._documents(flat))
+        return [parts if isinstance(parts, BadRow) else [next(documents) for _ in parts] for parts in rendered]
+
+    def _documents(self, parts: list[Rendering]) -> list[Document]:
+        found: list[Document | None] = [None] * len(parts)
+        chats = [number for number, part in enumerate(parts) if self._templated(part.conversation)]
+        for number, encoding in zip(chats, self._encode([parts[n].text for n in chats], False), strict=True):
+            part = parts[number]
+            spans = tuple(_tokens_of(encoding, span, len(part.text)) for span in part.spans)
+            found[number] = Document(part.conversation, np.array(encoding.ids, np.int32), spans, part.rewritten)
+        plain = [number for number, part in enumerate(parts) if not self._templated(part.conversation)]
+        prompts = self._encode([_opening(parts[n].conversation) for n in plain], True)
+        answers = self._encode(["" if parts[n].conversation.text else parts[n].conversation.answer or "" for n in plain], False)
+        for number, prompt, answer in zip(plain, prompts, answers, strict=True):
+            found[number] = self._plain(parts[number].conversation, prompt.ids, answer.ids)
+        return [document for document in found if document is not None]
+
+    def _plain(self, conversation: Conversation, prompt: list[int], answer: list[int]) -> Document:
+        """Prompt, completion and EOS, which is also how generation begins: with the prompt's own tokens."""
+        ids = np.array([*prompt, *answer], np.int32)
+        if self._eos is not None and (len(ids) == 0 or ids[-1] != self._eos) and conversation.answer is not None:
+            ids = np.append(ids, np.int32(self._eos))
+        begin = 0 if conversation.text or self.train_on == "all" else len(prompt)
+        return Document(conversation, ids, (Span(begin, len(ids), 1.0),) if begin < len(ids) else ())
+
+    def _encode(self, texts: list[str], special: bool) -> list[Any]:
+        return self._backend.encode_batch(texts, add_special_tokens=special) if texts else []
+
+    def _templated(self, conversation: Conversation) -> bool:
+        return not conversation.text and (self._has_own or not conversation.plain)
+
+    @cached_property
+    def _eos(self) -> int | None:
+        return self.tokenizer.eos_token_id
 
 
-def _tokenise_chat(tokenizer: Any, conversation: Conversation, train_on: str) -> Example:
-    text = _render(tokenizer, conversation.messages, conversation.place)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = np.asarray(encoded["input_ids"], np.int32)
-    if train_on == "all":
-        return Example(ids, np.ones(len(ids), bool))
-    answers = [number for number, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-    supervised = np.zeros(len(ids), bool)
-    if answers:
-        starts, ends = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
-        for number in answers[-1:] if train_on == "last" else answers:
-            begin, end = _answer_span(tokenizer, conversation, number, text)
-            supervised |= (ends > begin) & (starts < end) & (ends > starts)
-    return Example(ids, supervised)
+def tokenise(tokenizer: Any, conversation: Conversation, train_on: str) -> Example:
+    """The example of one conversation.
+
+    Raises:
+        BadRow: the template fails, or renders an answer in a way that leaves unclear which tokens are the answer.
+        UserError: the template renders earlier answers differently once others follow, so that the row is several examples.
+
+    """
+    (found,) = Tokeniser(tokenizer, train_on)([conversation])
+    if isinstance(found, BadRow):
+        raise found
+    if len(found) != 1:
+        raise UserError(f"{conversation.place}: the chat template rewrites earlier answers; the row is {len(found)} examples.")
+    return found[0].example()
 
 
-def _answer_span(tokenizer: Any, conversation: Conversation, number: int, text: str) -> tuple[int, int]:
-    """Characters of the answer's content and the end-of-turn token after it, in the rendered conversation."""
-    messages, place = conversation.messages, conversation.place
-    before = _render(tokenizer, messages[:number], place, generate=True)
-    through = _render(tokenizer, messages[: number + 1], place)
-    if not through.startswith(before):
-        raise UserError(
-            f"{place}: the chat template renders messages[{number}] differently from the prompt that asks for it, "
-            "so the answer's tokens cannot be told. Use data.train_on=all or another template."
-        )
-    content = messages[number]["content"].strip()
-    found = through.find(content, len(before))
-    if found < 0:
-        raise UserError(f"{place}: the chat template changes the text of messages[{number}], so its tokens cannot be told.")
-    end = _end_of_turn(tokenizer, through, found + len(content))
-    if text[:end] != through[:end]:
-        raise UserError(
-            f"{place}: the chat template renders messages[{number}] differently once other messages follow. "
-            "Use data.train_on=last, or one row for every answer."
-        )
-    return found, end
+def prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
+    """The ids that generation starts from, the answer not begun; of a text, those of the text.
+
+    Raises:
+        BadRow: the chat template refuses the conversation.
+
+    """
+    if conversation.text or (conversation.plain and not tokenizer.chat_template):
+        return tokenizer(_opening(conversation))["input_ids"]
+    asked = Conversation(conversation.place, conversation.prompt, options=conversation.options)
+    (text,) = template_of(tokenizer).render([(asked, True)])
+    if isinstance(text, BadRow):
+        raise text
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _end_of_turn(tokenizer: Any, text: str, start: int) -> int:
-    """Where the first special token after `start` ends; `start` where none follows."""
-    ends = []
-    for token in _special_tokens(tokenizer):
-        at = text.find(token, start)
-        if at >= 0:
-            ends.append((at, at + len(token)))
-    return min(ends, key=lambda span: (span[0], -span[1]))[1] if ends else start
+def template_of(tokenizer: Any, day: date | None = None) -> ChatTemplate:
+    """The tokenizer's chat template, or the plain one for tokenizers that bring none."""
+    return ChatTemplate(tokenizer, tokenizer.chat_template or plain_template(tokenizer), day)
 
 
-def _special_tokens(tokenizer: Any) -> set[str]:
-    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return {*tokenizer.all_special_tokens, *added} - {""}
+def _opening(conversation: Conversation) -> str:
+    """What a row without template begins with: the prompt, or of a text the whole."""
+    return conversation.messages[0]["content"]
 
 
-def _render(tokenizer: Any, messages: list[dict[str, Any]], place: str, *, generate: bool = False) -> str:
-    """The text of the messages under the tokenizer's template, which transformers runs in a sandbox."""
-    from jinja2.exceptions import TemplateError
-
-    if not messages:
-        return ""
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-    except TemplateError as error:
-        raise UserError(f"{place}: the chat template refuses this conversation: {error}") from None
+def _tokens_of(encoding: Any, span: Span, length: int) -> Span:
+    """The tokens that overlap a span of characters."""
+    begin = _token_at(encoding, span.begin, length)
+    end = _token_at(encoding, span.end, length)
+    if end < len(encoding) and encoding.token_to_chars(end)[0] < span.end:
+        end += 1
+    return Span(begin, end, span.weight)
 
 
-def _no_template(place: str) -> UserError:
-    return UserError(
-        f"{place}: the row is a chat and the tokenizer has no chat template. "
-        "Use an instruction-tuned model, or rows with prompt and completion, which need none."
-    )
+def _token_at(encoding: Any, char: int, length: int) -> int:
+    """The first token that has `char` or, where no token has it, the next character that one has."""
+    while char < length:
+        token = encoding.char_to_token(char)
+        if token is not None:
+            return token
+        char += 1
+    return len(encoding)

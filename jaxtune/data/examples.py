@@ -1,16 +1,21 @@
-"""All examples of a file, tokenised, with an account of what was cut or left out."""
+"""The examples of a source: tokenised rows cut to length, with an account of what was cut or left out."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.config.schema import DataSection
-from jaxtune.core.errors import UserError, listed
-from jaxtune.data.chat import Example, tokenise
-from jaxtune.data.formats import conversation
-from jaxtune.data.sources import read_rows
+from jaxtune.data.chat import Example
+from jaxtune.data.store import REWRITTEN, TEXT, Store
+
+
+class Part(NamedTuple):
+    """Consecutive examples of one source, and how often an epoch shows them."""
+
+    count: int
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -18,72 +23,233 @@ class Examples:
     """Examples ready for training: cut to length, each with at least one supervised token.
 
     Attributes:
-        source: the file.
-        items: the examples in the file's order.
+        source: what the user named.
+        items: the examples in the order of their rows.
+        lengths: positions that each takes in a row: up to the one that predicts its last supervised token.
+        supervised: supervised tokens of each.
+        parts: how many of them come from each source, and the sources' weights.
+        rows: rows read.
+        formats: the format of each source.
         truncated: places of rows that lost supervised tokens to the cut.
-        dropped: places of rows with nothing supervised (left).
+        unanswered: places of rows that have nothing supervised at all.
+        cut_off: places of rows whose answers lie wholly beyond the cut.
+        bad: what is wrong with rows that were left out, each with its place.
+        rewritten: rows cut into one example an answer, because the template rewrites earlier turns.
+        stores: the tokenised sources, with the documents of each that were chosen.
+        digest: changes when the tokens change.
 
     """
 
     source: str
-    items: list[Example]
-    truncated: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
+    items: Sequence[Example]
+    lengths: np.ndarray
+    supervised: np.ndarray
+    parts: tuple[Part, ...]
+    rows: int = 0
+    formats: tuple[str, ...] = ()
+    truncated: Sequence[str] = ()
+    unanswered: Sequence[str] = ()
+    cut_off: Sequence[str] = ()
+    bad: Sequence[str] = ()
+    rewritten: int = 0
+    stores: tuple[tuple[Store, np.ndarray], ...] = field(default=(), repr=False)
+    digest: str = ""
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Positions that each example takes in a row: up to the one that predicts its last supervised token."""
-        return np.asarray([fed_length(item) for item in self.items], np.int64)
+    def largest_token(self) -> int:
+        """The largest token id; -1 where there is none."""
+        return max((store.about["largest_token"] for store, _ in self.stores), default=-1)
+
+    @property
+    def kinds(self) -> set[str]:
+        """What the rows are: `chat`, `plain` (a prompt and its completion) or `text`."""
+        return {kind for store, _ in self.stores for kind in store.about["kinds"]}
 
     def summary(self) -> dict[str, Any]:
-        """Counts for the terminal, `env.json` and the report."""
-        tokens = int(self.lengths.sum())
+        """Counts for the terminal, `data.json` and the report."""
         return {
             "source": self.source,
-            "rows": len(self.items) + len(self.dropped),
-            "trained_rows": len(self.items),
+            "format": ", ".join(dict.fromkeys(self.formats)),
+            "rows": self.rows,
+            "examples": len(self.items),
             "truncated": len(self.truncated),
-            "dropped": len(self.dropped),
-            "tokens": tokens,
-            "supervised_tokens": int(sum(item.supervised[1:].sum() for item in self.items)),
+            "dropped": len(self.unanswered) + len(self.cut_off),
+            "bad": len(self.bad),
+            "tokens": int(self.lengths.sum()),
+            "supervised_tokens": int(self.supervised.sum()),
             "longest": int(self.lengths.max()),
         }
 
 
 def fed_length(example: Example) -> int:
     """Tokens fed of an example: what follows its last supervised token can change no loss and is not fed."""
-    return int(np.flatnonzero(example.supervised)[-1])
+    return int(np.flatnonzero(example.weights)[-1])
 
 
-def prepare(path: str, tokenizer: Any, data: DataSection, progress: Callable[[int], None] | None = None) -> Examples:
-    """Read, tokenise, mask and cut all rows of a file.
+def in_memory(items: Sequence[Example], source: str = "memory") -> Examples:
+    """Examples that were made elsewhere."""
+    lengths = np.array([fed_length(item) for item in items], np.int64)
+    supervised = np.array([np.count_nonzero(item.weights[1:]) for item in items], np.int64)
+    return Examples(source, items, lengths, supervised, (Part(len(items), 1.0),), rows=len(items))
+
+
+def cut(store: Store, chosen: np.ndarray, max_length: int, name: str, weight: float = 1.0) -> Examples:
+    """The examples of a store.
+
+    A conversation is cut at the end. A text goes on in the next example, which begins with the token the last one ended on, so that
+    each of its tokens is predicted once.
 
     Args:
-        path: a JSON Lines file.
-        tokenizer: the model's tokenizer.
-        data: format, mask and length.
-        progress: called with the number of rows done.
-
-    Raises:
-        UserError: a bad row, with its line; or no row has anything supervised.
+        store: tokenised rows.
+        chosen: which of its documents to take.
+        max_length: tokens of an example at most; so many are fed and, from the second on, predicted.
+        name: what the user named.
+        weight: passes over them in an epoch.
 
     """
-    items, truncated, dropped = [], [], []
-    for number, row in enumerate(read_rows(path)):
-        example = tokenise(tokenizer, conversation(row, data.format), data.train_on)
-        kept = data.max_length + 1  # so many tokens are fed and, from the second on, predicted
-        if example.supervised[kept:].any():
-            truncated.append(row.place)
-        example = Example(example.ids[:kept], example.supervised[:kept])
-        if example.supervised[1:].any():
-            items.append(example)
-        else:
-            dropped.append(row.place)
-        if progress:
-            progress(number + 1)
-    if not items:
-        raise UserError(
-            f"{path}: no row has a supervised token within data.max_length = {data.max_length}. "
-            f"Raise data.max_length, or give rows with an assistant's answer ({listed(dropped, 3)})."
-        )
-    return Examples(path, items, truncated, dropped)
+    windows = _Windows(store, chosen, max_length)
+    return Examples(
+        name,
+        windows.kept,
+        windows.lengths,
+        windows.supervised,
+        (Part(len(windows.lengths), weight),),
+        rows=windows.rows,
+        formats=(store.about["format"],),
+        truncated=_Places(store, windows.truncated),
+        unanswered=_Places(store, windows.unanswered),
+        cut_off=_Places(store, windows.cut_off),
+        bad=store.about["bad"],
+        rewritten=windows.rewritten,
+        stores=((store, chosen),),
+        digest=f"{store.about['digest']}:{len(chosen)}:{int(chosen.sum())}",
+    )
+
+
+def joined(examples: Sequence[Examples]) -> Examples:
+    """The examples of several sources, one source after the other."""
+    if len(examples) == 1:
+        return examples[0]
+
+    def chain(name: str) -> Any:
+        return _Chain([getattr(part, name) for part in examples])
+
+    return Examples(
+        ", ".join(part.source for part in examples),
+        chain("items"),
+        np.concatenate([part.lengths for part in examples]),
+        np.concatenate([part.supervised for part in examples]),
+        tuple(piece for part in examples for piece in part.parts),
+        rows=sum(part.rows for part in examples),
+        formats=tuple(name for part in examples for name in part.formats),
+        truncated=chain("truncated"),
+        unanswered=chain("unanswered"),
+        cut_off=chain("cut_off"),
+        bad=chain("bad"),
+        rewritten=sum(part.rewritten for part in examples),
+        stores=tuple(pair for part in examples for pair in part.stores),
+        digest="+".join(part.digest for part in examples),
+    )
+
+
+class _Windows:
+    """Which tokens of which documents are an example each, for a whole store at once."""
+
+    def __init__(self, store: Store, chosen: np.ndarray, max_length: int) -> None:
+        records = store.documents
+        sizes = np.diff(records["tokens"], prepend=0)
+        spans_of = np.diff(records["spans"], prepend=0)
+        owner = np.repeat(np.arange(len(records)), spans_of)
+        begin = np.maximum(store.spans["begin"], 1)  # nothing predicts a first token
+        end = store.spans["end"]
+        text = (records["marks"] & TEXT) > 0
+        limit = np.where(text, sizes, np.minimum(sizes, max_length + 1))[owner]
+        whole = _sums(owner, np.maximum(end - begin, 0), len(records))
+        inside = np.maximum(np.minimum(end, limit) - begin, 0)
+        within = _sums(owner, inside, len(records))
+        last = np.zeros(len(records), np.int64)
+        np.maximum.at(last, owner, np.where(inside > 0, np.minimum(end, limit) - 1, 0))
+        self.truncated = chosen[within[chosen] < whole[chosen]]
+        self.unanswered = chosen[whole[chosen] == 0]
+        self.cut_off = chosen[(whole[chosen] > 0) & (within[chosen] == 0)]
+        marked = records["marks"][chosen] & REWRITTEN > 0
+        lines = records[["file", "line"]][chosen]
+        self.rewritten = len(np.unique(lines[marked]))
+        self.rows = len(chosen) - int(marked.sum()) + self.rewritten
+
+        taken = chosen[within[chosen] > 0]
+        pieces = np.where(text[taken], -(-(sizes[taken] - 1) // max_length), 1)
+        document = np.repeat(taken, pieces)
+        number = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        first = number * max_length
+        stop = np.minimum(first + max_length + 1, sizes[document])
+        self.lengths = np.where(text[document], stop - first - 1, last[document])
+        self.supervised = np.where(text[document], stop - first - 1, within[document])
+        self.kept = _Cut(store, document, first, stop)
+
+
+def _sums(owner: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+    return np.bincount(owner, weights=values, minlength=count).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class _Cut(Sequence):
+    """Examples read from a store when they are asked for."""
+
+    store: Store
+    document: np.ndarray
+    first: np.ndarray
+    stop: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        document, first, stop = int(self.document[index]), int(self.first[index]), int(self.stop[index])
+        records, spans = self.store.documents, self.store.spans
+        start = int(records["tokens"][document - 1]) if document else 0
+        weights = np.zeros(stop - first, np.float32)
+        for span in spans[int(records["spans"][document - 1]) if document else 0 : int(records["spans"][document])]:
+            begin, end = max(int(span["begin"]) - first, 0), int(span["end"]) - first
+            if end > 0:
+                weights[begin:end] = span["weight"]
+        return Example(np.array(self.store.ids[start + first : start + stop]), weights)
+
+
+@dataclass(frozen=True)
+class _Places(Sequence):
+    """Places of documents, as text."""
+
+    store: Store
+    documents: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        return str(self.store.place(int(self.documents[index])))
+
+
+@dataclass(frozen=True)
+class _Chain(Sequence):
+    """Sequences one after the other."""
+
+    parts: list[Sequence]
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([len(part) for part in self.parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return self.parts[part][index - (int(self._ends[part - 1]) if part else 0)]

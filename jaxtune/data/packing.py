@@ -1,6 +1,7 @@
 """Which examples share a row and which rows share a batch: a plan of the epoch, known before it begins."""
 
 import bisect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,11 +9,12 @@ import numpy as np
 
 from jaxtune.core.errors import RunFailure
 from jaxtune.data.chat import Example
-from jaxtune.data.examples import fed_length
+from jaxtune.data.examples import Part
 from jaxtune.objectives.sft import Batch
 
 OPEN_ROWS = 128
 _BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
+_SORTED_TOGETHER = 64
 
 PackedRow = tuple[int, ...]
 
@@ -37,20 +39,73 @@ class Layout:
     seed: int
 
 
-def epoch_batches(lengths: np.ndarray, layout: Layout, epoch: int) -> list[list[PackedRow]]:
-    """Every example exactly once, in batches of rows; the last batch may have fewer rows.
+@dataclass(frozen=True)
+class Epoch:
+    """The rows of one pass over the data, in order.
+
+    Attributes:
+        members: the examples of all rows, row after row.
+        ends: where each row's examples end in `members`.
+        rows: rows per batch.
+
+    """
+
+    members: np.ndarray
+    ends: np.ndarray
+    rows: int
+
+    def __len__(self) -> int:
+        return -(-len(self.ends) // self.rows)
+
+    def batch(self, index: int) -> list[PackedRow]:
+        """The rows of a batch; of the last one there may be fewer."""
+        chosen = range(index * self.rows, min((index + 1) * self.rows, len(self.ends)))
+        return [tuple(self.members[self.ends[row - 1] if row else 0 : self.ends[row]].tolist()) for row in chosen]
+
+
+def plan_epoch(lengths: np.ndarray, layout: Layout, epoch: int, parts: Sequence[Part] = ()) -> Epoch:
+    """Every example once (of a source of weight w, w times), in batches of rows.
 
     Args:
         lengths: positions that each example takes.
         layout: see `Layout`.
         epoch: number of the epoch from 0.
+        parts: the sources that the examples come from; all of weight 1 where it is empty.
 
     """
-    order = np.arange(len(lengths))
+    random = np.random.Generator(np.random.PCG64([layout.seed, epoch]))
+    order = _drawn(len(lengths), parts, layout.seed, epoch)
     if layout.shuffle:
-        order = np.random.Generator(np.random.PCG64([layout.seed, epoch])).permutation(len(lengths))
-    rows = _best_fit(order, lengths, layout.max_length) if layout.packing else [(int(index),) for index in order]
-    return [rows[start : start + layout.rows] for start in range(0, len(rows), layout.rows)]
+        order = random.permutation(order)
+    if layout.packing:
+        rows = _best_fit(order, lengths, layout.max_length)
+        sizes = np.fromiter(map(len, rows), np.int64, len(rows))
+        members = np.fromiter((index for row in rows for index in row), np.int64, len(order))
+        return Epoch(members, np.cumsum(sizes), layout.rows)
+    if layout.shuffle:
+        order = _by_length(order, lengths, layout.rows, random)
+    return Epoch(order, np.arange(1, len(order) + 1), layout.rows)
+
+
+def _drawn(count: int, parts: Sequence[Part], seed: int, epoch: int) -> np.ndarray:
+    """The examples that an epoch shows, before they are put in order.
+
+    A source of weight w is gone through again and again, each time in another order, and an epoch takes the next w of a pass: so after
+    1/w epochs each of its examples was seen, and none twice.
+    """
+    if all(part.weight == 1 for part in parts):
+        return np.arange(count)
+    found, start = [], 0
+    for number, part in enumerate(parts):
+        begin, end = (math.ceil(part.weight * part.count * at) for at in (epoch, epoch + 1))
+        while begin < end:
+            turn, offset = divmod(begin, part.count)
+            order = np.random.Generator(np.random.PCG64([seed, number, turn, 1])).permutation(part.count)
+            taken = order[offset : offset + end - begin]
+            found.append(start + taken)
+            begin += len(taken)
+        start += part.count
+    return np.concatenate([np.zeros(0, np.int64), *found])
 
 
 def _best_fit(order: np.ndarray, lengths: np.ndarray, capacity: int) -> list[PackedRow]:
@@ -58,8 +113,7 @@ def _best_fit(order: np.ndarray, lengths: np.ndarray, capacity: int) -> list[Pac
     done: list[PackedRow] = []
     free: list[tuple[int, int]] = []  # (space left, number of the row), sorted
     open_rows: dict[int, list[int]] = {}
-    for number, index in enumerate(map(int, order)):
-        need = int(lengths[index])
+    for number, (index, need) in enumerate(zip(order.tolist(), lengths[order].tolist(), strict=True)):
         at = bisect.bisect_left(free, (need, -1))
         space, row = free.pop(at) if at < len(free) else (capacity, number)
         open_rows.setdefault(row, []).append(index)
@@ -67,6 +121,16 @@ def _best_fit(order: np.ndarray, lengths: np.ndarray, capacity: int) -> list[Pac
         if len(free) > OPEN_ROWS:
             done.append(tuple(open_rows.pop(free.pop(0)[1])))
     return done + [tuple(members) for members in open_rows.values()]
+
+
+def _by_length(order: np.ndarray, lengths: np.ndarray, rows: int, random: np.random.Generator) -> np.ndarray:
+    """Examples of like length share a batch: within stretches of so many batches they are sorted, and then the batches are shuffled."""
+    stretch = rows * _SORTED_TOGETHER
+    order = np.concatenate(
+        [part[np.argsort(lengths[part], kind="stable")] for part in np.split(order, range(stretch, len(order), stretch))]
+    )
+    whole = len(order) // rows * rows
+    return np.concatenate([random.permutation(order[:whole].reshape(-1, rows), axis=0).reshape(-1), order[whole:]])
 
 
 def row_length(rows: Sequence[PackedRow], lengths: np.ndarray, layout: Layout) -> int:
@@ -77,14 +141,28 @@ def row_length(rows: Sequence[PackedRow], lengths: np.ndarray, layout: Layout) -
     return min(layout.max_length, next((size for size in _BUCKETS if size >= longest), layout.max_length))
 
 
-def build_batch(rows: Sequence[PackedRow], examples: Sequence[Example], count: int, length: int) -> Batch:
-    """The arrays of a batch, [count, length]; rows that are not there are padding.
+def build_batch(
+    rows: Sequence[PackedRow],
+    examples: Sequence[Example],
+    lengths: np.ndarray,
+    shape: tuple[int, int],
+    wanted: np.ndarray | None = None,
+) -> Batch:
+    """The arrays of a batch; rows that are not there are padding.
+
+    Args:
+        rows: the examples of each row.
+        examples: all examples.
+        lengths: positions that each takes.
+        shape: rows and positions of the batch.
+        wanted: which rows to fill, where another process fills the others; all by default.
 
     Raises:
         RunFailure: no token of the batch is supervised.
 
     """
-    shape = (count, length)
+    if not any(rows):
+        raise RunFailure("A batch has no supervised token, so its loss is not defined.")
     batch = Batch(
         np.zeros(shape, np.int32),
         np.zeros(shape, np.int32),
@@ -93,17 +171,18 @@ def build_batch(rows: Sequence[PackedRow], examples: Sequence[Example], count: i
         np.zeros(shape, np.int32),
     )
     for number, row in enumerate(rows):
+        if wanted is not None and not wanted[number]:
+            continue
         at = 0
         for segment, index in enumerate(row, 1):
-            example = examples[index]
-            size = fed_length(example)
+            example, size = examples[index], int(lengths[index])
             place = (number, slice(at, at + size))
             batch.input_ids[place] = example.ids[:size]
             batch.target_ids[place] = example.ids[1 : size + 1]
-            batch.weights[place] = example.supervised[1 : size + 1]
+            batch.weights[place] = example.weights[1 : size + 1]
             batch.segment_ids[place] = segment
             batch.positions[place] = np.arange(size)
             at += size
-    if not batch.weights.any():
+    if wanted is None and not batch.weights.any():
         raise RunFailure("A batch has no supervised token, so its loss is not defined.")
     return batch

@@ -1,6 +1,7 @@
 """Evaluation of a model on a file: loss and perplexity always, accuracy where the answers are classes."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -8,12 +9,14 @@ import numpy as np
 from flax import nnx
 
 from jaxtune.config.schema import DataSection
-from jaxtune.core.errors import UserError
+from jaxtune.core.errors import UserError, listed
 from jaxtune.data.chat import Example, prompt_ids, tokenise
-from jaxtune.data.examples import Examples, prepare
-from jaxtune.data.formats import Conversation, conversation
-from jaxtune.data.packing import Layout, build_batch, epoch_batches, row_length
-from jaxtune.data.sources import read_rows
+from jaxtune.data.examples import Examples
+from jaxtune.data.formats import Conversation
+from jaxtune.data.loader import Plan
+from jaxtune.data.packing import Layout
+from jaxtune.data.prepare import conversations, prepare
+from jaxtune.data.row import Problems
 from jaxtune.evals.tasks import CLASSIFICATION, TASKS, classes, classification_metrics, detect, interval, normalised
 from jaxtune.generate.engine import Engine
 from jaxtune.generate.sampling import Sampling
@@ -28,7 +31,7 @@ def evaluate(
     model: CausalLM,
     tokenizer: Any,
     stop_ids: Sequence[int],
-    path: str,
+    data: DataSection,
     task: str = "auto",
     batch: int = 32,
     progress: Callable[[int, int], None] | None = None,
@@ -39,7 +42,7 @@ def evaluate(
         model: with or without an adapter.
         tokenizer: its tokenizer.
         stop_ids: tokens that end an answer.
-        path: a JSON Lines file.
+        data: its evaluation part.
         task: `lm`, `classification`, or `auto` to go by the answers.
         batch: rows computed together; it changes no number.
         progress: called with rows done and rows in all.
@@ -50,38 +53,44 @@ def evaluate(
     """
     if task not in TASKS:
         raise UserError(f"--task {task}: unknown; there are {', '.join(TASKS)}.")
-    rows = [conversation(row) for row in read_rows(path)]
+    problems = Problems(data.on_error)
+    rows = list(conversations(data, "eval", problems))
+    name = ", ".join(entry.source for entry in data.entries("eval") or data.entries("train"))
+    if not rows:
+        raise UserError(f"{name} has no row to evaluate on. {listed(problems.found, 3)}".rstrip())
     task = detect(rows) if task == "auto" else task
     if task == CLASSIFICATION:
-        result = _classification(model, tokenizer, stop_ids, rows, path, batch, progress)
+        result = _classification(model, tokenizer, stop_ids, rows, name, batch, progress)
     else:
-        result = _language_model(model, tokenizer, path, batch, progress)
-    return {"task": task, "rows": len(rows), **result}
+        text = any(row.text for row in rows)  # read in windows of the length it was trained in
+        data = data if text else data.model_copy(update={"max_length": model.config.max_positions})
+        result = _language_model(model, tokenizer, data, batch, progress)
+    bad = {"bad": len(problems.found)} if problems.found else {}
+    return {"task": task, "rows": len(rows), **bad, **result}
 
 
-def _language_model(model: CausalLM, tokenizer: Any, path: str, batch: int, progress: Any) -> dict[str, Any]:
-    data = DataSection(max_length=model.config.max_positions)
-    examples = prepare(path, tokenizer, data)
+def _language_model(model: CausalLM, tokenizer: Any, data: DataSection, batch: int, progress: Any) -> dict[str, Any]:
+    examples = prepare(data, tokenizer, "eval")
+    model.config.check_tokens([[examples.largest_token]])
     losses, weights = row_losses(model, examples, batch, progress)
     loss = float(losses.sum() / weights.sum())
     return {
         **_loss(loss, weights),
         "truncated": len(examples.truncated),
-        "dropped": len(examples.dropped),
+        "dropped": len(examples.unanswered) + len(examples.cut_off),
         "intervals": {"loss": interval(len(losses), lambda rows: float(losses[rows].sum() / weights[rows].sum()))},
     }
 
 
 def row_losses(model: CausalLM, examples: Examples, batch: int, progress: Any = None) -> tuple[np.ndarray, np.ndarray]:
     """`(sum of token losses, supervised tokens)` of every example, in nats, float64."""
-    model.config.check_tokens(item.ids for item in examples.items)
     graph, state = nnx.split(model)
     lengths = examples.lengths
     layout = Layout(batch, int(lengths.max()), packing=False, shuffle=False, seed=0)
     losses, weights = np.zeros(len(lengths)), np.zeros(len(lengths))
-    done = 0
-    for rows in epoch_batches(lengths, layout, 0):
-        arrays = build_batch(rows, examples.items, batch, row_length(rows, lengths, layout))
+    plan, done = Plan(examples, layout, 1), 0
+    for index in range(len(plan)):
+        rows, arrays = plan.rows(index), plan.batch(index)
         found = np.asarray(_losses_by_row(graph, state, arrays))
         losses[done : done + len(rows)] = found[: len(rows)]
         weights[done : done + len(rows)] = arrays.weights.sum(axis=1)[: len(rows)]
@@ -134,7 +143,7 @@ def _classification(
 def _continuation(tokenizer: Any, row: Conversation, prompt: list[int], answer: str) -> list[int]:
     """The ids from the end of the prompt through the end of turn, were `answer` the answer."""
     messages = [*row.prompt, {"role": "assistant", "content": answer}]
-    example: Example = tokenise(tokenizer, Conversation(row.place, messages, row.plain), "last")
+    example: Example = tokenise(tokenizer, replace(row, messages=messages), "last")
     last = int(np.flatnonzero(example.supervised)[-1])
     ids = example.ids.tolist()
     if ids[: len(prompt)] != prompt:

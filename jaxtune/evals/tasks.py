@@ -18,7 +18,7 @@ _RESAMPLES = 1000
 def detect(rows: Sequence[Conversation]) -> str:
     """`classification` where the answers are few, short and repeated, else `lm`."""
     answers = Counter(row.answer for row in rows)
-    if None in answers:
+    if None in answers or any(row.text for row in rows):
         return LM
     short = all(len(answer.split()) <= _MOST_WORDS for answer in answers if answer is not None)
     few = 2 <= len(answers) <= min(_MOST_CLASSES, len(rows) // 2)

@@ -1,5 +1,6 @@
 """The report's charts, as pieces of a page that holds plotly's script."""
 
+from itertools import pairwise
 from typing import Any
 
 _LAYOUT = {
@@ -27,11 +28,15 @@ def curve(title: str, series: dict[str, tuple[list, list]]) -> str:
     return _div(go.Figure(lines), title, "step")
 
 
-def histogram(title: str, series: dict[str, list[int]]) -> str:
-    """Overlaid histograms."""
+def histogram(title: str, series: dict[str, dict[str, list[int]]]) -> str:
+    """Overlaid histograms, each of edges and the counts between them."""
     import plotly.graph_objects as go
 
-    figure = go.Figure([go.Histogram(x=values, name=name, opacity=0.7, nbinsx=40) for name, values in series.items()])
+    figure = go.Figure()
+    for name, bins in series.items():
+        edges = bins["edges"]
+        widths = [right - left for left, right in pairwise(edges)]
+        figure.add_bar(x=edges[:-1], y=bins["counts"], width=widths, offset=0, name=name, opacity=0.7)
     figure.update_layout(barmode="overlay")
     return _div(figure, title, "tokens")
 

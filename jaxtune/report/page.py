@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune.core.errors import UserError
-from jaxtune.core.files import read_json, write_text
+from jaxtune.core.files import read_json, read_jsonl, write_text
 from jaxtune.report.charts import confusion, curve, histogram
 from jaxtune.train.metrics import read_metrics
 from jaxtune.train.rundir import CONFIG, DATA_SUMMARY, ENVIRONMENT, SAMPLES, VERIFICATION
@@ -48,7 +48,7 @@ def _read(run: Path) -> dict[str, Any]:
         "train": [row for row in rows if row["split"] == "train"],
         "eval": [row for row in rows if row["split"] == "eval"],
         "config": (run / CONFIG).read_text(encoding="utf-8"),
-        "samples": [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()] if samples.exists() else [],
+        "samples": read_jsonl(samples) if samples.exists() else [],
         **{name: read_json(path) if path.exists() else {} for name, path in optional.items()},
     }
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxtune.core.errors import RunFailure
-from jaxtune.data.loader import Plan, batches, on_devices
+from jaxtune.data.loader import Plan, batches, local_rows, on_devices
 from jaxtune.objectives.sft import Batch
 from jaxtune.train.checkpoint import Checkpoints
 from jaxtune.train.interrupt import Interrupted, StopRequest
@@ -64,7 +64,7 @@ class Recorder:
         row = {
             "split": "train",
             "step": step,
-            "epoch": round(self.setup.plan.positions[pending.index].epoch, 6),
+            "epoch": round(self.setup.plan.epoch(pending.index), 6),
             "loss": loss,
             "grad_norm": norm,
             "learning_rate": float(np.asarray(self._rate(pending.index))),
@@ -113,14 +113,13 @@ def fit(
     recorder = Recorder(setup, log, task)
     pending: Pending | None = None
     with StopRequest() as stop:
-        for index, host, batch in batches(setup.plan, int(state.step), setup.cuts, setup.mesh):
-            run, peak = compiled(state, batch)
-            state, metrics = run(state, setup.frozen, batch)
+        for loaded in batches(setup.plan, int(state.step), setup.cuts, setup.mesh):
+            run, peak = compiled(state, loaded.batch)
+            state, metrics = run(state, setup.frozen, loaded.batch)
             if pending:
                 recorder.record(pending)
-            tokens = int(np.count_nonzero(host.segment_ids))
-            pending = Pending(index, tokens, host.segment_ids.size - tokens, peak, metrics)
-            done = index + 1
+            pending = Pending(loaded.index, loaded.tokens, loaded.padding, peak, metrics)
+            done = loaded.index + 1
             evaluates = bool(config.train.eval_every) and done % (config.train.eval_every or 1) == 0 and done < total
             saves = done % config.checkpoint.every == 0 or done == total
             if evaluates or saves or stop.number:
@@ -180,8 +179,9 @@ class Evaluator:
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Loss in nats per supervised token, and perplexity."""
         sums = []
+        wanted = local_rows(self.plan.layout.rows, 1, self.setup.mesh)
         for index in range(len(self.plan)):
-            batch = on_devices(self.plan.batch(index), 1, self.setup.mesh)
+            batch = on_devices(self.plan.batch(index, wanted), 1, self.setup.mesh)
             sums.append(self._step(state.trainable, self.setup.frozen, Batch(*(part[0] for part in batch))))
         losses, weights = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
         return {"loss": float(losses / weights), "perplexity": perplexity(float(losses / weights))}

@@ -28,9 +28,9 @@ class Reporter:
         self.console.print(text, markup=False)
 
     @contextmanager
-    def task(self, name: str, total: int, start: int = 0) -> Iterator["Task"]:
-        """Progress over `total` units, of which `start` were done before."""
-        task = Task(self.console, name, total, start)
+    def task(self, name: str, total: int, start: int = 0, *, lazy: bool = False) -> Iterator["Task"]:
+        """Progress over `total` units, of which `start` were done before; a lazy task shows nothing before its first update."""
+        task = Task(self.console, name, total, start, lazy)
         with task:
             yield task
 
@@ -38,18 +38,23 @@ class Reporter:
 class Task:
     """One bar, or about twenty lines where there is no terminal."""
 
-    def __init__(self, console: Console, name: str, total: int, start: int) -> None:
-        self.console, self.name, self.total, self.start = console, name, total, start
+    def __init__(self, console: Console, name: str, total: int, start: int, lazy: bool = False) -> None:
+        self.console, self.name, self.total, self.start, self.lazy = console, name, total, start, lazy
         self.bar: Progress | None = None
         self._began = time.monotonic()
         self._reported = False
+        self._percent = -1
 
     def __enter__(self) -> "Task":
-        if self.console.is_terminal and not self.console.quiet:
+        if not self.lazy:
+            self._show()
+        return self
+
+    def _show(self) -> None:
+        if self.console.is_terminal and not self.console.quiet and self.bar is None:
             self.bar = Progress(*_columns(), console=self.console, expand=True)
             self.bar.start()
             self._id = self.bar.add_task(self.name, total=self.total, completed=self.start, text="")
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self.bar:
@@ -72,6 +77,14 @@ class Task:
         if self.bar:
             self.bar.update(self._id, total=total)
         self.update(done)
+
+    def update_share(self, share: float, text: str) -> None:
+        """Such a share is done, of a task whose units are hundredths."""
+        percent = int(share * self.total)
+        self._show()
+        if self.bar or percent != self._percent:
+            self._percent = percent
+            self.update(percent, text)
 
 
 def _columns() -> tuple[ProgressColumn, ...]:

@@ -1,11 +1,11 @@
 """The run directory: the whole record of a run, and the guard that it is continued by the same run only."""
 
 import fcntl
-import hashlib
 import importlib.metadata
 import platform
 import shutil
 import subprocess
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class RunDirectory:
 
     Args:
         config: the resolved configuration; `config.run.dir` is the directory.
+        data: a digest of the tokens of each part.
+        day: the day the run began.
         fresh: remove what an earlier run left there.
 
     Raises:
@@ -40,7 +42,7 @@ class RunDirectory:
 
     """
 
-    def __init__(self, config: Config, data: dict[str, str], fresh: bool = False) -> None:
+    def __init__(self, config: Config, data: dict[str, str], day: date, fresh: bool = False) -> None:
         self.path = Path(config.run.dir)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -57,7 +59,7 @@ class RunDirectory:
             self._clear()
         self._check(config, data)
         write_text(self.path / CONFIG, dump(config))
-        write_json(self.path / ENVIRONMENT, {**environment(), "data": data})
+        write_json(self.path / ENVIRONMENT, {**environment(), "day": str(day), "data": data})
 
     def close(self) -> None:
         """Release the lock."""
@@ -101,18 +103,12 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
-def file_digest(path: str) -> str:
-    """SHA-256 of a file, so that a continued run can tell that its data changed.
-
-    Raises:
-        UserError: there is no such file.
-
-    """
+def first_day(path: str | Path) -> date:
+    """The day a run began; today where it has not. Chat templates may print it, and a run that goes on must see the same tokens."""
     try:
-        with Path(path).expanduser().open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}. Give a JSON Lines file.") from None
+        return date.fromisoformat(read_json(Path(path) / ENVIRONMENT)["day"])
+    except (UserError, KeyError, ValueError):
+        return date.today()
 
 
 def environment() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """From a configuration to everything a run needs: data first, weights last, so that a mistake is found before they load."""
 
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 import jax
@@ -14,18 +15,16 @@ from jaxtune.config.schema import Config
 from jaxtune.core.errors import UserError
 from jaxtune.core.files import shown
 from jaxtune.core.mesh import make_mesh
-from jaxtune.data.examples import Examples, prepare
 from jaxtune.data.loader import Plan, check_divides
-from jaxtune.data.packing import Layout
 from jaxtune.models.decoder import CausalLM
-from jaxtune.models.families import from_hf
 from jaxtune.objectives.sft import sft
+from jaxtune.train.inputs import account, read_inputs
 from jaxtune.train.optim import optimizer
 from jaxtune.train.progress import Reporter
 from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import attach, open_adapter
-from jaxtune.weights.source import Source, resolve
-from jaxtune.weights.vocabulary import Grown, for_adapter, with_tokens
+from jaxtune.weights.source import Source
+from jaxtune.weights.vocabulary import Grown
 
 OBJECTIVES = {"sft": sft}
 AUTO_REMAT = "dots"
@@ -73,37 +72,23 @@ class Setup:
         return nnx.merge(self.graph, trainable, self.frozen)
 
 
-def setup(config: Config, reporter: Reporter) -> Setup:
+def setup(config: Config, reporter: Reporter, day: date | None = None) -> Setup:
     """Build a run.
+
+    Args:
+        config: the resolved configuration.
+        reporter: progress.
+        day: the date for chat templates that print one; today's by default.
 
     Raises:
         UserError: anything that is wrong with the configuration, the data or the weights.
 
     """
-    if config.data.train is None:
-        raise UserError("data.train is not set. Give a JSON Lines file, for example data.train=train.jsonl.")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_divides(config.train.micro_batch_size or config.train.batch_size, mesh, _rows_key(config))
-    adapter = open_adapter(config.adapter.init) if config.adapter.init else None
-    source = for_adapter(resolve(config.model.source), adapter)
-    from_hf(source.config_json(), str(source.config_path))  # what is wrong there is said before the tokenizer is read
-    if adapter is None:
-        source = with_tokens(source, config.model.new_tokens)
-    elif config.model.new_tokens or config.adapter.train_tokens != "none":
-        raise UserError(
-            "model.new_tokens and adapter.train_tokens: an adapter that is trained further (adapter.init) keeps its tokens. Remove them."
-        )
-    if config.adapter.train_tokens == "new" and not isinstance(source, Grown):
-        raise UserError("adapter.train_tokens = new, and no token is new. Name some in model.new_tokens, or take all.")
-    tokenizer = source.tokenizer()
-    if tokenizer is None:
-        raise UserError(
-            f"{config.model.source} has no tokenizer, which training needs. Put its tokenizer files beside the weights."
-        )
-    plan, eval_plan = _plans(config, tokenizer, reporter)
-    from_hf(source.config_json(), str(source.config_path)).check_tokens(
-        item.ids for part in (plan, eval_plan) if part for item in part.examples.items
-    )
+    inputs = read_inputs(config, reporter, day)
+    account(inputs.plans, reporter)
+    source, adapter = inputs.source, inputs.adapter
     reporter.say(f"Loading {shown(config.model.source)}")
     model = load_model(source, mesh, dtype=config.model.dtype, compute=config.model.compute_dtype)
     numbers = config.adapter
@@ -128,9 +113,8 @@ def setup(config: Config, reporter: Reporter) -> Setup:
     _announce(model, trainable, frozen, mesh, reporter)
     if isinstance(source, Grown) and adapter is None:
         _announce_tokens(source, numbers.train_tokens, reporter)
-    return Setup(
-        config, mesh, source, tokenizer, graph, trainable, frozen, plan, eval_plan, optimizer(config.optimizer, len(plan))
-    )
+    update = optimizer(config.optimizer, len(inputs.plan))
+    return Setup(config, mesh, source, inputs.tokenizer, graph, trainable, frozen, inputs.plan, inputs.eval_plan, update)
 
 
 def adopt_adapter(config: Config) -> Config:
@@ -155,34 +139,6 @@ def adopt_adapter(config: Config) -> Config:
                 f"adapter.{key} = {getattr(config.adapter, key)}, and adapter.init has {value}. Remove adapter.{key}, or set it to that."
             )
     return config.model_copy(update={"adapter": config.adapter.model_copy(update=found)})
-
-
-def _plans(config: Config, tokenizer: Any, reporter: Reporter) -> tuple[Plan, Plan | None]:
-    data, train = config.data, config.train
-    assert data.train is not None
-    examples = prepare(data.train, tokenizer, data)
-    _account(examples, "Training", reporter)
-    layout = Layout(train.batch_size, data.max_length, data.packing, data.shuffle, train.seed)
-    plan = Plan(examples, layout, train.epochs, train.steps)
-    if data.eval is None:
-        return plan, None
-    held_out = prepare(data.eval, tokenizer, data)
-    _account(held_out, "Evaluation", reporter)
-    return plan, Plan(held_out, Layout(train.batch_size, data.max_length, data.packing, False, train.seed), 1)
-
-
-def _account(examples: Examples, name: str, reporter: Reporter) -> None:
-    counts = examples.summary()
-    reporter.say(
-        f"{name} data: {counts['trained_rows']} rows, {counts['tokens']:,} tokens, {counts['supervised_tokens']:,} supervised, "
-        f"longest {counts['longest']}; {counts['truncated']} truncated, {counts['dropped']} dropped"
-    )
-    for places, what in (
-        (examples.truncated, "lost supervised tokens to data.max_length"),
-        (examples.dropped, "have nothing supervised"),
-    ):
-        if places:
-            reporter.say(f"  {len(places)} rows {what}: {', '.join(places[:3])}{' ...' if len(places) > 3 else ''}")
 
 
 def _announce(model: CausalLM, trainable: nnx.State, frozen: nnx.State, mesh: Mesh, reporter: Reporter) -> None:

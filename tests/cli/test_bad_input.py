@@ -59,7 +59,7 @@ GOOD_LINE = json.dumps(GOOD)
 BAD_ROWS = {
     "malformed JSON": ([GOOD_LINE, "", '{"messages": [}'], "rows.jsonl:3: not valid JSON"),
     "not an object": ([GOOD_LINE, "[1]"], "rows.jsonl:2: a list instead of a JSON object"),
-    "no messages": ([GOOD_LINE, '{"text": "x"}'], "rows.jsonl:2: neither 'messages' nor 'prompt'"),
+    "no messages": ([GOOD_LINE, '{"text": "x"}'], "rows.jsonl:2: the key 'messages' is missing; there are text"),
     "messages of another type": (['{"messages": "x"}'], "rows.jsonl:1: 'messages' is not a list"),
     "no messages in the list": (['{"messages": []}'], "rows.jsonl:1: 'messages' is not a list with at least one"),
     "unknown role": (['{"messages": [{"role": "asistant", "content": "x"}]}'], "messages[0]: unknown role 'asistant'"),
@@ -68,7 +68,7 @@ BAD_ROWS = {
     "no completion": (['{"prompt": "x", "completions": "y"}'], "Did you mean 'completions'?"),
     "prompt of another type": (['{"prompt": 1, "completion": "y"}'], "rows.jsonl:1: 'prompt' is of type int, not a string"),
     "not UTF-8": ([GOOD_LINE, b'{"prompt": "\xa3"}'], "rows.jsonl:2: not UTF-8"),
-    "empty": ([""], "rows.jsonl has no rows"),
+    "empty": ([""], "rows.jsonl: the file has no rows"),
     "nothing supervised": (['{"messages": [{"role": "user", "content": "x"}]}'], "no row has a supervised token"),
 }
 

@@ -35,7 +35,9 @@ CHANGES = {
     "checkpoint.every": 100, "checkpoint.keep": 1,
 }  # fmt: skip
 # Keys whose other values are files, or are refused, which is tested below or beside the thing itself.
-OTHERS = {"model.source", "adapter.init", "data.train", "data.eval", "data.format", "run.dir"}
+OTHERS = {
+    "model.source", "adapter.init", "data.train", "data.eval", "data.split", "data.format", "data.columns", "data.on_error", "run.dir",
+}  # fmt: skip
 SINGLE = {"adapter.method", "trainable", "optimizer.name", "train.objective", "mesh.slices", "mesh.context", "run.trackers"}
 
 

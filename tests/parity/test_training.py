@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from jaxtune.adapters.inject import split_trainable
 from jaxtune.config.loading import validated
-from jaxtune.data.examples import prepare
+from jaxtune.data.prepare import prepare
 from jaxtune.models.names import names_of
 from jaxtune.objectives.sft import Batch, sft
 from jaxtune.train.metrics import read_metrics
@@ -94,7 +94,7 @@ def test_trap27_twenty_steps_of_the_real_model_equal_peft(smollm2, tmp_path):
     ours = [row for row in read_metrics(tmp_path / "run") if row["split"] == "train"]
 
     config = validated(keys)
-    items = prepare(config.data.train, resolve(str(smollm2)).tokenizer(), config.data).items
+    items = prepare(config.data, resolve(str(smollm2)).tokenizer()).items[:]
     batches = [[(item.ids, item.supervised) for item in items[k : k + rows_a_step]] for k in range(0, len(items), rows_a_step)]
     warm = [1e-3 * (k + 1) / 5 for k in range(5)]
     rates = warm + [1e-3 * 0.5 * (1 + np.cos(np.pi * (k - 5) / (steps - 5))) for k in range(5, steps)]

@@ -8,10 +8,11 @@ from flax import nnx
 
 from jaxtune.config.schema import DataSection
 from jaxtune.core.errors import RunFailure, UserError
-from jaxtune.data.chat import Example, prompt_ids, tokenise
-from jaxtune.data.examples import Examples, fed_length, prepare
+from jaxtune.data.chat import Example, Tokeniser, prompt_ids, tokenise
+from jaxtune.data.examples import fed_length, in_memory
 from jaxtune.data.formats import Conversation
-from jaxtune.data.packing import Layout, build_batch, epoch_batches
+from jaxtune.data.packing import Layout, build_batch, plan_epoch
+from jaxtune.data.prepare import prepare
 from jaxtune.evals.evaluate import row_losses
 from jaxtune.objectives.sft import sft
 from jaxtune.weights.load import load_model
@@ -66,6 +67,10 @@ def test_trap05_the_prompt_of_generation_is_the_template(name):
     assert prompt_ids(tokenizer, conversation()) == expected
 
 
+def build(rows, examples, count, length):
+    return build_batch(rows, examples, in_memory(examples).lengths, (count, length))
+
+
 @pytest.mark.parametrize("add_bos", [False, True])
 def test_trap04_exactly_one_bos(add_bos):
     for template, eos in ((tools.LLAMA3, "<|eot_id|>"), (tools.CHATML, "<|im_end|>"), (None, "</s>")):
@@ -79,7 +84,7 @@ def test_trap04_exactly_one_bos(add_bos):
 def test_trap02_the_last_target_is_the_end_of_turn_and_padding_is_never_one():
     tokenizer = tools.byte_tokenizer()
     examples = [tokenise(tokenizer, conversation(TALK[:2]), "responses"), tokenise(tokenizer, conversation(), "responses")]
-    batch = build_batch([(0,), (1,)], examples, 3, 160)
+    batch = build([(0,), (1,)], examples, 3, 160)
     for row, example in enumerate(examples):
         size = fed_length(example)
         assert batch.target_ids[row, size - 1] == tokenizer.eos_token_id
@@ -94,13 +99,20 @@ def test_trap06_truncation_that_leaves_nothing_drops_the_row_and_counts_it(tmp_p
     rows = [tools.chat("q" * 10, "yes"), tools.chat("q" * 500, "yes"), tools.chat("q" * 10, "y" * 500)]
     rows.append({"messages": [{"role": "user", "content": "no answer"}]})
     path = tools.write_rows(tmp_path / "rows.jsonl", rows)
-    found = prepare(path, tokenizer, DataSection(max_length=100))
-    assert (len(found.items), found.truncated, found.dropped) == (2, [f"{path}:2", f"{path}:3"], [f"{path}:2", f"{path}:4"])
+    found = prepare(DataSection(train=path, max_length=100), tokenizer)
+    assert [list(places) for places in (found.truncated, found.cut_off, found.unanswered)] == [
+        [f"{path}:2", f"{path}:3"],
+        [f"{path}:2"],
+        [f"{path}:4"],
+    ]
+    assert len(found.items) == 2
     assert all(item.supervised[1:].any() and fed_length(item) <= 100 for item in found.items)
     with pytest.raises(UserError, match="no row has a supervised token"):
-        prepare(path, tokenizer, DataSection(max_length=5))
+        prepare(DataSection(train=path, max_length=5), tokenizer)
     with pytest.raises(RunFailure, match="no supervised token"):
-        build_batch([], [], 2, 8)
+        build_batch([], [], np.zeros(0, int), (2, 8))
+    with pytest.raises(RunFailure, match="no supervised token"):
+        build_batch([(0,)], [Example(np.arange(5), np.zeros(5))], np.array([3]), (2, 8))
 
 
 def test_trap07_a_template_that_rewrites_answers_is_refused_not_masked_to_zero():
@@ -113,8 +125,15 @@ def test_trap07_a_template_that_rewrites_answers_is_refused_not_masked_to_zero()
     dropping = "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}" + tools.CHATML.split("{% for m in messages %}")[
         1
     ].replace("{% endfor %}", "{% endif %}{% endfor %}")
-    with pytest.raises(UserError, match="once other messages follow"):
-        tokenise(tools.byte_tokenizer(dropping), conversation(), "responses")
+    tokenizer = tools.byte_tokenizer(dropping)
+    (documents,) = Tokeniser(tokenizer, "responses")([conversation()])
+    assert [document.rewritten for document in documents] == [True, True]
+    for document, through in zip(documents, (2, 4), strict=True):
+        example = document.example()
+        assert example.ids.tolist() == tokenizer.apply_chat_template(TALK[:through])["input_ids"]
+        assert supervised_texts(tokenizer, example) == [TALK[through - 1]["content"] + "<|im_end|>"]
+    with pytest.raises(UserError, match="the row is 2 examples"):
+        tokenise(tokenizer, conversation(), "responses")
 
 
 def test_trap08_a_prompt_that_is_no_token_prefix_is_masked_by_characters(smollm2):
@@ -142,8 +161,9 @@ def packed_losses(model, examples, layout):
 
     found = {}
     lengths = np.asarray([fed_length(example) for example in examples])
-    for rows in epoch_batches(lengths, layout, 0):
-        batch = build_batch(rows, examples, layout.rows, layout.max_length)
+    epoch = plan_epoch(lengths, layout, 0)
+    for rows in map(epoch.batch, range(len(epoch))):
+        batch = build(rows, examples, layout.rows, layout.max_length)
         losses = np.asarray(token_losses(state, batch))
         for number, row in enumerate(rows):
             at = 0
@@ -163,14 +183,14 @@ def test_trap09_packed_loss_is_the_unpacked_loss_token_by_token(chat_model, one_
     assert packed.keys() == alone.keys()
     for place, loss in alone.items():
         assert packed[place] == pytest.approx(loss, abs=1e-4), place
-    sums, _ = row_losses(model, Examples("rows.jsonl", examples), 4)
+    sums, _ = row_losses(model, in_memory(examples), 4)
     assert sums.sum() == pytest.approx(sum(alone.values()), rel=1e-5)
 
 
 def test_trap09_no_target_crosses_from_one_example_to_the_next():
     random = np.random.default_rng(0)
     examples = [Example(random.integers(0, 99, size).astype(np.int32), np.arange(size) > 1) for size in (5, 7, 4)]
-    batch = build_batch([(0, 1, 2)], examples, 1, 16)
+    batch = build([(0, 1, 2)], examples, 1, 16)
     at = 0
     for number, example in enumerate(examples):
         size = len(example.ids) - 1
@@ -186,7 +206,7 @@ def test_sft_sums_and_does_not_average(chat_model, one_device):
     """Doubling a batch doubles both sums."""
     model = load_model(resolve(str(chat_model)), one_device)
     examples = [tokenise(tools.byte_tokenizer(), conversation(row["messages"]), "responses") for row in tools.sums(4)]
-    once = build_batch([(0,), (1,)], examples, 2, 96)
+    once = build([(0,), (1,)], examples, 2, 96)
     twice = type(once)(*(np.concatenate([part, part]) for part in once))
     (loss, weight, _), (loss2, weight2, _) = sft(model, once, None, "none"), sft(model, twice, None, "none")
     assert float(loss2) == pytest.approx(2 * float(loss), rel=1e-5)

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxtune.config.loading import validated
+from jaxtune.config.schema import DataSection
 from jaxtune.data.chat import Example
-from jaxtune.data.examples import Examples
+from jaxtune.data.examples import in_memory
 from jaxtune.data.loader import Plan, batches
-from jaxtune.data.packing import Layout, epoch_batches
+from jaxtune.data.packing import Layout, plan_epoch
 from jaxtune.evals.evaluate import evaluate
 from jaxtune.train.loop import Evaluator
 from jaxtune.train.progress import Reporter
@@ -25,9 +26,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 def examples(lengths):
     """Examples that fill so many positions, all but the first token supervised; ids name the example."""
-    return Examples(
-        "rows.jsonl",
-        [Example(np.full(size + 1, number, np.int32), np.arange(size + 1) > 0) for number, size in enumerate(lengths)],
+    return in_memory(
+        [Example(np.full(size + 1, number, np.int32), np.arange(size + 1) > 0) for number, size in enumerate(lengths)]
     )
 
 
@@ -41,18 +41,20 @@ def examples(lengths):
 )
 def test_trap25_every_example_once_an_epoch_and_rows_hold_what_fits(lengths, rows, packing, shuffle, epoch):
     layout = Layout(rows, 32, packing, shuffle, seed=3)
-    found = epoch_batches(np.asarray(lengths), layout, epoch)
+    planned = plan_epoch(np.asarray(lengths), layout, epoch)
+    found = [planned.batch(number) for number in range(len(planned))]
     assert sorted(index for batch in found for row in batch for index in row) == list(range(len(lengths)))
     assert all(len(batch) == rows for batch in found[:-1])
     assert all(sum(lengths[index] for index in row) <= 32 for batch in found for row in batch)
-    assert found == epoch_batches(np.asarray(lengths), layout, epoch)
+    again = plan_epoch(np.asarray(lengths), layout, epoch)
+    assert found == [again.batch(number) for number in range(len(again))]
 
 
 def test_trap25_epochs_differ_in_order_and_supervise_the_same_tokens():
     plan = Plan(examples(range(1, 30)), Layout(3, 32, True, True, 0), epochs=3)
     by_epoch = {}
-    for number, position in enumerate(plan.positions):
-        by_epoch.setdefault(int(np.ceil(position.epoch)), []).append(plan.batch(number))
+    for number in range(len(plan)):
+        by_epoch.setdefault(int(np.ceil(plan.epoch(number))), []).append(plan.batch(number))
     assert len({str([batch.input_ids.tolist() for batch in part]) for part in by_epoch.values()}) == 3
     assert [sum(batch.weights.sum() for batch in part) for part in by_epoch.values()] == [sum(range(1, 30))] * 3
 
@@ -63,11 +65,12 @@ def test_trap28_batches_after_a_resume_are_those_of_the_whole_run(packing, start
     def plan():
         return Plan(examples(np.random.default_rng(0).integers(1, 30, 40)), Layout(4, 32, packing, True, 5), epochs=3)
 
-    whole = [(index, host) for index, host, _ in batches(plan(), 0, 2, one_device)]
-    rest = [(index, host) for index, host, _ in batches(plan(), start, 2, one_device)]
-    assert [index for index, _ in rest] == list(range(start, len(plan())))
-    for (_, left), (_, right) in zip(whole[start:], rest, strict=True):
-        jax.tree.map(np.testing.assert_array_equal, left, right)
+    whole = list(batches(plan(), 0, 2, one_device))
+    rest = list(batches(plan(), start, 2, one_device))
+    assert [loaded.index for loaded in rest] == list(range(start, len(plan())))
+    for left, right in zip(whole[start:], rest, strict=True):
+        assert (left.tokens, left.padding) == (right.tokens, right.padding)
+        jax.tree.map(np.testing.assert_array_equal, left.batch, right.batch)
 
 
 def test_steps_override_epochs():
@@ -85,7 +88,9 @@ def test_trap24_evaluation_is_weighted_by_tokens_the_same_at_every_batch_size(ch
     model, tokenizer = load_model(source, one_device), source.tokenizer()
     rows = [tools.chat(f"say {'x' * (n % 5)}", "ab" * (1 + 7 * (n % 3)) + str(n)) for n in range(11)]
     path = tools.write_rows(tmp_path / "rows.jsonl", rows)
-    found = [evaluate(model, tokenizer, source.stop_ids(), path, task="lm", batch=size) for size in (1, 3, 11, 16)]
+    found = [
+        evaluate(model, tokenizer, source.stop_ids(), DataSection(eval=path), task="lm", batch=size) for size in (1, 3, 11, 16)
+    ]
     reference = AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float32)
     from jaxtune.data.chat import tokenise
     from jaxtune.data.formats import Conversation
@@ -102,7 +107,7 @@ def test_trap24_evaluation_on_the_way_is_that_of_the_whole_file_at_every_batch_s
     rows = [tools.chat(f"say {'x' * (n % 5)}", "ab" * (1 + 7 * (n % 3)) + str(n)) for n in range(11)]
     path = tools.write_rows(tmp_path / "rows.jsonl", rows)
     source = resolve(str(chat_model))
-    whole = evaluate(load_model(source, one_device), source.tokenizer(), source.stop_ids(), path, task="lm")
+    whole = evaluate(load_model(source, one_device), source.tokenizer(), source.stop_ids(), DataSection(eval=path), task="lm")
     for size in (8, 16):  # eight devices
         sections = {
             "model": {"source": str(chat_model)},
@@ -122,9 +127,9 @@ def test_trap24_classification_by_cache_equals_the_plain_forward_pass(chat_model
         tools.chat(f"Which colour is this, number {n}?" + "!" * (n % 4), ["red", "green", "light blue"][n % 3]) for n in range(12)
     ]
     path = tools.write_rows(tmp_path / "rows.jsonl", rows)
-    plain = evaluate(model, tokenizer, source.stop_ids(), path, task="lm")
+    plain = evaluate(model, tokenizer, source.stop_ids(), DataSection(eval=path), task="lm")
     for size in (2, 5, 32):
-        result = evaluate(model, tokenizer, source.stop_ids(), path, batch=size)
+        result = evaluate(model, tokenizer, source.stop_ids(), DataSection(eval=path), batch=size)
         assert (result["task"], result["rows"], result["supervised_tokens"]) == ("classification", 12, plain["supervised_tokens"])
         assert result["loss"] == pytest.approx(plain["loss"], rel=1e-5)
         assert np.sum(result["confusion"]["rows_true_columns_predicted"]) == 12

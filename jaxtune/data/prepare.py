@@ -1,0 +1,215 @@
+"""From what `data.train` and `data.eval` name to examples: read, tokenised once, kept on disk."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import date
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxtune.config.schema import DataSection
+from jaxtune.core.errors import UserError, listed
+from jaxtune.data.chat import Tokeniser, template_of
+from jaxtune.data.examples import Examples, cut, joined
+from jaxtune.data.formats import Conversation, conversation, detect
+from jaxtune.data.row import BadRow, Problems
+from jaxtune.data.sources import Source, open_source
+from jaxtune.data.store import VERSION, Store, Writer, cache_directory, new_store, open_store
+
+Which = Literal["train", "eval"]
+Progress = Callable[[float, str], None]
+"""Called with the fraction that is done and a few words."""
+
+_CHUNK_ROWS, _CHUNK_CHARACTERS = 512, 1 << 20
+_REPORT_SECONDS = 1.0
+
+
+def prepare(
+    data: DataSection, tokenizer: Any, which: Which = "train", progress: Progress | None = None, day: date | None = None
+) -> Examples:
+    """Tokenise, mask and cut all rows of a part of the data; from the second time on they are read from the cache.
+
+    Args:
+        data: sources, format, mask and length.
+        tokenizer: the model's tokenizer.
+        which: the training part or the evaluation part.
+        progress: see `Progress`; not called for what is quick.
+        day: the date for chat templates that print one; today's by default.
+
+    Raises:
+        UserError: a source that is not there; a bad row, with its line; or no row has anything supervised.
+
+    """
+    found = []
+    for source, weight in _sources(data, which):
+        store = tokenised(source, tokenizer, data, progress, day)
+        chosen = np.flatnonzero(_belongs(store.documents["prompt"], data, which))
+        found.append(cut(store, chosen, data.max_length, source.name, weight))
+    examples = joined(found)
+    if not len(examples.items):
+        if data.fraction and not examples.rows:
+            raise UserError(
+                f"{examples.source}: data.split = {data.split} leaves no row for {which}. Give more rows or another share."
+            )
+        which_rows = [place for places in (examples.cut_off, examples.unanswered, examples.bad) for place in places[:3]]
+        raise UserError(
+            f"{examples.source}: no row has a supervised token within data.max_length = {data.max_length}. "
+            f"Raise data.max_length, or give rows with an assistant's answer ({listed(which_rows, 3)})."
+        )
+    return examples
+
+
+def conversations(
+    data: DataSection, which: Which, problems: Problems | None = None, *, answered: bool = True
+) -> Iterator[Conversation]:
+    """The rows of a part of the data as they were written, one after the other; bad ones go to `problems`.
+
+    Args:
+        data: sources and format.
+        which: the training part or the evaluation part.
+        problems: what becomes of bad rows; by default what `data.on_error` says.
+        answered: whether a prompt needs a completion.
+
+    Raises:
+        UserError: a source that is not there, or a bad row.
+
+    """
+    problems = problems or Problems(data.on_error)
+    for source, _ in _sources(data, which):
+        for row in _Read(source, data, answered):
+            if isinstance(row, BadRow):
+                problems.add(row)
+            elif _belongs(np.array([row.digests()[1]], np.uint64), data, which)[0]:
+                yield row
+
+
+def has_part(data: DataSection, which: Which) -> bool:
+    """Whether there is anything to train or to evaluate on."""
+    return bool(data.entries(which)) or (which == "eval" and data.fraction > 0 and bool(data.train))
+
+
+def tokenised(
+    source: Source, tokenizer: Any, data: DataSection, progress: Progress | None = None, day: date | None = None
+) -> Store:
+    """A source's tokens, from the cache where they are there.
+
+    Raises:
+        UserError: a bad row (with `data.on_error=raise`), or a disk that cannot be written.
+
+    """
+    identity = source.identity()
+    key = _key(identity or f"{source.name}:{time.time_ns()}", tokenizer, data, day)
+    path = cache_directory() / key
+    store = open_store(path) if identity else None
+    if store and (data.on_error == "skip" or not store.about["bad"]):
+        return store
+    with new_store(path, tokenizer) as writer:
+        _fill(writer, source, tokenizer, data, progress, day)
+    store = open_store(path)
+    if store is None:
+        raise UserError(f"{path} was removed while it was being written. Run the command again.")
+    return store
+
+
+def _sources(data: DataSection, which: Which) -> list[tuple[Source, float]]:
+    """What a part is read from: with `data.split`, both are read from `data.train`."""
+    part: Which = "train" if data.fraction else which
+    entries = data.entries(part)
+    if not entries:
+        raise UserError(f"data.{part} is not set. Give a file of examples, for example data.{part}=rows.jsonl.")
+    return [(open_source(entry, part), entry.weight if which == "train" else 1.0) for entry in entries]
+
+
+def _belongs(prompts: np.ndarray, data: DataSection, which: Which) -> np.ndarray:
+    """Which rows are of a part, by the hashes of their prompts: rows with the same prompt are never on both sides."""
+    if not data.fraction:
+        return np.ones(len(prompts), bool)
+    held_out = prompts < np.uint64(data.fraction * 2.0**64)
+    return held_out if which == "eval" else ~held_out
+
+
+class _Read:
+    """A source's rows as conversations; the format is that of the first row which has one."""
+
+    def __init__(self, source: Source, data: DataSection, answered: bool = True) -> None:
+        self.source, self.data, self.format, self.answered = source, data, data.format, answered
+
+    def __iter__(self) -> Iterator[Conversation | BadRow]:
+        for row in self.source.rows():
+            if isinstance(row, BadRow):
+                yield row
+                continue
+            if self.format == "auto":
+                self.format = detect(row.value, self.data.columns) or "auto"
+            try:
+                yield conversation(row, self.format, columns=self.data.columns, answered=self.answered)
+            except BadRow as error:
+                yield error
+
+
+def _fill(writer: Writer, source: Source, tokenizer: Any, data: DataSection, progress: Progress | None, day: date | None) -> None:
+    """Read, render and encode; while one chunk is encoded, the next is read and rendered."""
+    tokeniser, rows, problems = Tokeniser(tokenizer, data.train_on, day), _Read(source, data), Problems(data.on_error)
+    report = _Report(source, writer, progress)
+    pending: Future[Any] | None = None
+    with ThreadPoolExecutor(1) as pool:
+        for chunk in _chunks(rows):
+            texts = iter(tokeniser.render([row for row in chunk if not isinstance(row, BadRow)]))
+            rendered = [row if isinstance(row, BadRow) else next(texts) for row in chunk]
+            if pending:
+                _take(pending.result(), writer, problems)
+            pending = pool.submit(tokeniser.encode, rendered)
+            report()
+        if pending:
+            _take(pending.result(), writer, problems)
+    writer.close({"source": source.name, "format": rows.format, "bad": problems.found})
+
+
+def _take(found: list[Any], writer: Writer, problems: Problems) -> None:
+    for documents in found:
+        if isinstance(documents, BadRow):
+            problems.add(documents)
+        else:
+            writer.add(documents)
+
+
+def _chunks(rows: _Read) -> Iterator[list[Conversation | BadRow]]:
+    chunk: list[Conversation | BadRow] = []
+    size = 0
+    for row in rows:
+        chunk.append(row)
+        size += 0 if isinstance(row, BadRow) else sum(len(message["content"]) for message in row.messages)
+        if len(chunk) >= _CHUNK_ROWS or size >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+class _Report:
+    """Tells the progress once a second."""
+
+    def __init__(self, source: Source, writer: Writer, progress: Progress | None) -> None:
+        self._source, self._writer, self._progress = source, writer, progress
+        self._began = self._last = time.monotonic()
+
+    def __call__(self) -> None:
+        now = time.monotonic()
+        if self._progress is None or now - self._last < _REPORT_SECONDS:
+            return
+        self._last = now
+        done, size = self._source.progress()
+        rate = self._writer.tokens / (now - self._began)
+        self._progress(min(done / size, 1.0) if size else 0.0, f"{self._writer.tokens:,} tokens  {rate:,.0f} tok/s")
+
+
+def _key(identity: str, tokenizer: Any, data: DataSection, day: date | None) -> str:
+    """Names a store by all that its contents depend on."""
+    parts = [
+        VERSION, identity, data.format, data.columns, data.train_on, template_of(tokenizer, day).source(), str(tokenizer.chat_template),
+        tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str(),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -1,0 +1,260 @@
+"""Tokenised rows on disk: written once as they stream by, memory-mapped afterwards.
+
+A store is a directory that takes its name when it is whole, so a crash leaves nothing half-written under that name, and of two
+processes that make the same one the first wins and the second uses it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from jaxtune.core.errors import UserError
+from jaxtune.core.files import read_json
+from jaxtune.data.chat import Document
+from jaxtune.data.row import Place
+
+VERSION = 1
+"""Raised whenever the same rows would give other files."""
+
+TEXT, REWRITTEN, TWO_BOS, NOT_ENDED = 1, 2, 4, 8
+"""Marks of a document: raw text; one answer's part of a row; begins with BOS twice; its last answer has no end-of-turn token."""
+
+_DOCUMENT = np.dtype(
+    [
+        ("tokens", "<i8"),
+        ("spans", "<i8"),
+        ("file", "<i4"),
+        ("line", "<i8"),
+        ("row", "<u8"),
+        ("prompt", "<u8"),
+        ("answer", "<u8"),
+        ("marks", "<u4"),
+    ]
+)  # tokens and spans are those of all documents up to and with this one
+_SPAN = np.dtype([("begin", "<i4"), ("end", "<i4"), ("weight", "<f4")])
+_MANIFEST, _PARTS = "manifest.json", {"ids": np.dtype("<i4"), "documents": _DOCUMENT, "spans": _SPAN}
+_UNFINISHED = ".unfinished."
+_STALE_SECONDS = 24 * 3600
+_LARGEST = 50 << 30
+
+
+@dataclass(frozen=True)
+class Store:
+    """Tokenised rows.
+
+    Attributes:
+        path: the directory.
+        about: the format, the kinds of rows (text, plain or chat), bad rows, the largest token, a digest of the contents.
+
+    """
+
+    path: Path
+    about: dict[str, Any]
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """All tokens, int32."""
+        return self._part("ids")
+
+    @cached_property
+    def documents(self) -> np.ndarray:
+        """A record a document."""
+        return self._part("documents")
+
+    @cached_property
+    def spans(self) -> np.ndarray:
+        """A record a supervised range of tokens: begin and end in its document, weight."""
+        return self._part("spans")
+
+    def place(self, document: int) -> Place:
+        """Where a document comes from."""
+        record = self.documents[document]
+        return Place(self.about["files"][record["file"]], int(record["line"]))
+
+    def _part(self, name: str) -> np.ndarray:
+        if not self.about["counts"][name]:
+            return np.zeros(0, _PARTS[name])
+        return np.memmap(self.path / name, _PARTS[name], mode="r")
+
+
+class Writer:
+    """Files of a store in the making.
+
+    Args:
+        directory: an empty directory.
+        tokenizer: for its special tokens.
+
+    """
+
+    def __init__(self, directory: Path, tokenizer: Any) -> None:
+        self._directory = directory
+        self._files: dict[str, BinaryIO] = {name: (directory / name).open("wb") for name in _PARTS}
+        self._counts = dict.fromkeys(_PARTS, 0)
+        self._names: dict[str, int] = {}
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._largest = -1
+        self._kinds: set[str] = set()
+        self._bos = tokenizer.bos_token_id
+        added = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self._special = {*tokenizer.all_special_ids, *added}
+
+    def add(self, documents: Iterable[Document]) -> None:
+        """Append documents."""
+        for document in documents:
+            place = document.conversation.place
+            place = place if isinstance(place, Place) else Place(str(place), 0)
+            spans = np.array([(span.begin, span.end, span.weight) for span in document.spans], _SPAN)
+            self._kinds.add("text" if document.conversation.text else "plain" if document.conversation.plain else "chat")
+            self._write("ids", document.ids)
+            self._write("spans", spans)
+            name = self._names.setdefault(place.file, len(self._names))
+            record = (
+                self._counts["ids"],
+                self._counts["spans"],
+                name,
+                place.line,
+                *document.conversation.digests(),
+                self._marks(document),
+            )
+            self._write("documents", np.array([record], _DOCUMENT))
+            if len(document.ids):
+                self._largest = max(self._largest, int(document.ids.max()))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens written."""
+        return self._counts["ids"]
+
+    def close(self, about: dict[str, Any]) -> None:
+        """Write the manifest and let nothing of it be lost."""
+        whole = about | {
+            "version": VERSION,
+            "counts": self._counts,
+            "files": list(self._names),
+            "digest": self._digest.hexdigest(),
+            "largest_token": self._largest,
+            "kinds": sorted(self._kinds),
+        }
+        with (self._directory / _MANIFEST).open("w", encoding="utf-8") as file:
+            json.dump(whole, file)
+            file.flush()
+            os.fsync(file.fileno())
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+
+    def _write(self, name: str, values: np.ndarray) -> None:
+        data = values.astype(_PARTS[name], copy=False).tobytes()
+        self._files[name].write(data)
+        self._counts[name] += len(values)
+        if name != "documents":
+            self._digest.update(data)
+
+    def _marks(self, document: Document) -> int:
+        ids, spans = document.ids, document.spans
+        marks = TEXT if document.conversation.text else 0
+        marks |= REWRITTEN if document.rewritten else 0
+        marks |= TWO_BOS if self._bos is not None and len(ids) > 1 and ids[0] == ids[1] == self._bos else 0
+        return marks | (NOT_ENDED if spans and int(ids[spans[-1].end - 1]) not in self._special else 0)
+
+
+def cache_directory() -> Path:
+    """Where stores are kept: `JAXTUNE_CACHE`, or `~/.cache/jaxtune`, in the folder `tokens`."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtune"
+    return Path(os.environ.get("JAXTUNE_CACHE") or root) / "tokens"
+
+
+def open_store(path: Path) -> Store | None:
+    """The store at `path`; None where there is none that is whole."""
+    try:
+        about = read_json(path / _MANIFEST)
+        sizes = {name: (path / name).stat().st_size for name in _PARTS}
+    except (UserError, OSError):
+        return None
+    if about.get("version") != VERSION or any(
+        sizes[name] != about["counts"][name] * kind.itemsize for name, kind in _PARTS.items()
+    ):
+        return None
+    with suppress(OSError):
+        os.utime(path)  # the least recently used go first when room is needed
+    store = Store(path, about)
+    try:
+        _ = store.ids, store.documents, store.spans  # opened now: another process that makes room may remove the names
+    except OSError:
+        return None
+    return store
+
+
+@contextmanager
+def new_store(path: Path, tokenizer: Any) -> Any:
+    """A `Writer` for a store that takes the name `path` when the block has called its `close` and ends.
+
+    Raises:
+        UserError: there is no room, or no right to write.
+
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _tidy(path.parent)
+        staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=_UNFINISHED))
+    except OSError as error:
+        raise UserError(
+            f"{path.parent} cannot be written: {error.strerror}. Set JAXTUNE_CACHE to a directory that can."
+        ) from None
+    writer = None
+    try:
+        writer = Writer(staging, tokenizer)
+        yield writer
+        if open_store(path) is None:
+            shutil.rmtree(path, ignore_errors=True)  # what is there is not whole, or of another version
+            try:
+                os.replace(staging, path)
+            except OSError:
+                if open_store(path) is None:  # else another process was first
+                    raise
+    except OSError as error:
+        raise UserError(
+            f"{path.parent}: writing the tokenised data failed: {error.strerror or error}. Make room, or set JAXTUNE_CACHE to another directory."
+        ) from None
+    finally:
+        if writer:
+            writer.abandon()
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _tidy(directory: Path) -> None:
+    """Remove what crashes left behind and, beyond 50 GiB, the stores that were not used for longest."""
+    entries = []
+    for entry in directory.iterdir():
+        try:
+            if entry.name.startswith(_UNFINISHED):
+                newest = max((file.stat().st_mtime for file in entry.iterdir()), default=entry.stat().st_mtime)
+                if time.time() - newest > _STALE_SECONDS:
+                    shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entries.append((entry.stat().st_mtime, sum(file.stat().st_size for file in entry.iterdir()), entry))
+        except OSError:  # another process is tidying too
+            continue
+    total = sum(size for _, size, _ in entries)
+    for _, size, entry in sorted(entries):
+        if total <= _LARGEST:
+            break
+        shutil.rmtree(entry, ignore_errors=True)
+        total -= size
