@@ -4,11 +4,12 @@ Tokens are what the tokenizer's own chat template gives, here, in evaluation and
 characters of the answers are known from the rendering, and mapped to tokens by the tokenizer's own offsets.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from jaxtune.data.formats import Conversation
 from jaxtune.data.readers import is_text
 from jaxtune.data.row import BadRow
 from jaxtune.data.template import ChatTemplate, Rendering, Span, plain_template
+
+_NEAR_END = 4
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,7 @@ class Example:
         return self.weights > 0
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """A tokenised row, or one answer's part of it, uncut.
 
     Attributes:
@@ -118,7 +120,7 @@ class Tokeniser:
         for number, encoding in zip(chats, self._encode([parts[n].text for n in chats], False), strict=True):
             part = parts[number]
             spans = tuple(_tokens_of(encoding, span, len(part.text)) for span in part.spans)
-            found[number] = Document(part.conversation, np.array(encoding.ids, np.int32), spans, part.rewritten)
+            found[number] = Document(part.conversation, _int32(encoding.ids), spans, part.rewritten)
         plain = [number for number, part in enumerate(parts) if not self._templated(part.conversation)]
         prompts = self._encode([_opening(parts[n].conversation) for n in plain], True)
         answers = self._encode(["" if parts[n].conversation.text else parts[n].conversation.answer or "" for n in plain], False)
@@ -128,7 +130,7 @@ class Tokeniser:
 
     def _plain(self, conversation: Conversation, prompt: list[int], answer: list[int]) -> Document:
         """Prompt, completion and EOS, which is also how generation begins: with the prompt's own tokens."""
-        ids = np.array([*prompt, *answer], np.int32)
+        ids = _int32([*prompt, *answer])
         if self._eos is not None and (len(ids) == 0 or ids[-1] != self._eos) and conversation.answer is not None:
             ids = np.append(ids, np.int32(self._eos))
         begin = 0 if conversation.text or self.train_on == "all" else len(prompt)
@@ -182,6 +184,10 @@ def template_of(tokenizer: Any, day: date | None = None) -> ChatTemplate:
     return ChatTemplate(tokenizer, tokenizer.chat_template or plain_template(tokenizer), day)
 
 
+def _int32(ids: list[int]) -> np.ndarray:
+    return np.frombuffer(array("i", ids), np.int32)  # twice as fast as np.array, which looks at every number's type
+
+
 def _opening(conversation: Conversation) -> str:
     """What a row without template begins with: the prompt, or of a text the whole."""
     return conversation.messages[0]["content"]
@@ -189,11 +195,18 @@ def _opening(conversation: Conversation) -> str:
 
 def _tokens_of(encoding: Any, span: Span, length: int) -> Span:
     """The tokens that overlap a span of characters."""
-    begin = _token_at(encoding, span.begin, length)
-    end = _token_at(encoding, span.end, length)
-    if end < len(encoding) and encoding.token_to_chars(end)[0] < span.end:
-        end += 1
-    return Span(begin, end, span.weight)
+    return Span(_token_at(encoding, span.begin, length), _end_token(encoding, span.end, length), span.weight)
+
+
+def _end_token(encoding: Any, char: int, length: int) -> int:
+    """The first token that begins at or after `char`; an answer's end is sought from the end of the row, where it mostly is."""
+    end = len(encoding)
+    for token in range(end - 1, max(end - _NEAR_END, -1), -1):
+        begin, stop = encoding.token_to_chars(token) or (0, 0)
+        if begin < char and stop:
+            return token + 1
+    token = _token_at(encoding, char, length)
+    return token + 1 if token < end and encoding.token_to_chars(token)[0] < char else token
 
 
 def _token_at(encoding: Any, char: int, length: int) -> int:

@@ -253,7 +253,15 @@ def _messages(row: Row, key: str) -> list[dict[str, Any]]:
     messages = _needed(row, key)
     if not isinstance(messages, list) or not messages:
         raise BadRow(row.place, f"'{key}' is not a list with at least one message.")
-    return [_message(message, f"{row.place}: {key}[{number}]") for number, message in enumerate(messages)]
+    return [
+        message if _is_simple(message) else _message(message, f"{row.place}: {key}[{number}]")
+        for number, message in enumerate(messages)
+    ]
+
+
+def _is_simple(message: Any) -> bool:
+    """Whether a message is nothing but a role and a text, as most are."""
+    return type(message) is dict and len(message) == 2 and message.get("role") in ROLES and type(message.get("content")) is str
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
@@ -327,6 +335,6 @@ def _weight(weight: Any, where: str) -> float:
 
 def _canonical(message: Mapping[str, Any]) -> bytes:
     """Bytes that two messages share only if they say the same."""
-    if message.keys() <= {"role", "content", "weight"}:
+    if len(message) == 2 or message.keys() == {"role", "content", "weight"}:
         return f"{message['role']}\0{message['content']}\0".encode("utf-8", "surrogatepass")
     return json.dumps(message, sort_keys=True, default=str).encode() + b"\0"

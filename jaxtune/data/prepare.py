@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import date
@@ -24,6 +25,7 @@ Progress = Callable[[float, str], None]
 """Called with the fraction that is done and a few words."""
 
 _CHUNK_ROWS, _CHUNK_CHARACTERS = 512, 1 << 20
+_ENCODERS = 2  # while one waits for Python's lock to hand over its tokens, the other encodes
 _REPORT_SECONDS = 1.0
 
 
@@ -154,17 +156,17 @@ def _fill(writer: Writer, source: Source, tokenizer: Any, data: DataSection, pro
     """Read, render and encode; while one chunk is encoded, the next is read and rendered."""
     tokeniser, rows, problems = Tokeniser(tokenizer, data.train_on, day), _Read(source, data), Problems(data.on_error)
     report = _Report(source, writer, progress)
-    pending: Future[Any] | None = None
-    with ThreadPoolExecutor(1) as pool:
+    pending: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(_ENCODERS) as pool:
         for chunk in _chunks(rows):
             texts = iter(tokeniser.render([row for row in chunk if not isinstance(row, BadRow)]))
             rendered = [row if isinstance(row, BadRow) else next(texts) for row in chunk]
-            if pending:
-                _take(pending.result(), writer, problems)
-            pending = pool.submit(tokeniser.encode, rendered)
+            pending.append(pool.submit(tokeniser.encode, rendered))
+            if len(pending) > _ENCODERS:
+                _take(pending.popleft().result(), writer, problems)
             report()
-        if pending:
-            _take(pending.result(), writer, problems)
+        while pending:
+            _take(pending.popleft().result(), writer, problems)
     writer.close({"source": source.name, "format": rows.format, "bad": problems.found})
 
 
@@ -172,8 +174,7 @@ def _take(found: list[Any], writer: Writer, problems: Problems) -> None:
     for documents in found:
         if isinstance(documents, BadRow):
             problems.add(documents)
-        else:
-            writer.add(documents)
+    writer.add(document for documents in found if not isinstance(documents, BadRow) for document in documents)
 
 
 def _chunks(rows: _Read) -> Iterator[list[Conversation | BadRow]]:

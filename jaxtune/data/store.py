@@ -111,25 +111,25 @@ class Writer:
 
     def add(self, documents: Iterable[Document]) -> None:
         """Append documents."""
+        ids, spans, records = [], [], []
+        tokens, ranges = self._counts["ids"], self._counts["spans"]
         for document in documents:
-            place = document.conversation.place
-            place = place if isinstance(place, Place) else Place(str(place), 0)
-            spans = np.array([(span.begin, span.end, span.weight) for span in document.spans], _SPAN)
-            self._kinds.add("text" if document.conversation.text else "plain" if document.conversation.plain else "chat")
-            self._write("ids", document.ids)
-            self._write("spans", spans)
+            conversation = document.conversation
+            place = conversation.place if isinstance(conversation.place, Place) else Place(str(conversation.place), 0)
             name = self._names.setdefault(place.file, len(self._names))
-            record = (
-                self._counts["ids"],
-                self._counts["spans"],
-                name,
-                place.line,
-                *document.conversation.digests(),
-                self._marks(document),
-            )
-            self._write("documents", np.array([record], _DOCUMENT))
-            if len(document.ids):
-                self._largest = max(self._largest, int(document.ids.max()))
+            self._kinds.add("text" if conversation.text else "plain" if conversation.plain else "chat")
+            tokens += len(document.ids)
+            ranges += len(document.spans)
+            ids.append(document.ids)
+            spans += [(span.begin, span.end, span.weight) for span in document.spans]
+            records.append((tokens, ranges, name, place.line, *conversation.digests(), self._marks(document)))
+        if not records:
+            return
+        joined = np.concatenate(ids)
+        self._largest = max(self._largest, int(joined.max(initial=-1)))
+        self._write("ids", joined)
+        self._write("spans", np.array(spans, _SPAN))
+        self._write("documents", np.array(records, _DOCUMENT))
 
     @property
     def tokens(self) -> int:

@@ -7,10 +7,11 @@ template's frame, and the frame is known from rendering a placeholder in its pla
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date
 from functools import cached_property
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 from jaxtune.data.formats import Conversation
 from jaxtune.data.row import BadRow
@@ -27,17 +28,15 @@ _DATE = re.compile(r"""strftime_now\((["'])(.*?)\1\)""")
 _FRAMES = 16
 
 
-@dataclass(frozen=True)
-class Span:
-    """Characters from `begin` to before `end`, whose prediction counts `weight`."""
+class Span(NamedTuple):
+    """Characters (or tokens) from `begin` to before `end`, whose prediction counts `weight`."""
 
     begin: int
     end: int
     weight: float
 
 
-@dataclass(frozen=True)
-class Rendering:
+class Rendering(NamedTuple):
     """A conversation as text.
 
     Attributes:
@@ -55,6 +54,24 @@ class Rendering:
     rewritten: bool = False
 
 
+class _Shape(NamedTuple):
+    """What a template puts around the contents of conversations with the same roles.
+
+    Attributes:
+        frame: the texts before, between and behind the contents.
+        stripped: whether contents lose the white space around them.
+        before, after: how many characters the supervised span begins after an answer's first and ends after its last.
+        answers: numbers and weights of the messages that are trained.
+
+    """
+
+    frame: tuple[str, ...]
+    stripped: bool
+    before: int
+    after: int
+    answers: tuple[tuple[int, float], ...]
+
+
 class ChatTemplate:
     """A tokenizer's chat template.
 
@@ -69,6 +86,7 @@ class ChatTemplate:
         self.tokenizer, self._template = tokenizer, template
         self._day = day
         self._frames: list[tuple[str, str]] = []
+        self._shapes: dict[tuple, list[_Shape]] = {}
 
     @cached_property
     def marked(self) -> bool:
@@ -103,28 +121,92 @@ class ChatTemplate:
     def renderings(self, conversations: Sequence[Conversation], train_on: str) -> list[list[Rendering] | BadRow]:
         """The renderings of conversations with their answers; one for most, bad ones as errors."""
         wholes = self.render([(conversation, False) for conversation in conversations])
-        answers = [_answers(conversation, train_on) for conversation in conversations]
-        asked: list[tuple[Conversation, bool]] = []
-        for conversation, numbers in zip(conversations, answers, strict=True):
-            for number in numbers:
-                asked.append((_before(conversation, number), True))
-                if number + 1 < len(conversation.messages):
-                    asked.append((conversation.through(number), False))
-        texts = iter(self.render(asked))
         found: list[list[Rendering] | BadRow] = []
-        for conversation, whole, numbers in zip(conversations, wholes, answers, strict=True):
-            parts = []
-            for number in numbers:
-                before = next(texts)
-                parts.append((number, before, next(texts) if number + 1 < len(conversation.messages) else whole))
+        unknown = []
+        for number, (conversation, whole) in enumerate(zip(conversations, wholes, strict=True)):
+            if isinstance(whole, BadRow):
+                found.append(whole)
+                continue
+            spans = self._by_shape(conversation, whole, train_on)
+            found.append([Rendering(conversation, whole, spans or ())])
+            if spans is None:
+                unknown.append(number)
+        for number in unknown:
+            conversation, whole = conversations[number], _text(wholes[number])
             try:
-                found.append(self._assemble(conversation, _text(whole), parts, train_on))
+                spans = self._by_shape(conversation, whole, train_on)  # known by now, perhaps
+                found[number] = (
+                    [Rendering(conversation, whole, spans)] if spans else self._thoroughly(conversation, whole, train_on)
+                )
             except BadRow as error:
-                found.append(error)
+                found[number] = error
         return found
 
+    def _by_shape(self, conversation: Conversation, whole: str, train_on: str) -> tuple[Span, ...] | None:
+        """The answers of a conversation whose text is exactly the frame of one that was looked at thoroughly, with other contents."""
+        shape = _shape(conversation, train_on)
+        for known in self._shapes.get(shape, ()) if shape else ():
+            parts: list[str] = []
+            for before, message in zip(known.frame, conversation.messages, strict=False):
+                parts += before, message["content"].strip() if known.stripped else message["content"]
+            if "".join((*parts, known.frame[-1])) != whole:
+                continue
+            ends = list(accumulate(map(len, parts)))
+            return tuple(
+                Span(ends[2 * number] + known.before, ends[2 * number + 1] + known.after, weight)
+                for number, weight in known.answers
+            )
+        return None
+
+    def _thoroughly(self, conversation: Conversation, whole: str, train_on: str) -> list[Rendering]:
+        """The answers of a conversation, each compared with the prompt that asks for it and with what follows it."""
+        numbers = _answers(conversation, train_on)
+        asked: list[tuple[Conversation, bool]] = []
+        for number in numbers:
+            asked += [(_before(conversation, number), True), (conversation.through(number), False)]
+        texts = [_text(text) for text in self.render(asked)]
+        parts = list(zip(numbers, texts[::2], texts[1::2], strict=True))
+        found = self._assemble(conversation, whole, parts, train_on)
+        if train_on != "all" and len(found) == 1 and not found[0].rewritten:
+            self._learn_shape(conversation, found[0], train_on)
+        return found
+
+    def _learn_shape(self, conversation: Conversation, found: Rendering, train_on: str) -> None:
+        """Keep the frame around the contents, so that the next conversation like this one needs a single rendering."""
+        shape = _shape(conversation, train_on)
+        numbers = _answers(conversation, train_on)
+        if shape is None or len(numbers) != len(found.spans):
+            return
+        marks = [f"{_PLACEHOLDER}{number}{_PLACEHOLDER}" for number in range(len(conversation.messages))]
+        messages = [message | {"content": mark} for message, mark in zip(conversation.messages, marks, strict=True)]
+        text = self._one(replace(conversation, messages=messages), False)
+        frame, rest = [], text if isinstance(text, str) else ""
+        for mark in marks:
+            head, there, rest = rest.partition(mark)
+            if not there:
+                return
+            frame.append(head)
+        for stripped in (False, True):
+            contents = [message["content"].strip() if stripped else message["content"] for message in conversation.messages]
+            ends = list(accumulate(len(text) for pair in zip(frame, contents, strict=True) for text in pair))
+            offsets = {
+                (span.begin - ends[2 * number], span.end - ends[2 * number + 1])
+                for number, span in zip(numbers, found.spans, strict=True)
+            }
+            if len(offsets) > 1:
+                continue
+            before, after = offsets.pop() if offsets else (0, 0)
+            answers = tuple((number, span.weight) for number, span in zip(numbers, found.spans, strict=True))
+            known = _Shape((*frame, rest), stripped, before, after, answers)
+            shapes = self._shapes.setdefault(shape, [])
+            shapes.insert(0, known)
+            if self._by_shape(conversation, found.text, train_on) == found.spans:
+                del shapes[_FRAMES:]
+                return
+            shapes.pop(0)
+
     def _assemble(
-        self, conversation: Conversation, whole: str, parts: list[tuple[int, str | BadRow, str | BadRow]], train_on: str
+        self, conversation: Conversation, whole: str, parts: list[tuple[int, str, str]], train_on: str
     ) -> list[Rendering]:
         if train_on == "all":
             if any(message.get("weight", 1.0) != 1.0 for message in conversation.messages):
@@ -132,15 +214,15 @@ class ChatTemplate:
             return [Rendering(conversation, whole, (Span(0, len(whole), 1.0),))]
         spans, alone = [], []
         for number, before, through in parts:
-            span = self._span(conversation, number, _text(before), _text(through))
+            span = self._span(conversation, number, before, through)
             spans.append(span)
-            alone.append(Rendering(conversation.through(number), _text(through), (span,), rewritten=True))
+            alone.append(Rendering(conversation.through(number), through, (span,), rewritten=True))
         numbers = [number for number, _, _ in parts]
         if all(whole[: span.end] == part.text[: span.end] for span, part in zip(spans, alone, strict=True)):
             return [Rendering(conversation, whole, tuple(self._marks(conversation, numbers) if self.marked else spans))]
         if self.marked:
             alone = [
-                replace(part, spans=tuple(self._marks(part.conversation, [n]))) for part, n in zip(alone, numbers, strict=True)
+                part._replace(spans=tuple(self._marks(part.conversation, [n]))) for part, n in zip(alone, numbers, strict=True)
             ]
         return alone
 
@@ -263,6 +345,18 @@ def _answers(conversation: Conversation, train_on: str, silent: bool = False) ->
     found = [number for number, message in enumerate(conversation.messages) if message["role"] == "assistant"]
     found = found[-1:] if train_on == "last" else found
     return [number for number in found if silent or conversation.messages[number].get("weight", 1.0) > 0]
+
+
+def _shape(conversation: Conversation, train_on: str) -> tuple | None:
+    """Roles and weights, which with the template's frame say what is trained; None where more than contents is rendered."""
+    if conversation.options or train_on == "all":
+        return None
+    found: list[Any] = [train_on]
+    for message in conversation.messages:
+        if len(message) > 2 and message.keys() != {"role", "content", "weight"}:
+            return None
+        found += message["role"], message.get("weight", 1.0)
+    return tuple(found)
 
 
 def _before(conversation: Conversation, number: int) -> Conversation:
