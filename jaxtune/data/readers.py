@@ -42,19 +42,23 @@ def read_lines(handle: BinaryIO, path: str) -> Iterator[Row | BadRow]:
 
 def read_json(handle: BinaryIO, path: str) -> Iterator[Row | BadRow]:
     """An array of objects, an object that holds one such array, a single object, or JSON Lines under another name."""
-    buffered = io.BufferedReader(handle, 1 << 16)  # type: ignore[arg-type]
+    buffered: Any = handle if hasattr(handle, "peek") else io.BufferedReader(handle)  # type: ignore[arg-type]
     first = buffered.peek(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
     if first.startswith(b"["):
         yield from _array(buffered, path)
     elif _is_object(first.split(b"\n", 1)[0]):
-        yield from read_lines(buffered, path)  # type: ignore[arg-type]
+        yield from read_lines(buffered, path)
     else:
         yield from _whole(buffered.read(LONGEST + 1), path)
 
 
 def read_table(handle: BinaryIO, path: str) -> Iterator[Row | BadRow]:
     """CSV or TSV with a header line; the separator is that of , ; | and tab which the header has most of."""
-    text = io.TextIOWrapper(handle, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    with io.TextIOWrapper(handle, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+        yield from _table(text, path)
+
+
+def _table(text: io.TextIOWrapper, path: str) -> Iterator[Row | BadRow]:
     header = text.readline(1 << 20)
     separator = max(",;|\t", key=header.count)
     names = next(csv.reader([header], delimiter=separator), [])
@@ -163,7 +167,11 @@ def _document(lines: list[bytes], place: Place) -> Row | BadRow:
 
 def _array(handle: io.BufferedReader, path: str) -> Iterator[Row | BadRow]:
     """The elements of a JSON array, read piece by piece."""
-    text = io.TextIOWrapper(handle, encoding="utf-8-sig", errors="surrogateescape")
+    with io.TextIOWrapper(handle, encoding="utf-8-sig", errors="surrogateescape") as text:
+        yield from _elements(text, path)
+
+
+def _elements(text: io.TextIOWrapper, path: str) -> Iterator[Row | BadRow]:
     decoder, size = json.JSONDecoder(), 1 << 16
     before, _, buffer = text.read(size).partition("[")
     line = 1 + before.count("\n")

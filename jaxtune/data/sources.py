@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import io
 import lzma
 import os
 import re
@@ -108,16 +109,17 @@ class Files:
             with _opened(path) as raw:
                 self._open, empty = raw, True
                 try:
-                    for row in reader_of(path)(_decompressed(raw, path), path):  # type: ignore[misc]
-                        empty = False
-                        yield row
+                    with _decompressed(raw, path) as handle:
+                        for row in reader_of(path)(handle, path):  # type: ignore[misc]
+                            empty = False
+                            yield row
                 except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:  # cut short, or damaged
                     yield BadRow(Place(path, 0), f"cannot be read to its end: {error}")
                     empty = False
                 if empty:
                     yield BadRow(Place(path, 0), "the file has no rows")
-                self._done += raw.tell() if not raw.closed else 0
-                self._open = None
+            self._done += os.path.getsize(path) if "://" not in path else 0
+            self._open = None
 
     def identity(self) -> str | None:
         """SHA-256 of names and contents."""
@@ -289,7 +291,6 @@ def _decompressed(raw: BinaryIO, path: str) -> BinaryIO:
 
     kind = infer_compression(path)
     if kind is None:
-        if path.endswith(".zst"):
-            raise UserError(f"{path}: zstd needs a package. Install it with: pip install zstandard")
         return raw
-    return compr[kind](raw, mode="rb")  # type: ignore[index]
+    opened: Any = compr[kind](raw, mode="rb")  # type: ignore[index]
+    return opened if isinstance(opened, io.BufferedIOBase) else io.BufferedReader(opened)  # type: ignore[return-value]

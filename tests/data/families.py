@@ -32,7 +32,9 @@ def chatml_like(default):
     """ChatML; `default` is the system message of conversations without one."""
 
     def account(messages):
-        found = [] if default is None or messages[0]["role"] == "system" else [(f"<|im_start|>system\n{default}<|im_end|>\n", False)]
+        found = (
+            [] if default is None or messages[0]["role"] == "system" else [(f"<|im_start|>system\n{default}<|im_end|>\n", False)]
+        )
         for m in messages:
             found.append((f"<|im_start|>{m['role']}\n", False))
             found.append((m["content"] + "<|im_end|>", m["role"] == "assistant"))
@@ -40,7 +42,9 @@ def chatml_like(default):
         return found
 
     first = (
-        "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n" + default + "<|im_end|>\n' }}{% endif %}" if default else ""
+        "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n" + default + "<|im_end|>\n' }}{% endif %}"
+        if default
+        else ""
     )
     template = first + (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"

@@ -95,7 +95,9 @@ def test_many_rows_at_once_are_the_same_as_each_alone(name):
             (alone,) = Tokeniser(words, "responses")([row])
             assert isinstance(found, BadRow) == isinstance(alone, BadRow)
             if not isinstance(found, BadRow):
-                assert [(part.ids.tolist(), part.spans) for part in found] == [(part.ids.tolist(), part.spans) for part in alone], row
+                assert [(part.ids.tolist(), part.spans) for part in found] == [
+                    (part.ids.tolist(), part.spans) for part in alone
+                ], row
 
 
 @pytest.mark.parametrize("title", MARKED)
@@ -164,7 +166,11 @@ def test_calls_of_tools_are_what_the_assistant_says_and_tools_reach_the_template
     )
     words = tokenizer(Family(template, None, "<|im_end|>", None), "bytes")
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
-    messages = [*talk("1+1?", "", tool_calls=[call]), {"role": "tool", "content": "2"}, {"role": "assistant", "content": "It is 2."}]
+    messages = [
+        *talk("1+1?", "", tool_calls=[call]),
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "It is 2."},
+    ]
     tools_ = [{"type": "function", "function": {"name": "add", "description": "", "parameters": {}}}]
     assert [text for text, _ in answers(words, messages, tools=tools_)] == [
         '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><|im_end|>', "It is 2.<|im_end|>",
