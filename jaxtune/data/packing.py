@@ -12,7 +12,7 @@ from jaxtune.data.chat import Example
 from jaxtune.data.examples import Part
 from jaxtune.objectives.sft import Batch
 
-OPEN_ROWS = 128
+LOOK_AHEAD, OPEN_ROWS = 2048, 128
 _BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
 _SORTED_TOGETHER = 64
 
@@ -79,6 +79,8 @@ def plan_epoch(lengths: np.ndarray, layout: Layout, epoch: int, parts: Sequence[
         order = random.permutation(order)
     if layout.packing:
         rows = _best_fit(order, lengths, layout.max_length)
+        if layout.shuffle:
+            rows = [rows[number] for number in random.permutation(len(rows))]
         sizes = np.fromiter(map(len, rows), np.int64, len(rows))
         members = np.fromiter((index for row in rows for index in row), np.int64, len(order))
         return Epoch(members, np.cumsum(sizes), layout.rows)
@@ -109,18 +111,25 @@ def _drawn(count: int, parts: Sequence[Part], seed: int, epoch: int) -> np.ndarr
 
 
 def _best_fit(order: np.ndarray, lengths: np.ndarray, capacity: int) -> list[PackedRow]:
-    """Each example goes to the open row that it fills best; beyond `OPEN_ROWS` the fullest row is closed."""
-    done: list[PackedRow] = []
+    """Best-fit decreasing with a bounded look-ahead.
+
+    Of each `LOOK_AHEAD` examples the longest goes first, each to the open row that it fills best; then all but the `OPEN_ROWS`
+    emptiest rows are closed. Rows come in the order of their first examples.
+    """
+    done: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (space left, number of the row), sorted
     open_rows: dict[int, list[int]] = {}
-    for number, (index, need) in enumerate(zip(order.tolist(), lengths[order].tolist(), strict=True)):
-        at = bisect.bisect_left(free, (need, -1))
-        space, row = free.pop(at) if at < len(free) else (capacity, number)
-        open_rows.setdefault(row, []).append(index)
-        bisect.insort(free, (space - need, row))
-        if len(free) > OPEN_ROWS:
-            done.append(tuple(open_rows.pop(free.pop(0)[1])))
-    return done + [tuple(members) for members in open_rows.values()]
+    for start in range(0, len(order), LOOK_AHEAD):
+        ahead = start + np.argsort(-lengths[order[start : start + LOOK_AHEAD]], kind="stable")
+        for place, need in zip(ahead.tolist(), lengths[order[ahead]].tolist(), strict=True):
+            at = bisect.bisect_left(free, (need, -1))
+            space, row = free.pop(at) if at < len(free) else (capacity, place)
+            open_rows.setdefault(row, []).append(place)
+            bisect.insort(free, (space - need, row))
+        while len(free) > OPEN_ROWS:
+            done.append(open_rows.pop(free.pop(0)[1]))
+    rows = sorted(map(sorted, [*done, *open_rows.values()]))
+    return [tuple(order[row].tolist()) for row in rows]
 
 
 def _by_length(order: np.ndarray, lengths: np.ndarray, rows: int, random: np.random.Generator) -> np.ndarray:

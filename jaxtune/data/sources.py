@@ -13,6 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from zstandard import ZstdError
+
 from jaxtune.config.schema import DataSource
 from jaxtune.core.errors import UserError, listed
 from jaxtune.data.readers import READERS, reader_of
@@ -113,7 +115,14 @@ class Files:
                         for row in reader_of(path)(handle, path):  # type: ignore[misc]
                             empty = False
                             yield row
-                except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:  # cut short, or damaged
+                except (
+                    OSError,
+                    EOFError,
+                    zlib.error,
+                    lzma.LZMAError,
+                    zipfile.BadZipFile,
+                    ZstdError,
+                ) as error:  # cut short, or damaged
                     yield BadRow(Place(path, 0), f"cannot be read to its end: {error}")
                     empty = False
                 if empty:
