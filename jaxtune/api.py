@@ -27,7 +27,7 @@ from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import attach, open_adapter
 from jaxtune.weights.source import Source, resolve
 from jaxtune.weights.verify import Comparison
-from jaxtune.weights.vocabulary import for_adapter
+from jaxtune.weights.vocabulary import for_adapter, tokenizer_for
 
 Pair = tuple[CausalLM, Any]
 Prompt = str | list[dict[str, Any]] | Conversation
@@ -85,7 +85,7 @@ def open_model(model: str | Pair, adapter: str | None = None, dtype: str = "auto
     network = load_model(source, mesh, dtype=dtype)
     if opened:
         attach(network, opened, mesh)
-    return Loaded(network, source.tokenizer(), source.stop_ids(), source)
+    return Loaded(network, tokenizer_for(source, opened), source.stop_ids(), source)
 
 
 def train(config: Config | dict | str | Path, *, fresh: bool = False, quiet: bool = False) -> Run:
@@ -232,7 +232,9 @@ def converted(
     opened = open_adapter(adapter) if adapter else None
     source = for_adapter(resolve(model), opened)
     reporter.say(f"Writing {out}, reading it again and comparing")
-    proof = convert_model(Path(out), source, to, make_mesh(), dtype=dtype, adapter=opened)
+    proof = convert_model(
+        Path(out), source, to, make_mesh(), dtype=dtype, adapter=opened, tokenizer=tokenizer_for(source, opened)
+    )
     _push(Path(out), push, reporter)
     return Path(out), proof
 

@@ -47,9 +47,9 @@ from jaxtune.weights.convert import convert_model
 from jaxtune.weights.export import export_adapter
 from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import attach, open_adapter, write_adapter
-from jaxtune.weights.source import load_tokenizer, resolve
+from jaxtune.weights.source import resolve
 from jaxtune.weights.verify import TEXT, Comparison, padded, texts_of
-from jaxtune.weights.vocabulary import for_adapter
+from jaxtune.weights.vocabulary import for_adapter, tokenizer_for
 
 _SAMPLES, _SAMPLE_TOKENS = 5, 64
 _OPENING = 200  # characters of a text that are asked to be continued
@@ -148,7 +148,7 @@ def export_run(
 def _export_finished(config: Config, directory: Path, out: Path, to: str, dtype: str | None) -> Comparison:
     adapter, mesh = open_adapter(directory / ADAPTER), make_mesh()
     source, about, kind = for_adapter(resolve(config.model.source), adapter), _about(config, directory), config.model
-    tokenizer = load_tokenizer(directory / ADAPTER) or source.tokenizer()
+    tokenizer = tokenizer_for(source, adapter)
     if to != "peft":
         return convert_model(out, source, to, mesh, dtype=dtype, adapter=adapter, tokenizer=tokenizer, about=about)
     refuse_existing(out)

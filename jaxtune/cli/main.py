@@ -22,7 +22,7 @@ INTERRUPTED = 128
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0 on success, 2 on wrong usage or input, 1 on a failure, 128 + n on signal n."""
-    options = _parser().parse_args(arguments)
+    options = _parsed(arguments)
     from jaxtune.core.errors import RunFailure, UserError
 
     if os.environ.get("JAXTUNE_DEBUG") == "1":
@@ -41,6 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         return _unexpected(error)
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; argparse gives up on key=value arguments that stand behind an option, so they are gathered here."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "arguments") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.arguments = [*options.arguments, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

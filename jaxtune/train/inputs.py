@@ -15,7 +15,7 @@ from jaxtune.models.families import from_hf
 from jaxtune.train.progress import Reporter
 from jaxtune.weights.peft import Adapter, open_adapter
 from jaxtune.weights.source import Source, resolve
-from jaxtune.weights.vocabulary import Grown, for_adapter, with_tokens
+from jaxtune.weights.vocabulary import Grown, for_adapter, tokenizer_for, with_tokens
 
 _NAMES = {"train": "Training", "eval": "Evaluation"}
 
@@ -68,7 +68,7 @@ def read_inputs(config: Config, reporter: Reporter, day: date | None = None) -> 
         )
     if config.adapter.train_tokens == "new" and not isinstance(source, Grown):
         raise UserError("adapter.train_tokens = new, and no token is new. Name some in model.new_tokens, or take all.")
-    tokenizer = source.tokenizer()
+    tokenizer = tokenizer_for(source, adapter)
     if tokenizer is None:
         raise UserError(
             f"{config.model.source} has no tokenizer, which training needs. Put its tokenizer files beside the weights."

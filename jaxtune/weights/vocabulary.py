@@ -94,6 +94,11 @@ def for_adapter(source: Source, adapter: Adapter | None) -> Source:
     return _grown(source, needed, tuple(range(size, needed)), size, load_tokenizer(adapter.path), whole)
 
 
+def tokenizer_for(source: Source, adapter: Adapter | None) -> Any | None:
+    """The tokenizer an adapter was trained with, and with it its chat template; the source's where the adapter brings none."""
+    return (load_tokenizer(adapter.path) if adapter else None) or source.tokenizer()
+
+
 def _grown(source: Source, size: int, fresh: tuple[int, ...], used: int, words: Any, whole: Tensors | None = None) -> Grown:
     """The grown source; where there are `whole` matrices of that size, the new rows are theirs instead of a mean."""
     tensors, found = source.tensors(), whole or {}

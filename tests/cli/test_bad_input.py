@@ -122,6 +122,12 @@ def test_overrides(cli):
         "jaxtune: command line: unknown key 'train.batch_sise'. Did you mean 'train.batch_size'?\n",
     )
     assert "not of the form" in cli("config", "=3")[1]
+    assert "unknown key 'train.batch_sise'" in cli("train", "--quiet", "train.batch_sise=3")[1]  # behind an option too
+    assert cli("train", "--quiet", "--frsh", "train.batch_size=3") == (
+        2,
+        "usage: jaxtune [-h] [--version] COMMAND ...\njaxtune: error: unrecognized arguments: --frsh\n",
+    )
+    assert "unrecognized arguments: x" in cli("report", "a", "--out", "b", "x")[1]
     assert "one configuration file at most" in cli("config", "a.yaml", "b.yaml")[1]
 
 
