@@ -124,6 +124,18 @@ def jaxtune(*arguments, torch=False, timeout=500, **options):
     )
 
 
+def tokenise(words, conversation, train_on):
+    """The example of one conversation, which must not be several."""
+    from jaxtune.data.chat import Tokeniser
+    from jaxtune.data.row import BadRow
+
+    (found,) = Tokeniser(words, train_on)([conversation])
+    if isinstance(found, BadRow):
+        raise found
+    (document,) = found
+    return document.example()
+
+
 def rewrite_tensors(directory, change):
     """Replace the tensors of model.safetensors by what `change` makes of them."""
     from safetensors.torch import load_file, save_file

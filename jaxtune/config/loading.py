@@ -12,6 +12,7 @@ from jaxtune.config.schema import Config
 from jaxtune.core.errors import UserError, nearest
 
 COMMAND_LINE = "command line"
+_TYPES = ("str", "int", "float", "bool", "none", "list", "dict")
 
 
 class _Loader(yaml.SafeLoader):
@@ -64,9 +65,9 @@ def validated(tree: dict, places: dict[str, str] | None = None, origin: str = "c
         return Config.model_validate(tree)
     except ValidationError as error:
         lines: dict[str, str] = {}
-        for item in error.errors():
+        for item in sorted(error.errors(), key=lambda item: (-len(item["loc"]), item["type"] != "extra_forbidden")):
             key, line = _explain(item, places or {}, origin)
-            lines.setdefault(key, line)  # the branches of a union each report; one line a key is enough
+            lines.setdefault(key, line)  # the branches of a union each report; the one that got furthest is meant
         raise UserError("\n".join(lines.values())) from None
 
 
@@ -148,17 +149,26 @@ def _explain(item: Any, places: dict[str, str], origin: str) -> tuple[str, str]:
     parts = [str(part) for part in item["loc"]]
     known = keys()
     key = ".".join(parts)
-    while parts and key not in known and item["type"] != "extra_forbidden" and _inside(key, known):
+    while parts and key not in known and _inside(key, known):
         parts.pop()
         key = ".".join(parts)
     place = next((places[name] for name in (key, key.rpartition(".")[0]) if name in places), origin)
+    if item["type"] == "value_error":
+        return key, f"{place}: {item['msg'].removeprefix('Value error, ')}."
+    inner = _inner([str(part) for part in item["loc"]][len(parts) :])
+    if item["type"] == "extra_forbidden" and inner:
+        return key, f"{place}: unknown key '{key}{inner}'. {_expected(key).removeprefix('. ')}."
     if item["type"] == "extra_forbidden":
         sections = {name.split(".")[0] for name in known}
         candidates = known if "." in key else [*known, *sections]
         return key, f"{place}: unknown key '{key}'.{nearest(key, candidates)}"
-    if not key:
-        return key, f"{place}: {item['msg'].removeprefix('Value error, ')}."
-    return key, f"{place}: {key} = {item['input']!r}: {item['msg'].lower()}{_expected(key)}."
+    return key, f"{place}: {key}{inner} = {item['input']!r}: {item['msg'].lower()}{_expected(key)}."
+
+
+def _inner(parts: list[str]) -> str:
+    """Positions and keys within a list, without the types that pydantic names between them."""
+    kept = (part for part in parts if part.isdecimal() or (part.islower() and part.isidentifier() and part not in _TYPES))
+    return "".join(f"[{part}]" if part.isdecimal() else f".{part}" for part in kept)
 
 
 def _inside(key: str, known: list[str]) -> bool:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.core.errors import UserError
 from jaxtune.data.formats import Conversation
 from jaxtune.data.readers import is_text
 from jaxtune.data.row import BadRow
@@ -145,22 +144,6 @@ class Tokeniser:
     @cached_property
     def _eos(self) -> int | None:
         return self.tokenizer.eos_token_id
-
-
-def tokenise(tokenizer: Any, conversation: Conversation, train_on: str) -> Example:
-    """The example of one conversation.
-
-    Raises:
-        BadRow: the template fails, or renders an answer in a way that leaves unclear which tokens are the answer.
-        UserError: the template renders earlier answers differently once others follow, so that the row is several examples.
-
-    """
-    (found,) = Tokeniser(tokenizer, train_on)([conversation])
-    if isinstance(found, BadRow):
-        raise found
-    if len(found) != 1:
-        raise UserError(f"{conversation.place}: the chat template rewrites earlier answers; the row is {len(found)} examples.")
-    return found[0].example()
 
 
 def prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:

@@ -25,7 +25,7 @@ PLAIN_TEMPLATE = (
 _PLACEHOLDER = "\ue000\ue001\ue000"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _DATE = re.compile(r"""strftime_now\((["'])(.*?)\1\)""")
-_FRAMES = 16
+_FRAMES, _SHAPES = 16, 4096
 
 
 class Span(NamedTuple):
@@ -198,6 +198,8 @@ class ChatTemplate:
             before, after = offsets.pop() if offsets else (0, 0)
             answers = tuple((number, span.weight) for number, span in zip(numbers, found.spans, strict=True))
             known = _Shape((*frame, rest), stripped, before, after, answers)
+            if len(self._shapes) > _SHAPES:  # rows of ever new weights or roles
+                self._shapes.clear()
             shapes = self._shapes.setdefault(shape, [])
             shapes.insert(0, known)
             if self._by_shape(conversation, found.text, train_on) == found.spans:

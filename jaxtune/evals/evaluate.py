@@ -10,13 +10,13 @@ from flax import nnx
 
 from jaxtune.config.schema import DataSection
 from jaxtune.core.errors import UserError, listed
-from jaxtune.data.chat import Example, prompt_ids, tokenise
+from jaxtune.data.chat import Tokeniser, prompt_ids
 from jaxtune.data.examples import Examples
 from jaxtune.data.formats import Conversation
 from jaxtune.data.loader import Plan
 from jaxtune.data.packing import Layout
 from jaxtune.data.prepare import conversations, prepare
-from jaxtune.data.row import Problems
+from jaxtune.data.row import BadRow, Problems
 from jaxtune.evals.tasks import CLASSIFICATION, TASKS, classes, classification_metrics, detect, interval, normalised
 from jaxtune.generate.engine import Engine
 from jaxtune.generate.sampling import Sampling
@@ -117,7 +117,8 @@ def _classification(
     engine = Engine(model, stop_ids, batch)
     read = sorted(((prompt_ids(tokenizer, row), row) for row in rows), key=lambda pair: len(pair[0]))
     prompts, rows = [prompt for prompt, _ in read], [row for _, row in read]
-    answers = [[_continuation(tokenizer, row, prompt, name) for name in names] for row, prompt in zip(rows, prompts, strict=True)]
+    tokeniser = Tokeniser(tokenizer, "last")
+    answers = [_continuations(tokeniser, row, prompt, names) for row, prompt in zip(rows, prompts, strict=True)]
     longest = max(len(tokens) for row in answers for tokens in row)
     scores = np.zeros((len(rows), len(names)))
     texts: list[str] = []
@@ -140,17 +141,21 @@ def _classification(
     return {**_loss(float(losses.sum() / weights.sum()), weights), **metrics}
 
 
-def _continuation(tokenizer: Any, row: Conversation, prompt: list[int], answer: str) -> list[int]:
-    """The ids from the end of the prompt through the end of turn, were `answer` the answer."""
-    messages = [*row.prompt, {"role": "assistant", "content": answer}]
-    example: Example = tokenise(tokenizer, replace(row, messages=messages), "last")
-    last = int(np.flatnonzero(example.supervised)[-1])
-    ids = example.ids.tolist()
-    if ids[: len(prompt)] != prompt:
-        raise UserError(
-            f"{row.place}: the chat template's prompt is not a prefix of the answered chat, so an answer cannot be scored."
-        )
-    return ids[len(prompt) : last + 1]
+def _continuations(tokeniser: Tokeniser, row: Conversation, prompt: list[int], answers: Sequence[str]) -> list[list[int]]:
+    """For each answer the ids from the end of the prompt through the end of turn, were it the answer."""
+    chats = [replace(row, messages=[*row.prompt, {"role": "assistant", "content": answer}]) for answer in answers]
+    found = []
+    for documents in tokeniser(chats):
+        if isinstance(documents, BadRow):
+            raise documents
+        document = documents[-1]
+        ids = document.ids[: document.spans[-1].end].tolist()
+        if ids[: len(prompt)] != prompt:
+            raise UserError(
+                f"{row.place}: the chat template's prompt is not a prefix of the answered chat, so an answer cannot be scored."
+            )
+        found.append(ids[len(prompt) :])
+    return found
 
 
 def _loss(loss: float, weights: np.ndarray) -> dict[str, Any]:

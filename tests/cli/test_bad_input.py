@@ -102,6 +102,11 @@ CONFIGS = {
     "train: {seed: 1}\ntrain: {seed: 2}\n": ":2: train is given twice",
     "adapter: {method: lokr}\n": "adapter.method = 'lokr': input should be 'lora'",
     "mesh: {context: 4}\n": "mesh.context = 4: input should be 1",
+    "data:\n  train: [{sorce: x}]\n": ":2: unknown key 'data.train[0].sorce'.",
+    "data:\n  train: [a.jsonl, {source: x, weight: 0}]\n": ":2: data.train[1].weight = 0: input should be greater than 0",
+    "data: {split: 5%, eval: x}\n": "data.split and data.eval are both set",
+    "data: {split: 100%}\n": "data.split (100%) must lie below 100%",
+    "data: {columns: {prompt: 3}}\n": "data.columns.prompt = 3: input should be a valid string",
 }
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxtune.data.chat import Tokeniser, prompt_ids, tokenise
+from jaxtune.data.chat import Tokeniser, prompt_ids
 from jaxtune.data.formats import Conversation
 from jaxtune.data.row import BadRow
 from tests import tools
@@ -142,7 +142,7 @@ def test_weights_of_messages_and_the_last_answer():
     assert answers(words, messages, "last") == []
     (found,) = Tokeniser(words, "all")([Conversation("row", messages)])
     assert "needs data.train_on=responses" in str(found)
-    example = tokenise(words, Conversation("row", talk("1", "2")), "all")
+    example = tools.tokenise(words, Conversation("row", talk("1", "2")), "all")
     assert example.supervised.all()
 
 
@@ -193,7 +193,7 @@ def test_a_template_that_prints_the_date_prints_the_day_of_the_run():
 def test_base_models_have_one_plain_format_in_training_and_generation():
     words = tools.byte_tokenizer(None, "</s>", add_bos=True)
     row = Conversation("row", talk("1", "2", "3", "4", system="Add."))
-    example = tokenise(words, row, "responses")
+    example = tools.tokenise(words, row, "responses")
     whole = "<s>### System:\nAdd.\n\n### User:\n1\n\n### Assistant:\n2</s>\n\n### User:\n3\n\n### Assistant:\n4</s>\n\n"
     assert words.decode(example.ids) == whole
     assert words.decode(example.ids[example.supervised]) == "2</s>4</s>"

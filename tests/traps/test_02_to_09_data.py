@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxtune.config.schema import DataSection
 from jaxtune.core.errors import RunFailure, UserError
-from jaxtune.data.chat import Example, Tokeniser, prompt_ids, tokenise
+from jaxtune.data.chat import Example, Tokeniser, prompt_ids
 from jaxtune.data.examples import fed_length, in_memory
 from jaxtune.data.formats import Conversation
 from jaxtune.data.packing import Layout, build_batch, plan_epoch
@@ -52,11 +52,11 @@ def test_trap03_trap05_trap07_ids_are_the_templates_and_answers_with_their_end_a
     template, eos, answers = TEMPLATES[name]
     tokenizer = tools.byte_tokenizer(template, eos)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    example = tokenise(tokenizer, conversation(), "responses")
+    example = tools.tokenise(tokenizer, conversation(), "responses")
     assert example.ids.tolist() == tokenizer.apply_chat_template(TALK)["input_ids"]
     assert supervised_texts(tokenizer, example) == answers
-    assert supervised_texts(tokenizer, tokenise(tokenizer, conversation(), "last")) == answers[-1:]
-    assert tokenise(tokenizer, conversation(), "all").supervised.all()
+    assert supervised_texts(tokenizer, tools.tokenise(tokenizer, conversation(), "last")) == answers[-1:]
+    assert tools.tokenise(tokenizer, conversation(), "all").supervised.all()
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -77,13 +77,16 @@ def test_trap04_exactly_one_bos(add_bos):
         tokenizer = tools.byte_tokenizer(template, eos, add_bos)
         chat = conversation(TALK[:2], plain=True)
         expected = 1 if template == tools.LLAMA3 or (add_bos and template is None) else 0
-        for ids in (tokenise(tokenizer, chat, "responses").ids.tolist(), prompt_ids(tokenizer, chat)):
+        for ids in (tools.tokenise(tokenizer, chat, "responses").ids.tolist(), prompt_ids(tokenizer, chat)):
             assert ids.count(tokenizer.bos_token_id) == expected
 
 
 def test_trap02_the_last_target_is_the_end_of_turn_and_padding_is_never_one():
     tokenizer = tools.byte_tokenizer()
-    examples = [tokenise(tokenizer, conversation(TALK[:2]), "responses"), tokenise(tokenizer, conversation(), "responses")]
+    examples = [
+        tools.tokenise(tokenizer, conversation(TALK[:2]), "responses"),
+        tools.tokenise(tokenizer, conversation(), "responses"),
+    ]
     batch = build([(0,), (1,)], examples, 3, 160)
     for row, example in enumerate(examples):
         size = fed_length(example)
@@ -118,10 +121,10 @@ def test_trap06_truncation_that_leaves_nothing_drops_the_row_and_counts_it(tmp_p
 def test_trap07_a_template_that_rewrites_answers_is_refused_not_masked_to_zero():
     shouting = tools.CHATML.replace("m['content']", "m['content'] | upper")
     with pytest.raises(UserError, match=r"rows.jsonl:1: the chat template changes the text of messages\[1\]"):
-        tokenise(tools.byte_tokenizer(shouting), conversation(TALK[:2]), "responses")
+        tools.tokenise(tools.byte_tokenizer(shouting), conversation(TALK[:2]), "responses")
     other_prompt = tools.CHATML.replace("assistant\n'}}{% endif", "assistant: '}}{% endif")
     with pytest.raises(UserError, match="differently from the prompt"):
-        tokenise(tools.byte_tokenizer(other_prompt), conversation(TALK[:2]), "responses")
+        tools.tokenise(tools.byte_tokenizer(other_prompt), conversation(TALK[:2]), "responses")
     dropping = "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}" + tools.CHATML.split("{% for m in messages %}")[
         1
     ].replace("{% endfor %}", "{% endif %}{% endfor %}")
@@ -132,8 +135,6 @@ def test_trap07_a_template_that_rewrites_answers_is_refused_not_masked_to_zero()
         example = document.example()
         assert example.ids.tolist() == tokenizer.apply_chat_template(TALK[:through])["input_ids"]
         assert supervised_texts(tokenizer, example) == [TALK[through - 1]["content"] + "<|im_end|>"]
-    with pytest.raises(UserError, match="the row is 2 examples"):
-        tokenise(tokenizer, conversation(), "responses")
 
 
 def test_trap08_a_prompt_that_is_no_token_prefix_is_masked_by_characters(smollm2):
@@ -143,7 +144,7 @@ def test_trap08_a_prompt_that_is_no_token_prefix_is_masked_by_characters(smollm2
         "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
     )
     messages = [{"role": "user", "content": "The capital is Par"}, {"role": "assistant", "content": "is, in France"}]
-    example = tokenise(tokenizer, conversation(messages), "responses")
+    example = tools.tokenise(tokenizer, conversation(messages), "responses")
     prompt = tokenizer("The capital is Par")["input_ids"]
     assert example.ids[: len(prompt)].tolist() != prompt
     assert supervised_texts(tokenizer, example) == [" Paris, in France<|im_end|>"]
@@ -177,7 +178,7 @@ def packed_losses(model, examples, layout):
 def test_trap09_packed_loss_is_the_unpacked_loss_token_by_token(chat_model, one_device):
     model = load_model(resolve(str(chat_model)), one_device)
     tokenizer = tools.byte_tokenizer()
-    examples = [tokenise(tokenizer, conversation(row["messages"]), "responses") for row in tools.sums(20)]
+    examples = [tools.tokenise(tokenizer, conversation(row["messages"]), "responses") for row in tools.sums(20)]
     packed = packed_losses(model, examples, Layout(4, 256, packing=True, shuffle=True, seed=1))
     alone = packed_losses(model, examples, Layout(4, 256, packing=False, shuffle=False, seed=0))
     assert packed.keys() == alone.keys()
@@ -205,7 +206,7 @@ def test_trap09_no_target_crosses_from_one_example_to_the_next():
 def test_sft_sums_and_does_not_average(chat_model, one_device):
     """Doubling a batch doubles both sums."""
     model = load_model(resolve(str(chat_model)), one_device)
-    examples = [tokenise(tools.byte_tokenizer(), conversation(row["messages"]), "responses") for row in tools.sums(4)]
+    examples = [tools.tokenise(tools.byte_tokenizer(), conversation(row["messages"]), "responses") for row in tools.sums(4)]
     once = build([(0,), (1,)], examples, 2, 96)
     twice = type(once)(*(np.concatenate([part, part]) for part in once))
     (loss, weight, _), (loss2, weight2, _) = sft(model, once, None, "none"), sft(model, twice, None, "none")

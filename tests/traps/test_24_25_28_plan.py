@@ -92,10 +92,9 @@ def test_trap24_evaluation_is_weighted_by_tokens_the_same_at_every_batch_size(ch
         evaluate(model, tokenizer, source.stop_ids(), DataSection(eval=path), task="lm", batch=size) for size in (1, 3, 11, 16)
     ]
     reference = AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float32)
-    from jaxtune.data.chat import tokenise
     from jaxtune.data.formats import Conversation
 
-    items = [tokenise(tokenizer, Conversation("", row["messages"], False), "responses") for row in rows]
+    items = [tools.tokenise(tokenizer, Conversation("", row["messages"], False), "responses") for row in rows]
     total, count = peft_side.token_loss(reference, [(item.ids, item.supervised) for item in items])
     for result in found:
         assert result["supervised_tokens"] == count
