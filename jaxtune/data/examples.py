@@ -10,6 +10,8 @@ import numpy as np
 from jaxtune.data.chat import Example
 from jaxtune.data.store import REWRITTEN, TEXT, Store
 
+_BLOCK = 1 << 17  # documents looked at together, so that what is made on the way stays small
+
 
 class Part(NamedTuple):
     """Consecutive examples of one source, and how often an epoch shows them."""
@@ -110,7 +112,7 @@ def cut(store: Store, chosen: np.ndarray, max_length: int, name: str, weight: fl
     windows = _Windows(store, chosen, max_length)
     return Examples(
         name,
-        windows.kept,
+        _Cut(store, windows.document, windows.first, windows.stop),
         windows.lengths,
         windows.supervised,
         (Part(len(windows.lengths), weight),),
@@ -153,39 +155,66 @@ def joined(examples: Sequence[Examples]) -> Examples:
 
 
 class _Windows:
-    """Which tokens of which documents are an example each, for a whole store at once."""
+    """Which tokens of which documents are an example each, for a whole store at once.
+
+    Attributes:
+        document, first, stop: of each example its document and its tokens there.
+        lengths, supervised: see `Examples`.
+        truncated, unanswered, cut_off: documents.
+        rows, rewritten: counts of rows.
+
+    """
 
     def __init__(self, store: Store, chosen: np.ndarray, max_length: int) -> None:
-        records = store.documents
-        sizes = np.diff(records["tokens"], prepend=0)
-        spans_of = np.diff(records["spans"], prepend=0)
-        owner = np.repeat(np.arange(len(records)), spans_of)
-        begin = np.maximum(store.spans["begin"], 1)  # nothing predicts a first token
-        end = store.spans["end"]
-        text = (records["marks"] & TEXT) > 0
-        limit = np.where(text, sizes, np.minimum(sizes, max_length + 1))[owner]
-        whole = _sums(owner, np.maximum(end - begin, 0), len(records))
-        inside = np.maximum(np.minimum(end, limit) - begin, 0)
-        within = _sums(owner, inside, len(records))
-        last = np.zeros(len(records), np.int64)
-        np.maximum.at(last, owner, np.where(inside > 0, np.minimum(end, limit) - 1, 0))
-        self.truncated = chosen[within[chosen] < whole[chosen]]
-        self.unanswered = chosen[whole[chosen] == 0]
-        self.cut_off = chosen[(whole[chosen] > 0) & (within[chosen] == 0)]
-        marked = records["marks"][chosen] & REWRITTEN > 0
-        lines = records[["file", "line"]][chosen]
-        self.rewritten = len(np.unique(lines[marked]))
-        self.rows = len(chosen) - int(marked.sum()) + self.rewritten
+        blocks = [
+            _window(store, int(part[0]), int(part[-1]) + 1, part - part[0], max_length)
+            for part in np.split(chosen, range(_BLOCK, len(chosen), _BLOCK))
+            if len(part)
+        ]
 
-        taken = chosen[within[chosen] > 0]
-        pieces = np.where(text[taken], -(-(sizes[taken] - 1) // max_length), 1)
-        document = np.repeat(taken, pieces)
-        number = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        first = number * max_length
-        stop = np.minimum(first + max_length + 1, sizes[document])
-        self.lengths = np.where(text[document], stop - first - 1, last[document])
-        self.supervised = np.where(text[document], stop - first - 1, within[document])
-        self.kept = _Cut(store, document, first, stop)
+        def whole(name: str) -> np.ndarray:
+            return np.concatenate([np.zeros(0, np.int32), *(block[name] for block in blocks)])
+
+        self.document, self.first, self.stop = whole("document"), whole("first"), whole("stop")
+        self.lengths, self.supervised = whole("lengths"), whole("supervised")
+        self.truncated, self.unanswered, self.cut_off = whole("truncated"), whole("unanswered"), whole("cut_off")
+        marked = chosen[(store.documents["marks"][chosen] & REWRITTEN) > 0]
+        self.rewritten = len(np.unique(store.documents[["file", "line"]][marked]))
+        self.rows = len(chosen) - len(marked) + self.rewritten
+
+
+def _window(store: Store, begin: int, end: int, chosen: np.ndarray, max_length: int) -> dict[str, np.ndarray]:
+    """The part of `_Windows` that is made of the chosen documents between `begin` and `end`, in arrays of int32."""
+    records = store.documents[begin:end]
+    tokens, spans_before = (int(store.documents[name][begin - 1]) if begin else 0 for name in ("tokens", "spans"))
+    sizes = np.diff(records["tokens"], prepend=tokens)
+    owner = np.repeat(np.arange(len(records)), np.diff(records["spans"], prepend=spans_before))
+    spans = store.spans[spans_before : int(records["spans"][-1])]
+    start, stop = np.maximum(spans["begin"], 1), spans["end"]  # nothing predicts a first token
+    text = (records["marks"] & TEXT) > 0
+    limit = np.where(text, sizes, np.minimum(sizes, max_length + 1))[owner]
+    whole = _sums(owner, np.maximum(stop - start, 0), len(records))
+    inside = np.maximum(np.minimum(stop, limit) - start, 0)
+    within = _sums(owner, inside, len(records))
+    last = np.zeros(len(records), np.int64)
+    np.maximum.at(last, owner, np.where(inside > 0, np.minimum(stop, limit) - 1, 0))
+
+    taken = chosen[within[chosen] > 0]
+    pieces = np.where(text[taken], -(-(sizes[taken] - 1) // max_length), 1)
+    document = np.repeat(taken, pieces)
+    first = (np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * max_length
+    ends = np.minimum(first + max_length + 1, sizes[document])
+    found = {
+        "document": begin + document,
+        "first": first,
+        "stop": ends,
+        "lengths": np.where(text[document], ends - first - 1, last[document]),
+        "supervised": np.where(text[document], ends - first - 1, within[document]),
+        "truncated": begin + chosen[within[chosen] < whole[chosen]],
+        "unanswered": begin + chosen[whole[chosen] == 0],
+        "cut_off": begin + chosen[(whole[chosen] > 0) & (within[chosen] == 0)],
+    }
+    return {name: values.astype(np.int32) for name, values in found.items()}
 
 
 def _sums(owner: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:

@@ -78,12 +78,7 @@ def plan_epoch(lengths: np.ndarray, layout: Layout, epoch: int, parts: Sequence[
     if layout.shuffle:
         order = random.permutation(order)
     if layout.packing:
-        rows = _best_fit(order, lengths, layout.max_length)
-        if layout.shuffle:
-            rows = [rows[number] for number in random.permutation(len(rows))]
-        sizes = np.fromiter(map(len, rows), np.int64, len(rows))
-        members = np.fromiter((index for row in rows for index in row), np.int64, len(order))
-        return Epoch(members, np.cumsum(sizes), layout.rows)
+        return _rows(order, _best_fit(order, lengths, layout.max_length), layout, random)
     if layout.shuffle:
         order = _by_length(order, lengths, layout.rows, random)
     return Epoch(order, np.arange(1, len(order) + 1), layout.rows)
@@ -110,26 +105,38 @@ def _drawn(count: int, parts: Sequence[Part], seed: int, epoch: int) -> np.ndarr
     return np.concatenate([np.zeros(0, np.int64), *found])
 
 
-def _best_fit(order: np.ndarray, lengths: np.ndarray, capacity: int) -> list[PackedRow]:
-    """Best-fit decreasing with a bounded look-ahead.
+def _best_fit(order: np.ndarray, lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """The number of the row that each place of `order` goes to, by best-fit decreasing with a bounded look-ahead.
 
     Of each `LOOK_AHEAD` examples the longest goes first, each to the open row that it fills best; then all but the `OPEN_ROWS`
-    emptiest rows are closed. Rows come in the order of their first examples.
+    emptiest rows are closed.
     """
-    done: list[list[int]] = []
+    rows = np.zeros(len(order), np.int32)
     free: list[tuple[int, int]] = []  # (space left, number of the row), sorted
-    open_rows: dict[int, list[int]] = {}
+    count = 0
     for start in range(0, len(order), LOOK_AHEAD):
         ahead = start + np.argsort(-lengths[order[start : start + LOOK_AHEAD]], kind="stable")
-        for place, need in zip(ahead.tolist(), lengths[order[ahead]].tolist(), strict=True):
+        chosen = []
+        for need in lengths[order[ahead]].tolist():
             at = bisect.bisect_left(free, (need, -1))
-            space, row = free.pop(at) if at < len(free) else (capacity, place)
-            open_rows.setdefault(row, []).append(place)
+            if at < len(free):
+                space, row = free.pop(at)
+            else:
+                space, row, count = capacity, count, count + 1
             bisect.insort(free, (space - need, row))
-        while len(free) > OPEN_ROWS:
-            done.append(open_rows.pop(free.pop(0)[1]))
-    rows = sorted(map(sorted, [*done, *open_rows.values()]))
-    return [tuple(order[row].tolist()) for row in rows]
+            chosen.append(row)
+        rows[ahead] = chosen
+        del free[: max(len(free) - OPEN_ROWS, 0)]
+    return rows
+
+
+def _rows(order: np.ndarray, row_of: np.ndarray, layout: Layout, random: np.random.Generator) -> Epoch:
+    """The packed rows, shuffled or else in the order of their first examples."""
+    _, first, row_of, sizes = np.unique(row_of, return_index=True, return_inverse=True, return_counts=True)
+    rank = np.empty(len(sizes), np.int64)
+    rank[random.permutation(len(sizes)) if layout.shuffle else np.argsort(first)] = np.arange(len(sizes))
+    members = order[np.argsort(rank[row_of], kind="stable")]
+    return Epoch(members, np.cumsum(sizes[np.argsort(rank)]), layout.rows)
 
 
 def _by_length(order: np.ndarray, lengths: np.ndarray, rows: int, random: np.random.Generator) -> np.ndarray:

@@ -267,7 +267,7 @@ class ChatTemplate:
         probe = replace(conversation, messages=[*conversation.messages[:number], message])
         text = _text(self._one(probe, False))
         head, found, tail = text[len(before) :].partition(_PLACEHOLDER)
-        if found and text.startswith(before) and (head, tail) not in self._frames:
+        if found and (head, tail) not in self._frames:
             self._frames = [(head, tail), *self._frames[: _FRAMES - 1]]
 
     def _marks(self, conversation: Conversation, numbers: list[int]) -> list[Span]:
