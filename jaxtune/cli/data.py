@@ -77,11 +77,11 @@ def _show_part(console: "Console", name: str, part: dict[str, Any]) -> None:
         "unanswered": "left out: nothing is supervised", "bad": "bad",
     }  # fmt: skip
     for kind, places in part["places"].items():
-        console.print(f"  {len(places):,} rows {reasons[kind]}:", markup=False)
-        for place in places[:_PLACES]:
+        console.print(f"  {places['count']:,} rows {reasons[kind]}:", markup=False)
+        for place in places["first"][:_PLACES]:
             console.print(f"    {place}", markup=False)
-        if len(places) > _PLACES:
-            console.print(f"    and {len(places) - _PLACES:,} more (all are in --json FILE)", markup=False)
+        if places["count"] > _PLACES:
+            console.print(f"    and {places['count'] - _PLACES:,} more (see --json FILE)", markup=False)
     console.print()
 
 

@@ -9,7 +9,7 @@ from jaxtune.data.examples import Examples
 from jaxtune.data.loader import Plan
 from jaxtune.data.store import NOT_ENDED, TWO_BOS
 
-_BINS = 12
+_BINS, _LISTED = 12, 10_000
 _MOST_CLASSES, _ROWS_A_CLASS, _IMBALANCE = 50, 3, 5.0
 
 
@@ -40,9 +40,9 @@ def figures(plan: Plan) -> dict[str, Any]:
         "rewritten": examples.rewritten,
         "lengths": histogram(examples.lengths),
         "places": {
-            name: list(getattr(examples, name))
+            name: {"count": len(places), "first": list(places[:_LISTED])}
             for name in ("truncated", "cut_off", "unanswered", "bad")
-            if len(getattr(examples, name))
+            if len(places := getattr(examples, name))
         },
     }
 

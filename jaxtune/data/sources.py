@@ -26,6 +26,7 @@ _WORDS = {"train": "train", "training": "train", "validation": "validation", "va
 _WANTED = {TRAIN: ("train",), EVAL: ("validation", "test")}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?")
 _GLOB = re.compile(r"[*?\[]")
+_DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, ZstdError)
 
 
 class Source(Protocol):
@@ -101,40 +102,36 @@ class Files:
                 )
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """All rows in order; a file without a row is reported like a row."""
+        """All rows in order; that there are none is reported like a bad row."""
         yield from islice(self._rows(), self.limit)
 
     def _rows(self) -> Iterator[Row | BadRow]:
-        self._done = 0
+        self._done, empty = 0, True
         self._size = sum(os.path.getsize(path) for path in self.paths if "://" not in path)
         for path in self.paths:
             with _opened(path) as raw:
-                self._open, empty = raw, True
+                self._open = raw
                 try:
                     with _decompressed(raw, path) as handle:
                         for row in reader_of(path)(handle, path):  # type: ignore[misc]
                             empty = False
                             yield row
-                except (
-                    OSError,
-                    EOFError,
-                    zlib.error,
-                    lzma.LZMAError,
-                    zipfile.BadZipFile,
-                    ZstdError,
-                ) as error:  # cut short, or damaged
+                except _DAMAGED as error:
                     yield BadRow(Place(path, 0), f"cannot be read to its end: {error}")
                     empty = False
-                if empty:
-                    yield BadRow(Place(path, 0), "the file has no rows")
             self._done += os.path.getsize(path) if "://" not in path else 0
             self._open = None
+        if empty:
+            yield BadRow(Place(self.name, 0), "there are no rows")
 
     def identity(self) -> str | None:
         """SHA-256 of names and contents."""
         digest = hashlib.sha256(repr(self.limit).encode())
         for path in self.paths:
             digest.update(f"\0{path}\0".encode())
+            if "://" in path:  # what the store says of the object, its time or tag, instead of loading it twice
+                digest.update(_system(path)[0].ukey(path).encode())
+                continue
             with _opened(path) as file:
                 while piece := file.read(1 << 20):
                     digest.update(piece)
@@ -270,16 +267,25 @@ def _is_text(file: Path) -> bool:
 
 
 def _remote(url: str) -> list[str]:
-    import fsspec
-
+    system, path = _system(url)
     try:
-        system, path = fsspec.core.url_to_fs(url)
         found = sorted(system.glob(path)) if _GLOB.search(path) else [path]
-        return [system.unstrip_protocol(name) for name in found]
-    except ImportError as error:
-        raise UserError(f"{url}: {error}.") from None
+        found = [system.unstrip_protocol(name) for name in found if system.isfile(name)]
     except (ValueError, OSError) as error:
         raise UserError(f"{url} cannot be opened: {error}.") from None
+    if not found:
+        raise UserError(f"{url}: there is no such file.")
+    return found
+
+
+def _system(url: str) -> tuple[Any, str]:
+    """The store that a URL names, and the path there."""
+    from fsspec.core import url_to_fs
+
+    try:
+        return url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{url}: {error}.") from None
 
 
 def _opened(path: str) -> BinaryIO:

@@ -68,7 +68,7 @@ BAD_ROWS = {
     "no completion": (['{"prompt": "x", "completions": "y"}'], "Did you mean 'completions'?"),
     "prompt of another type": (['{"prompt": 1, "completion": "y"}'], "rows.jsonl:1: 'prompt' is of type int, not a string"),
     "not UTF-8": ([GOOD_LINE, b'{"prompt": "\xa3"}'], "rows.jsonl:2: not UTF-8"),
-    "empty": ([""], "rows.jsonl: the file has no rows"),
+    "empty": ([""], "rows.jsonl: there are no rows"),
     "nothing supervised": (['{"messages": [{"role": "user", "content": "x"}]}'], "no row has a supervised token"),
 }
 

@@ -58,8 +58,10 @@ def test_what_looks_wrong_is_said(data):
     _, screen, _, found = data(rows, held_out=held_out)
     part = found["parts"]["train"]
     assert (part["duplicates"], part["truncated"], part["dropped"], part["bad"]) == (2, 2, 2, 0)
-    assert [re.sub(".*rows.jsonl:", "", place) for place in part["places"]["truncated"]] == ["33", "34"]
-    assert [re.sub(".*rows.jsonl:", "", place) for place in part["places"]["cut_off"] + part["places"]["unanswered"]] == [
+    assert [re.sub(".*rows.jsonl:", "", place) for place in part["places"]["truncated"]["first"]] == ["33", "34"]
+    assert [
+        re.sub(".*rows.jsonl:", "", place) for place in part["places"]["cut_off"]["first"] + part["places"]["unanswered"]["first"]
+    ] == [
         "33",
         "35",
     ]
@@ -87,7 +89,7 @@ def test_bad_rows_are_all_listed_and_then_refused_unless_skipped(data, tmp_path)
     assert "2 bad rows: training stops at the first" in err
     assert "bad.jsonl:2: not valid JSON" in screen
     assert "bad.jsonl:3: 'messages' is not a list" in screen
-    assert len(found["parts"]["train"]["places"]["bad"]) == 2
+    assert found["parts"]["train"]["places"]["bad"]["count"] == 2
     code, _, err, found = data(str(path), "data.on_error=skip")
     assert code == 0
     assert found["warnings"] == ["train: 2 bad rows are left out."]

@@ -238,6 +238,16 @@ def test_weights_of_a_mixture_are_passes(counts, weights, shuffle):
             start += part.count
 
 
+def test_each_pass_over_a_part_of_a_mixture_is_in_another_order():
+    parts, lengths = [Part(40, 0.5), Part(3, 1.0)], np.full(43, 3)
+    halves = [plan_epoch(lengths, Layout(2, 8, False, False, 5), epoch, parts).members for epoch in range(4)]
+    chosen = [set(half[half < 40].tolist()) for half in halves]
+    assert chosen[0] | chosen[1] == chosen[2] | chosen[3] == set(range(40))
+    assert chosen[0] not in (chosen[2], chosen[3])
+    other = plan_epoch(lengths, Layout(2, 8, False, False, 6), 0, parts).members
+    assert set(other.tolist()) != set(halves[0].tolist())
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40),

@@ -107,11 +107,33 @@ def test_directories_and_globs(tmp_path):
         path = tmp_path / "set" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}\n")
+    (tmp_path / "set" / "bb.jsonl").write_text("\n")  # an empty part harms nothing
     assert [row.value for row in read(tmp_path / "set")] == ROWS[:2] + ROWS[3:] + ROWS[2:3]
     assert [row.value for row in read(tmp_path / "set" / "*.jsonl")] == ROWS[:2] + ROWS[3:]
     assert [row.value for row in read(tmp_path / "set" / "**" / "[!.]*.gz")] == ROWS[2:3]
     with pytest.raises(UserError, match="no file matches"):
         read(tmp_path / "set" / "*.csv")
+
+
+def test_urls(folder):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for name, part in (("a.jsonl", ROWS[:3]), ("b.jsonl.gz", ROWS[3:])):
+        data = "".join(json.dumps(row) + "\n" for row in part).encode()
+        memory.pipe(f"/bucket/{name}", gzip.compress(data) if name.endswith("gz") else data)
+    found = read("memory://bucket/*")
+    assert [row.value for row in found] == ROWS
+    assert str(found[-1].place) == "memory:///bucket/b.jsonl.gz:2"
+    before = open_source(DataSource(source="memory://bucket/a.jsonl"), TRAIN).identity()
+    memory.pipe("/bucket/a.jsonl", b'{"text": "x"}\n')
+    assert open_source(DataSource(source="memory://bucket/a.jsonl"), TRAIN).identity() != before
+    assert [row.value for row in read(f"file://{folder}/rows.csv")] == ROWS
+    for url in ("memory://bucket/none.jsonl", "memory://bucket/*.csv"):
+        with pytest.raises(UserError, match="there is no such file"):
+            read(url)
+    with pytest.raises(UserError, match="nonsense"):
+        read("nonsense://x.jsonl")
 
 
 def test_splits_of_a_directory(tmp_path):
