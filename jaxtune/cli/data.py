@@ -31,11 +31,13 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from jaxtune.cli.options import config_of, write_json
+    from jaxtune.core import runtime
     from jaxtune.core.errors import UserError
     from jaxtune.data.inspect import classes, figures, overlap, warnings
     from jaxtune.train.inputs import read_inputs
     from jaxtune.train.progress import Reporter
 
+    runtime.start()
     config = config_of(options)
     lenient = config.model_copy(update={"data": config.data.model_copy(update={"on_error": "skip"})})
     inputs = read_inputs(lenient, Reporter())

@@ -65,7 +65,7 @@ class Task:
         if self.bar:
             self.bar.update(self._id, completed=done, text=text)
             return
-        every = max(1, self.total // REPORTS)
+        every = max(1, -(-self.total // REPORTS))
         if done % every == 0 or done == self.total or not self._reported:
             self._reported = True
             left = (time.monotonic() - self._began) / max(done - self.start, 1) * (self.total - done)
