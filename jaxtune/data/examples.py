@@ -221,8 +221,21 @@ def _sums(owner: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
     return np.bincount(owner, weights=values, minlength=count).astype(np.int64)
 
 
+class _Lazy(Sequence):
+    """A sequence whose elements are made when they are asked for, by `at`."""
+
+    def at(self, index: int) -> Any:
+        """The element at an index from 0."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self.at(number) for number in range(*index.indices(len(self)))]
+        return self.at(range(len(self))[index])
+
+
 @dataclass(frozen=True)
-class _Cut(Sequence):
+class _Cut(_Lazy):
     """Examples read from a store when they are asked for."""
 
     store: Store
@@ -233,9 +246,7 @@ class _Cut(Sequence):
     def __len__(self) -> int:
         return len(self.document)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
+    def at(self, index: int) -> Any:
         document, first, stop = int(self.document[index]), int(self.first[index]), int(self.stop[index])
         records, spans = self.store.documents, self.store.spans
         start = int(records["tokens"][document - 1]) if document else 0
@@ -248,7 +259,7 @@ class _Cut(Sequence):
 
 
 @dataclass(frozen=True)
-class _Places(Sequence):
+class _Places(_Lazy):
     """Places of documents, as text."""
 
     store: Store
@@ -257,14 +268,12 @@ class _Places(Sequence):
     def __len__(self) -> int:
         return len(self.documents)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
+    def at(self, index: int) -> Any:
         return str(self.store.place(int(self.documents[index])))
 
 
 @dataclass(frozen=True)
-class _Chain(Sequence):
+class _Chain(_Lazy):
     """Sequences one after the other."""
 
     parts: list[Sequence]
@@ -276,9 +285,6 @@ class _Chain(Sequence):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
+    def at(self, index: int) -> Any:
         part = int(np.searchsorted(self._ends, index, side="right"))
         return self.parts[part][index - (int(self._ends[part - 1]) if part else 0)]
