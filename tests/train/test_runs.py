@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jaxtune.config.schema import DataSection
+from jaxtune.data.prepare import prepare
 from jaxtune.train.checkpoint import steps_saved
 from jaxtune.train.metrics import read_metrics
 from jaxtune.train.rundir import RunDirectory, read_config
@@ -112,10 +115,7 @@ def test_trap01_trap09_cuts_and_packing_change_nothing(chat_model, rows, tmp_pat
     same = [tools.chat(f"{n % 10}+{n // 10}?", f"{n % 10 + n // 10:02}") for n in range(64)]
     path = tools.write_rows(tmp_path / "same.jsonl", same)
     keys = {"data__shuffle": "false", "optimizer__warmup": 0, "checkpoint__every": 1000}
-    from jaxtune.config.schema import DataSection
-    from jaxtune.data.examples import prepare
-
-    (length,) = set(prepare(path, tools.byte_tokenizer(), DataSection()).lengths.tolist())
+    (length,) = set(prepare(DataSection(train=path), tools.byte_tokenizer()).lengths.tolist())
     runs = {
         f"cut{micro}": {"train__batch_size": 8, "train__micro_batch_size": micro, "data__packing": "false"}
         for micro in (1, 2, 4, 8)
@@ -170,7 +170,7 @@ def test_a_second_start_trains_nothing_again_and_another_config_is_refused(chat_
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 5
     assert all({"prompt", "wanted", "before", "after"} <= sample.keys() for sample in samples)
-    RunDirectory(read_config(tmp_path / "run"), {}, fresh=True).close()
+    RunDirectory(read_config(tmp_path / "run"), {}, date(2026, 1, 1), fresh=True).close()
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "env.json"}
 
 
