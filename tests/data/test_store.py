@@ -58,6 +58,13 @@ def test_the_second_time_nothing_is_tokenised_and_all_is_the_same(cache, rows, m
     assert [ids[:61] for ids, _ in content(first)] == [example.ids.tolist()[:61] for example in alone]
 
 
+def test_many_chunks_keep_the_order_of_the_rows(cache, rows, monkeypatch):
+    whole = content(prepare(DataSection(train=rows), WORDS))
+    monkeypatch.setattr(preparing, "_CHUNK_ROWS", 3)
+    monkeypatch.setenv("JAXTUNE_CACHE", str(cache / "other"))
+    assert content(prepare(DataSection(train=rows), WORDS)) == whole
+
+
 def test_whatever_the_tokens_depend_on_makes_them_anew(cache, rows, tmp_path, monkeypatch):
     calls = count_fills(monkeypatch)
     prepare(DataSection(train=rows), WORDS)
