@@ -178,7 +178,7 @@ class _Windows:
         self.document, self.first, self.stop = whole("document"), whole("first"), whole("stop")
         self.lengths, self.supervised = whole("lengths"), whole("supervised")
         self.truncated, self.unanswered, self.cut_off = whole("truncated"), whole("unanswered"), whole("cut_off")
-        marked = chosen[(store.documents["marks"][chosen] & REWRITTEN) > 0]
+        marked = whole("marked")
         self.rewritten = len(np.unique(store.documents[["file", "line"]][marked]))
         self.rows = len(chosen) - len(marked) + self.rewritten
 
@@ -213,7 +213,9 @@ def _window(store: Store, begin: int, end: int, chosen: np.ndarray, max_length: 
         "truncated": begin + chosen[within[chosen] < whole[chosen]],
         "unanswered": begin + chosen[whole[chosen] == 0],
         "cut_off": begin + chosen[(whole[chosen] > 0) & (within[chosen] == 0)],
+        "marked": begin + chosen[(records["marks"][chosen] & REWRITTEN) > 0],
     }
+    store.let_go()
     return {name: values.astype(np.int32) for name, values in found.items()}
 
 
@@ -255,7 +257,8 @@ class _Cut(_Lazy):
             begin, end = max(int(span["begin"]) - first, 0), int(span["end"]) - first
             if end > 0:
                 weights[begin:end] = span["weight"]
-        return Example(np.array(self.store.ids[start + first : start + stop]), weights)
+        self.store.let_go()
+        return Example(self.store.tokens(start + first, start + stop), weights)
 
 
 @dataclass(frozen=True)

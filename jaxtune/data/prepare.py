@@ -49,6 +49,7 @@ def prepare(
     for source, weight in _sources(data, which):
         store = tokenised(source, tokenizer, data, progress, day)
         chosen = np.flatnonzero(_belongs(store.documents["prompt"], data, which))
+        store.let_go()
         found.append(cut(store, chosen, data.max_length, source.name, weight))
     examples = joined(found)
     if not len(examples.items):

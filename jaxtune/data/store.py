@@ -6,6 +6,7 @@ processes that make the same one the first wins and the second uses it.
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -82,10 +83,26 @@ class Store:
         record = self.documents[document]
         return Place(self.about["files"][record["file"]], int(record["line"]))
 
+    def tokens(self, begin: int, end: int) -> np.ndarray:
+        """A copy of a run of tokens."""
+        found = np.array(self.ids[begin:end])
+        _let_go(self.ids)
+        return found
+
+    def let_go(self) -> None:
+        """Keep no page of the records in memory that was read; without this a file that was gone through counts as ours whole."""
+        _let_go(self.documents)
+        _let_go(self.spans)
+
     def _part(self, name: str) -> np.ndarray:
         if not self.about["counts"][name]:
             return np.zeros(0, _PARTS[name])
         return np.memmap(self.path / name, _PARTS[name], mode="r")
+
+
+def _let_go(part: np.ndarray) -> None:
+    if isinstance(part, np.memmap):
+        part._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
 
 class Writer:
