@@ -1,5 +1,6 @@
 """The examples of a source: tokenised rows cut to length, with an account of what was cut or left out."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -226,9 +227,9 @@ def _sums(owner: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
 class _Lazy(Sequence):
     """A sequence whose elements are made when they are asked for, by `at`."""
 
+    @abstractmethod
     def at(self, index: int) -> Any:
         """The element at an index from 0."""
-        raise NotImplementedError
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -258,7 +259,7 @@ class _Cut(_Lazy):
             if end > 0:
                 weights[begin:end] = span["weight"]
         self.store.let_go()
-        return Example(self.store.tokens(start + first, start + stop), weights)
+        return Example(self.store.read(start + first, start + stop), weights)
 
 
 @dataclass(frozen=True)

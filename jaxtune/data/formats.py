@@ -61,7 +61,8 @@ class Conversation:
             answer.update(_canonical(self.messages[-1]))
             whole.update(_canonical(self.messages[-1]))
         prompt = whole if len(self.prompt) == 0 else before
-        return tuple(int.from_bytes(found.digest(), "little") for found in (whole, prompt, answer))  # type: ignore[return-value]
+        row, asked, said = (int.from_bytes(found.digest(), "little") for found in (whole, prompt, answer))
+        return row, asked, said
 
     def through(self, number: int) -> "Conversation":
         """The conversation up to and with message `number`."""

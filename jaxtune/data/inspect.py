@@ -157,7 +157,5 @@ def _answer(examples: Examples, document: int, tokenizer: Any) -> str:
             return ""
         span = store.spans[int(ends[index]) - 1]
         start = int(store.documents["tokens"][index - 1]) if index else 0
-        return tokenizer.decode(
-            store.tokens(start + span["begin"], start + span["end"]).tolist(), skip_special_tokens=True
-        ).strip()
+        return tokenizer.decode(store.read(start + span["begin"], start + span["end"]).tolist(), skip_special_tokens=True).strip()
     return ""

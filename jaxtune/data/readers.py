@@ -42,7 +42,8 @@ def read_lines(handle: BinaryIO, path: str) -> Iterator[Row | BadRow]:
 
 def read_json(handle: BinaryIO, path: str) -> Iterator[Row | BadRow]:
     """An array of objects, an object that holds one such array, a single object, or JSON Lines under another name."""
-    buffered: Any = handle if hasattr(handle, "peek") else io.BufferedReader(handle)  # type: ignore[arg-type]
+    raw: Any = handle
+    buffered = raw if hasattr(raw, "peek") else io.BufferedReader(raw)
     first = buffered.peek(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
     if first.startswith(b"["):
         yield from _array(buffered, path)

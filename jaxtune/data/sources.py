@@ -9,6 +9,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -17,7 +18,7 @@ from zstandard import ZstdError
 
 from jaxtune.config.schema import DataSource
 from jaxtune.core.errors import UserError, listed
-from jaxtune.data.readers import READERS, reader_of
+from jaxtune.data.readers import READERS, Reader, reader_of
 from jaxtune.data.row import BadRow, Place, Row
 
 TRAIN, EVAL = "train", "eval"
@@ -94,12 +95,7 @@ class Files:
     def __init__(self, name: str, paths: list[str], limit: int | None = None) -> None:
         self.name, self.paths, self.limit = name, paths, limit
         self._done, self._open, self._size = 0, None, 0
-        for path in paths:
-            if reader_of(path) is None:
-                kinds = listed(sorted(READERS))
-                raise UserError(
-                    f"{path}: files of this kind are not read. Known are {kinds}, each also compressed (.gz, .bz2, .xz, .zst, .zip)."
-                )
+        self._readers = [_reader(path) for path in paths]
 
     def rows(self) -> Iterator[Row | BadRow]:
         """All rows in order; that there are none is reported like a bad row."""
@@ -108,12 +104,12 @@ class Files:
     def _rows(self) -> Iterator[Row | BadRow]:
         self._done, empty = 0, True
         self._size = sum(os.path.getsize(path) for path in self.paths if "://" not in path)
-        for path in self.paths:
+        for path, reader in zip(self.paths, self._readers, strict=True):
             with _opened(path) as raw:
                 self._open = raw
                 try:
                     with _decompressed(raw, path) as handle:
-                        for row in reader_of(path)(handle, path):  # type: ignore[misc]
+                        for row in reader(handle, path):
                             empty = False
                             yield row
                 except _DAMAGED as error:
@@ -141,6 +137,16 @@ class Files:
         """Bytes, compressed where the files are."""
         inside = self._open.tell() if self._open and not self._open.closed else 0
         return self._done + inside, self._size
+
+
+def _reader(path: str) -> Reader:
+    found = reader_of(path)
+    if found is None:
+        kinds = listed(sorted(READERS))
+        raise UserError(
+            f"{path}: files of this kind are not read. Known are {kinds}, each also compressed (.gz, .bz2, .xz, .zst, .zip)."
+        )
+    return found
 
 
 class DataSet:
@@ -195,21 +201,16 @@ def _load_from_hub(entry: DataSource, part: str) -> tuple[Any, str]:
     return load_dataset(name, entry.name, split=split, **options), split
 
 
-class _explained:
+@contextmanager
+def _explained(entry: DataSource) -> Iterator[None]:
     """Turns whatever the library raises about a data set into one error of the user's."""
-
-    def __init__(self, entry: DataSource) -> None:
-        self.entry = entry
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, UserError):
-            reason = f"{error}".strip().split("\n")[0] or type(error).__name__
-            raise UserError(
-                f"{self.entry.source} is neither a file here nor a data set that can be read from the hub: {reason}"
-            ) from None
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{error}".strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"{entry.source} is neither a file here nor a data set that can be read from the hub: {reason}") from None
 
 
 def _chosen(entry: DataSource, part: str, names: list[str]) -> str:
@@ -294,7 +295,8 @@ def _opened(path: str) -> BinaryIO:
             return open(path, "rb")
         import fsspec
 
-        return fsspec.open(path, "rb").open()  # type: ignore[return-value]
+        remote: Any = fsspec.open(path, "rb")
+        return remote.open()
     except OSError as error:
         raise UserError(f"{path} cannot be opened: {error.strerror or error}.") from None
 
@@ -307,5 +309,7 @@ def _decompressed(raw: BinaryIO, path: str) -> BinaryIO:
     kind = infer_compression(path)
     if kind is None:
         return raw
-    opened: Any = compr[kind](raw, mode="rb")  # type: ignore[index]
-    return opened if isinstance(opened, io.BufferedIOBase) else io.BufferedReader(opened)  # type: ignore[return-value]
+    known: Any = compr
+    opened: Any = known[kind](raw, mode="rb")
+    buffered: Any = opened if isinstance(opened, io.BufferedIOBase) else io.BufferedReader(opened)
+    return buffered

@@ -66,43 +66,48 @@ class Store:
     @cached_property
     def ids(self) -> np.ndarray:
         """All tokens, int32."""
-        return self._part("ids")
+        return self._array("ids")
 
     @cached_property
     def documents(self) -> np.ndarray:
         """A record a document."""
-        return self._part("documents")
+        return self._array("documents")
 
     @cached_property
     def spans(self) -> np.ndarray:
         """A record a supervised range of tokens: begin and end in its document, weight."""
-        return self._part("spans")
+        return self._array("spans")
 
     def place(self, document: int) -> Place:
         """Where a document comes from."""
         record = self.documents[document]
         return Place(self.about["files"][record["file"]], int(record["line"]))
 
-    def tokens(self, begin: int, end: int) -> np.ndarray:
-        """A copy of a run of tokens."""
+    def read(self, begin: int, end: int) -> np.ndarray:
+        """A copy of the tokens from `begin` to before `end`."""
         found = np.array(self.ids[begin:end])
-        _let_go(self.ids)
+        self.let_go("ids")
         return found
 
-    def let_go(self) -> None:
-        """Keep no page of the records in memory that was read; without this a file that was gone through counts as ours whole."""
-        _let_go(self.documents)
-        _let_go(self.spans)
+    def let_go(self, *names: str) -> None:
+        """Keep no page in memory of what was read of these files, by default of the records; a file that was gone through would
+        count as ours whole.
+        """
+        for name in names or ("documents", "spans"):
+            if name in self._maps:
+                self._maps[name].madvise(mmap.MADV_DONTNEED)
 
-    def _part(self, name: str) -> np.ndarray:
-        if not self.about["counts"][name]:
-            return np.zeros(0, _PARTS[name])
-        return np.memmap(self.path / name, _PARTS[name], mode="r")
+    @cached_property
+    def _maps(self) -> dict[str, mmap.mmap]:
+        found = {}
+        for name in _PARTS:
+            if self.about["counts"][name]:  # nothing cannot be mapped
+                with (self.path / name).open("rb") as file:
+                    found[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return found
 
-
-def _let_go(part: np.ndarray) -> None:
-    if isinstance(part, np.memmap):
-        part._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+    def _array(self, name: str) -> np.ndarray:
+        return np.frombuffer(self._maps[name], _PARTS[name]) if name in self._maps else np.zeros(0, _PARTS[name])
 
 
 class Writer:
