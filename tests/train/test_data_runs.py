@@ -7,12 +7,16 @@ import pytest
 
 import jaxtune
 from jaxtune.config.loading import load_config
+from jaxtune.config.schema import DataSection
 from jaxtune.core.mesh import make_mesh
+from jaxtune.evals.evaluate import evaluate
 from jaxtune.train import setup
 from jaxtune.train.metrics import read_metrics
 from jaxtune.train.progress import Reporter
 from jaxtune.training import run
 from jaxtune.weights import export
+from jaxtune.weights.load import load_model
+from jaxtune.weights.source import resolve
 from tests import tools
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -113,3 +117,17 @@ def test_trap28_a_run_that_goes_on_another_day_sees_the_same_date(train, tmp_pat
     first = train(*keys, model=model)
     assert json.loads((first.dir / "env.json").read_text())["day"] == "2024-02-09"
     assert train(*keys, model=model).metrics == first.metrics  # today's date would have been refused as other data
+
+
+def test_chats_are_evaluated_whole_and_texts_in_windows_of_the_length_they_were_trained_in(chat_model, tmp_path, one_device):
+    model, words = load_model(resolve(str(chat_model)), one_device), tools.byte_tokenizer()
+    chats = tools.write_rows(tmp_path / "chats.jsonl", tools.sums(6))
+    texts = tools.write_rows(tmp_path / "texts.jsonl", [{"text": "once upon a time " * 4}])
+    found = {
+        (name, length): evaluate(model, words, [257], DataSection(eval=path, max_length=length), "lm")
+        for name, path in (("chats", chats), ("texts", texts))
+        for length in (16, 200)
+    }
+    assert found["chats", 16] == found["chats", 200]
+    assert found["texts", 16]["supervised_tokens"] == found["texts", 200]["supervised_tokens"]
+    assert abs(found["texts", 16]["loss"] - found["texts", 200]["loss"]) > 1e-3
