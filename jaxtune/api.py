@@ -15,12 +15,13 @@ from jaxtune.core.mesh import make_mesh
 from jaxtune.data.chat import prompt_ids
 from jaxtune.data.formats import Conversation
 from jaxtune.evals.evaluate import evaluate as evaluate_model
+from jaxtune.exporting import export_run
 from jaxtune.generate.engine import Engine
 from jaxtune.generate.sampling import Sampling
 from jaxtune.models.decoder import CausalLM
 from jaxtune.train.progress import Reporter
-from jaxtune.train.rundir import ADAPTER, is_run, read_config
-from jaxtune.training import Run, export_run, run
+from jaxtune.train.rundir import ADAPTER, MODEL, is_run, read_config
+from jaxtune.training import Run, run
 from jaxtune.weights import hub
 from jaxtune.weights.convert import convert_model
 from jaxtune.weights.load import load_model
@@ -97,7 +98,7 @@ def train(config: Config | dict | str | Path, *, fresh: bool = False, quiet: boo
         quiet: no progress.
 
     Returns:
-        The run: `dir`, `metrics` (rows of metrics.jsonl), `adapter` (its directory), `before` and `after`.
+        The run: `dir`, `metrics` (rows of metrics.jsonl), `adapter` or `model` (the directory of what trained), `before` and `after`.
 
     Raises:
         UserError: anything that is wrong with the configuration, the data or the model.
@@ -252,6 +253,10 @@ def _base_and_adapter(model: str, adapter: str | None) -> tuple[str, str | None]
     """A run directory means its base with its adapter."""
     if not is_run(model):
         return model, adapter
+    if (Path(model) / MODEL).is_dir():
+        return str(Path(model) / MODEL), adapter
+    if adapter is None and read_config(Path(model)).adapter.method == "none":
+        raise UserError(f"{model} has no model yet. Finish the run with: jaxtune train {model}/config.yaml")
     if adapter is None and not (Path(model) / ADAPTER).is_dir():
         raise UserError(f"{model} has no adapter yet. Finish the run with: jaxtune train {model}/config.yaml")
     return read_config(Path(model)).model.source, adapter or str(Path(model) / ADAPTER)

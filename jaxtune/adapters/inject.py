@@ -57,9 +57,15 @@ def inject(model: CausalLM, config: LoRAConfig, seed: int, mesh: Mesh) -> None:
 
 
 def split_trainable(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """`(graphdef, trainable, frozen)`: the adapters' leaves, but for those that only come with them, and everything else."""
-    graph, trainable, frozen = nnx.split(model, lambda _, leaf: isinstance(leaf, LoRAParam) and leaf.trains, ...)
+    """`(graphdef, trainable, frozen)`: the leaves of an adapter, but for those that only come with it, or the weights that were loaded
+    to be trained; and everything else.
+    """
+    graph, trainable, frozen = nnx.split(model, lambda _, leaf: _trains(leaf), ...)
     return graph, trainable, frozen
+
+
+def _trains(leaf: Any) -> bool:
+    return leaf.trains if isinstance(leaf, LoRAParam) else bool(leaf.get_metadata().get("trained", False))
 
 
 def adapted(model: nnx.Module) -> dict[tuple[Any, ...], LoRALinear | LoRAEmbedding]:

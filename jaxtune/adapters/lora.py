@@ -25,6 +25,10 @@ class LoRAParam(nnx.Param):
         return bool(self.get_metadata().get("trained", True))
 
 
+class LoRAStart(nnx.Variable):
+    """A factor as it was when training began, where that is subtracted (see `adapters.pissa`)."""
+
+
 class LoRAScale(nnx.Variable):
     """What B A is multiplied with, one number a layer; 0 in layers of a stack that are not adapted."""
 
@@ -82,11 +86,17 @@ class LoRALinear(Linear):
         self.scale = part.scale(stack)
         lengths = jnp.linalg.norm(base.weight[...].astype(jnp.float32), axis=-1) if dora else None
         self.lora_magnitude_vector = None if lengths is None else LoRAParam(lengths, axes=axes[:1])
+        self.start_A: LoRAStart | None = None
+        self.start_B: LoRAStart | None = None
 
     def __call__(self, x: Float[Array, "*batch in"], dropout: Dropout | None = None) -> Float[Array, "*batch out"]:
         """The adapted linear map; the adapter's input is dropped out only where `dropout` brings keys."""
         y, dropped = self.product(x), self._dropped(x, dropout)
-        update = low_rank(dropped.reshape(-1, x.shape[-1]), self.lora_A[...], self._scaled_b()).reshape(y.shape)
+        flat = dropped.reshape(-1, x.shape[-1])
+        update = low_rank(flat, self.lora_A[...], self._scaled(self.lora_B[...]))
+        if self.start_A is not None and self.start_B is not None:
+            update = update - low_rank(flat, self.start_A[...], self._scaled(self.start_B[...]))
+        update = update.reshape(y.shape)
         if self.lora_magnitude_vector is None:
             return checkpoint_name(y + update, PROJECTION)
         stretch = self._stretch().astype(y.dtype)
@@ -95,14 +105,17 @@ class LoRALinear(Linear):
 
     def as_head(self, x: Float[Array, "*batch in"], dropout: Dropout | None) -> tuple[jax.Array, jax.Array]:
         """See Linear: [x, x A^T] and [W, scale B], so that the update is not rounded into the weight."""
-        low = matmul(self._dropped(x, dropout), self.lora_A[...])
-        wide = jnp.concatenate([self.weight[...].astype(x.dtype), self._scaled_b().astype(x.dtype)], axis=-1)
+        a, b = [self.lora_A[...]], [self._scaled(self.lora_B[...])]
+        if self.start_A is not None and self.start_B is not None:
+            a, b = [*a, self.start_A[...]], [*b, -self._scaled(self.start_B[...])]
+        low = matmul(self._dropped(x, dropout), jnp.concatenate(a))
+        wide = jnp.concatenate([part.astype(x.dtype) for part in (self.weight[...], *b)], axis=-1)
         if self.lora_magnitude_vector is not None:
             wide = wide * self._stretch().astype(x.dtype)[:, None]
         return jnp.concatenate([x, low], axis=-1), wide
 
-    def _scaled_b(self) -> Float[Array, "out rank"]:
-        return self.lora_B[...] * self.scale[...].astype(self.lora_B[...].dtype)
+    def _scaled(self, factor: Float[Array, "out rank"]) -> Float[Array, "out rank"]:
+        return factor * self.scale[...].astype(factor.dtype)
 
     def _dropped(self, x: jax.Array, dropout: Dropout | None) -> jax.Array:
         return x if dropout is None or not self.part.dropout else dropout(x, self.part.dropout, self.part.name)

@@ -36,7 +36,8 @@ def run(options: argparse.Namespace) -> None:
 
 def figures(result: "Run") -> dict[str, Any]:
     """What `--json` holds of a run."""
-    return {"dir": str(result.dir), "adapter": str(result.adapter), "before": result.before, "after": result.after}
+    places = {name: str(path) if path else None for name, path in (("adapter", result.adapter), ("model", result.model))}
+    return {"dir": str(result.dir), **places, "before": result.before, "after": result.after}
 
 
 def summary(result: "Run") -> str:
@@ -47,14 +48,15 @@ def summary(result: "Run") -> str:
     if result.before and result.after:
         lines += [metrics_table({"before": result.before, "after": result.after}), ""]
     proof = result.verification
-    lines.append(f"Adapter: {result.adapter}")
+    lines.append(f"Adapter: {result.adapter}" if result.adapter else f"Model:   {result.model}")
     lines.append(
         f"  verified over {proof.tokens} tokens: reloaded logits differ by {proof.reload_difference:.1e} (largest {proof.largest_logit:.1f})"
     )
-    by_peft = (
-        f"  PEFT's differ by {proof.torch_difference:.1e}"
+    whose = "PEFT" if result.adapter else "transformers"
+    theirs = (
+        f"  {whose}'s differ by {proof.torch_difference:.1e}"
         if proof.torch_note is None
-        else f"  not compared with PEFT: {proof.torch_note}"
+        else f"  not compared with {whose}: {proof.torch_note}"
     )
-    lines += [by_peft, f"Report:  {result.dir}/report.html"]
+    lines += [theirs, f"Report:  {result.dir}/report.html"]
     return "\n".join(lines)

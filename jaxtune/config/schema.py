@@ -3,7 +3,7 @@
 Keys whose type admits a single value are part of the contract and wait for the capability they name.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -24,8 +24,8 @@ class ModelSection(Section):
 
     source: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """A hub id, a Hugging Face directory or a .gguf file."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Storage of the frozen weights; auto keeps what the file has."""
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "nf4"] = "auto"
+    """Storage of the frozen weights; auto keeps what the file has, int8 and nf4 quantise the blocks' matrices as they are read."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Activations and matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU."""
     new_tokens: list[str] = []
@@ -35,8 +35,8 @@ class ModelSection(Section):
 class AdapterSection(Section):
     """The trainable adapter."""
 
-    method: Literal["lora"] = "lora"
-    """The kind of adapter."""
+    method: Literal["lora", "dora", "none"] = "lora"
+    """The kind of adapter; with none the weights themselves train (see trainable)."""
     rank: Count = 16
     """Rank r of the update B A."""
     alpha: Positive = 32
@@ -47,10 +47,27 @@ class AdapterSection(Section):
     """Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)."""
     targets: str | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Which modules: all-linear (all but the head), a list of names such as [q_proj, v_proj], or a regular expression for a whole name."""
+    exclude: str | list[str] = []
+    """Modules to leave out of targets, named like these."""
+    layers: Annotated[str, Field(pattern=r"^last:[1-9]\d*$")] | list[Annotated[int, Field(ge=0)]] | None = None
+    """Which layers are adapted: last:N, or a list of numbers from 0; null is all."""
+    rank_pattern: dict[str, Count] = {}
+    """Other ranks by the end of a module's name or a regular expression, such as {down_proj: 32}; the first that fits counts."""
+    alpha_pattern: dict[str, Positive] = {}
+    """Other alphas, likewise."""
+    modules_to_save: list[str] = []
+    """Modules that train whole beside the adapter and are saved with it, such as [lm_head]."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases that train beside it: none, all of the model's, or those of adapted modules."""
     train_tokens: Literal["none", "new", "all"] = "none"
     """Rows of embedding and head that train beside: none, those of new tokens, or both matrices whole."""
     init: str | None = None
-    """A PEFT adapter directory to start from; null starts from zero update."""
+    """A PEFT adapter directory to start from; default (or null) starts from zero update, pissa from the principal singular vectors."""
+
+    @property
+    def start(self) -> str | None:
+        """The directory of the adapter to start from."""
+        return None if self.init in (None, "default", "pissa") else self.init
 
 
 class DataSource(Section):
@@ -118,29 +135,39 @@ class DataSection(Section):
 class OptimizerSection(Section):
     """The optimizer and its schedule, counted in optimizer steps."""
 
-    name: Literal["adamw"] = "adamw"
-    """The optimizer."""
-    learning_rate: Positive = 2.0e-4
-    """Peak learning rate."""
+    name: Literal["adamw", "adafactor", "lion", "muon", "sgd", "schedule-free"] = "adamw"
+    """The update rule; schedule-free is schedule-free AdamW, which wants the schedule constant."""
+    learning_rate: Positive | Literal["auto"] = 2.0e-4
+    """Peak learning rate; auto takes Thinking Machines' rule for AdamW (LoRA Without Regret, 2025), for Llama and Qwen models."""
+    rates: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Peak rates of their own, by the end of a module's name or a regular expression, such as {embed_tokens: 1e-5}."""
+    lora_plus: Positive | None = None
+    """By how much the rate of B exceeds that of A (LoRA+); the paper proposes 16."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """After the warmup: to zero along a cosine or a line, constant, or constant with a linear last fifth."""
     warmup: Annotated[float, Field(ge=0)] = 0.03
     """Below 1 a fraction of all steps; otherwise optimizer steps."""
     betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    """Decay of AdamW's first and second moment."""
+    """Decay of the first and second moment; of SGD, Lion and Muon the first is the momentum."""
     eps: Positive = 1.0e-8
-    """Added to the root of the second moment."""
+    """Added to the root of AdamW's second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay; norms, biases and magnitudes have none."""
     clip_norm: Positive | None = 1.0
     """Largest global norm of the gradient; null does not clip."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _schedule_free_is_constant(cls, given: Any) -> Any:
+        free = isinstance(given, dict) and given.get("name") == "schedule-free"
+        return {"schedule": "constant"} | given if free else given
 
 
 class TrainSection(Section):
     """The training loop."""
 
-    objective: Literal["sft"] = "sft"
-    """What is minimised."""
+    objective: Literal["sft", "dpo", "orpo", "kto", "simpo", "distill"] = "sft"
+    """What is minimised: the loss on answers, a preference objective on pairs of answers, or the distance to a teacher."""
     epochs: Count = 1
     """Passes over the data."""
     steps: Count | None = None
@@ -151,10 +178,44 @@ class TrainSection(Section):
     """Rows per accumulation step, over all devices; null is the whole batch."""
     remat: Literal["none", "full", "dots", "auto"] = "auto"
     """What the backward pass recomputes: nothing, whole layers, or all but the matrix products."""
+    neftune: Annotated[float, Field(ge=0)] = 0.0
+    """Noise on the embeddings in training (NEFTune); the paper proposes 5."""
+    ema: Beta = 0.0
+    """Decay of an exponential moving average of what trains, which is then evaluated and exported; 0 is none."""
     eval_every: Count | None = None
     """Optimizer steps between evaluations of the loss."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of adapter, order and dropout."""
+
+
+class PreferenceSection(Section):
+    """Training on preferred and rejected answers."""
+
+    beta: Positive | None = None
+    """How strongly the model is held to the reference; null is the objective's own: 0.1, for SimPO 2."""
+    dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """Form of DPO."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs taken to be the wrong way round (conservative DPO)."""
+    margin: Annotated[float, Field(ge=0)] = 1.0
+    """SimPO's target margin, in units of its reward."""
+    desirable_weight: Positive = 1.0
+    """KTO's weight of good answers."""
+    undesirable_weight: Positive = 1.0
+    """KTO's weight of bad answers."""
+
+
+class DistillSection(Section):
+    """Training towards a teacher's predictions."""
+
+    teacher: str | None = None
+    """The teacher: a model like model.source, with the same tokenizer."""
+    top_k: Count = 64
+    """How many of the teacher's most likely tokens are compared at each position."""
+    temperature: Positive = 1.0
+    """Both distributions are taken at this temperature."""
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Weight of the teacher; the rest is the loss on the answers."""
 
 
 class MeshSection(Section):
@@ -190,23 +251,64 @@ class RunSection(Section):
     """Further places for the metrics."""
 
 
+PREFERENCE = ("dpo", "orpo", "kto", "simpo")
+"""Objectives on pairs of answers, or on answers that are marked good or bad."""
+
+
 class Config(Section):
     """A run of jaxtune, whole."""
 
     model: ModelSection = ModelSection()
     adapter: AdapterSection = AdapterSection()
-    trainable: Literal["all"] = "all"
-    """Which weights train where there is no adapter."""
+    trainable: str | Annotated[list[str], Field(min_length=1)] = "all"
+    """With adapter.method none, what trains: all, last:N (the last N layers), or a list of these, norms, biases, embeddings, head and names."""
     data: DataSection = DataSection()
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
+    preference: PreferenceSection = PreferenceSection()
+    distill: DistillSection = DistillSection()
     mesh: MeshSection = MeshSection()
     checkpoint: CheckpointSection = CheckpointSection()
     run: RunSection = RunSection()
+
+    @property
+    def on_pairs(self) -> bool:
+        """Whether it trains on preferences."""
+        return self.train.objective in PREFERENCE
 
     @model_validator(mode="after")
     def _micro_batches_divide(self) -> "Config":
         size, micro = self.train.batch_size, self.train.micro_batch_size
         if micro is not None and size % micro:
             raise ValueError(f"train.micro_batch_size ({micro}) must divide train.batch_size ({size})")
+        return self
+
+    @model_validator(mode="after")
+    def _methods_fit(self) -> "Config":
+        weights, optimizer = self.adapter.method == "none", self.optimizer
+        auto = optimizer.learning_rate == "auto"
+        wrong = {
+            "trainable names weights, and adapter.method is an adapter. Set adapter.method=none": not weights
+            and self.trainable != "all",
+            "trainable=all leaves nothing frozen that model.dtype could quantise. Take float32 or bfloat16": weights
+            and self.trainable == "all"
+            and self.model.dtype in ("int8", "nf4"),
+            "adapter.init is for adapters, and adapter.method is none": weights and self.adapter.init is not None,
+            "adapter.train_tokens is for adapters. With adapter.method=none name embeddings in trainable": weights
+            and self.adapter.train_tokens != "none",
+            "adapter.init=pissa is for adapter.method=lora": self.adapter.init == "pissa" and self.adapter.method != "lora",
+            "optimizer.lora_plus is for adapters, and adapter.method is none": weights and optimizer.lora_plus is not None,
+            "optimizer.learning_rate=auto is a rule for AdamW and train.objective=sft. Give a number": auto
+            and (optimizer.name != "adamw" or self.train.objective != "sft"),
+            "optimizer.name=schedule-free replaces the schedule. Set optimizer.schedule=constant": optimizer.name
+            == "schedule-free"
+            and optimizer.schedule != "constant",
+            "optimizer.name=schedule-free averages by itself. Set train.ema=0": optimizer.name == "schedule-free"
+            and self.train.ema > 0,
+            "train.objective=distill needs distill.teacher": self.train.objective == "distill" and self.distill.teacher is None,
+            "distill.teacher is set, and train.objective is not distill": self.train.objective != "distill"
+            and self.distill.teacher is not None,
+        }
+        if found := [text for text, holds in wrong.items() if holds]:
+            raise ValueError("; ".join(found))
         return self

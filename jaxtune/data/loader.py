@@ -18,7 +18,7 @@ from jaxtune.core.axes import RULES
 from jaxtune.core.errors import UserError
 from jaxtune.data.examples import Examples
 from jaxtune.data.packing import Epoch, Layout, PackedRow, build_batch, plan_epoch, row_length
-from jaxtune.objectives.sft import Batch
+from jaxtune.objectives.objective import Batch
 
 _EPOCHS_KEPT = 2
 
@@ -143,7 +143,7 @@ def on_devices(batch: Batch, cuts: int, mesh: Mesh) -> Batch:
         cut = part.reshape(cuts, part.shape[0] // cuts, *part.shape[1:])
         return jax.make_array_from_callback(cut.shape, place, lambda index: cut[index])
 
-    return Batch(*map(put, batch))
+    return jax.tree.map(put, batch)
 
 
 def local_rows(rows: int, cuts: int, mesh: Mesh) -> np.ndarray:

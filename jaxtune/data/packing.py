@@ -10,7 +10,7 @@ import numpy as np
 from jaxtune.core.errors import RunFailure
 from jaxtune.data.chat import Example
 from jaxtune.data.examples import Part
-from jaxtune.objectives.sft import Batch
+from jaxtune.objectives.objective import Batch
 
 LOOK_AHEAD, OPEN_ROWS = 2048, 128
 _BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)

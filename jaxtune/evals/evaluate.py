@@ -21,7 +21,8 @@ from jaxtune.evals.tasks import CLASSIFICATION, TASKS, classes, classification_m
 from jaxtune.generate.engine import Engine
 from jaxtune.generate.sampling import Sampling
 from jaxtune.models.decoder import CausalLM
-from jaxtune.objectives.sft import Batch, sft
+from jaxtune.objectives.objective import Batch
+from jaxtune.objectives.sft import sft
 from jaxtune.train.metrics import perplexity
 
 _EXTRA_TOKENS = 4
@@ -102,7 +103,7 @@ def row_losses(model: CausalLM, examples: Examples, batch: int, progress: Any = 
 
 def _by_row(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> jax.Array:
     model = nnx.merge(graph, state)
-    return jax.lax.map(lambda row: sft(model, Batch(*(part[None] for part in row)), None, "none")[0], batch)
+    return jax.lax.map(lambda row: sft(model, jax.tree.map(lambda part: part[None], row))[0], batch)
 
 
 _losses_by_row = jax.jit(_by_row, static_argnums=0)

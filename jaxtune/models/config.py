@@ -87,6 +87,7 @@ class ModelConfig:
         attention_scale: what q k^T is multiplied with.
         attention_softcap, logit_softcap: c in c tanh(x / c), on scores and logits; None: not at all.
         vocab_padding: further rows of embedding and head that no token has, so that they divide over a mesh; logits have none of them.
+        cuts: numbers of layers at which a stack is cut though their structure is the same, because other leaves of them train.
         embedding_scale, residual_scale, logit_scale: multipliers of the embeddings, of what a block adds, of the logits.
 
     """
@@ -117,6 +118,7 @@ class ModelConfig:
     logit_scale: float = 1.0
     experts: ExpertsConfig | None = None
     vocab_padding: int = 0
+    cuts: tuple[int, ...] = ()
     raw: dict[str, Any] = field(compare=False, hash=False, repr=False, default_factory=dict)
 
     def check_tokens(self, rows: Iterable[Sequence[int] | np.ndarray]) -> None:
@@ -141,7 +143,8 @@ class ModelConfig:
     @property
     def segments(self) -> tuple[range, ...]:
         """Runs of layers of one structure, each of which is a stack of arrays and one compiled layer."""
-        cuts = [at for at in range(1, len(self.layers)) if self.layers[at].sparse != self.layers[at - 1].sparse]
+        layers = self.layers
+        cuts = [at for at in range(1, len(layers)) if at in self.cuts or layers[at].sparse != layers[at - 1].sparse]
         return tuple(range(start, stop) for start, stop in zip([0, *cuts], [*cuts, len(self.layers)], strict=True))
 
     @property

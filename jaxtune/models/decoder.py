@@ -230,6 +230,7 @@ class CausalLM(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
         dropout: Dropout | None = None,
+        noise: float = 0.0,
         remat_policy: str = "none",
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Hidden states before the head, in the compute dtype, and the cache.
@@ -239,7 +240,9 @@ class CausalLM(nnx.Module):
             segment_ids: the example a token belongs to; tokens of different examples do not see each other. Default: one a row.
             positions: position in the segment; with a cache, negative for padding. Default: 0, 1, 2 ... in every row.
             cache: keys and values of earlier tokens; slot s holds position s. Excludes `segment_ids`.
-            dropout: keys of the adapters' dropout; None in evaluation.
+            dropout: keys of the random numbers in training; None in evaluation.
+            noise: alpha of NEFTune (Jain et al. 2023): uniform noise within alpha / sqrt(tokens of the example x embed) on the
+                embeddings, in training.
             remat_policy: see `models.remat`.
 
         """
@@ -250,6 +253,10 @@ class CausalLM(nnx.Module):
         x = self.model.embed_tokens(input_ids, self.compute_dtype)
         if self.config.embedding_scale != 1.0:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        if noise and dropout is not None:
+            tokens = segment_lengths(positions, segment_ids).astype(jnp.float32)
+            bound = noise / jnp.sqrt(tokens * x.shape[-1])
+            x = x + (dropout.uniform(x.shape[1:], "neftune") * bound[..., None]).astype(x.dtype)
         context = self._context(positions, segment_ids, cache)._replace(dropout=dropout)
         hidden, cache = self.model(constrain(x, "batch", "seq", "act_embed"), context, cache, remat_policy)
         return hidden * jnp.asarray(self.config.logit_scale, hidden.dtype) if self.config.logit_scale != 1.0 else hidden, cache

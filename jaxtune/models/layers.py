@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxtune.core.dtypes import precision
 from jaxtune.models.config import NormConfig
+from jaxtune.models.quantised import Quantised, product
 from jaxtune.models.remat import PROJECTION
 
 INIT_STD = 0.02
@@ -31,8 +32,10 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+def matmul(x: jax.Array, weight: jax.Array | Quantised) -> jax.Array:
     """X W^T in x's dtype, with W of Hugging Face's layout [out, in]; float32 means float32 on every platform."""
+    if isinstance(weight, Quantised):
+        return product(x, weight)
     contract = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
     return jax.lax.dot_general(x, weight.astype(x.dtype), contract, precision=precision(x.dtype))
 
@@ -46,6 +49,11 @@ class Dropout:
     def fold(self, number: int | jax.Array) -> "Dropout":
         """The same rows' keys for the part of the model that has this number."""
         return Dropout(jax.vmap(jax.random.fold_in, in_axes=(0, None))(self.keys, number))
+
+    def uniform(self, shape: tuple[int, ...], name: str) -> Float[Array, "batch ..."]:
+        """Numbers from -1 to 1 of a shape for every row."""
+        keys = self.fold(zlib.crc32(name.encode())).keys
+        return jax.vmap(lambda key: jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0))(keys)
 
     def __call__(self, x: Float[Array, "batch seq embed"], rate: float, name: str) -> Float[Array, "batch seq embed"]:
         """X with entries zeroed at `rate` and the rest scaled by 1 / (1 - rate); `name` tells the layer's draws apart."""

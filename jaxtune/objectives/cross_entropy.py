@@ -36,16 +36,22 @@ def linear_cross_entropy(
     return _loss(hidden, head, targets, weights, cap)
 
 
+def in_chunks(*parts: jax.Array) -> tuple[jax.Array, ...]:
+    """Arrays with a number of tokens in front, cut into runs of `CHUNK` tokens; the last one is filled with zeros."""
+    tokens = parts[0].shape[0]
+    size = min(CHUNK, tokens)
+    padded = (jnp.pad(part, ((0, -tokens % size), *(((0, 0),) * (part.ndim - 1)))) for part in parts)
+    return tuple(part.reshape(-1, size, *part.shape[1:]) for part in padded)
+
+
 def _primal(hidden, head, targets, weights, cap: float | None) -> jax.Array:
     return _forward(hidden, head, targets, weights, cap, hidden_gradient=False, head_gradient=False)[0]
 
 
 def _forward(hidden, head, targets, weights, cap: float | None, *, hidden_gradient: bool, head_gradient: bool):
     tokens, embed = hidden.shape
-    chunk = min(CHUNK, tokens)
-    padding = -tokens % chunk
-    parts = [jnp.pad(part, ((0, padding), *(((0, 0),) * (part.ndim - 1)))) for part in (hidden, targets, weights)]
-    chunks = tuple(part.reshape(-1, chunk, *part.shape[1:]) for part in parts)
+    chunks = in_chunks(hidden, targets, weights)
+    chunk = chunks[0].shape[1]
 
     def step(carry, inputs):
         loss, head_sum = carry

@@ -27,6 +27,7 @@ class Inputs:
     Attributes:
         source: the base model's origin, grown by new tokens.
         adapter: the one to start from, if any.
+        teacher: where the teacher comes from, if there is one.
         tokenizer: the model's.
         plan: every batch of the run.
         eval_plan: the evaluation's batches, None where there is no evaluation data.
@@ -35,6 +36,7 @@ class Inputs:
 
     source: Source
     adapter: Adapter | None
+    teacher: Source | None
     tokenizer: Any
     plan: Plan
     eval_plan: Plan | None
@@ -57,7 +59,7 @@ def read_inputs(config: Config, reporter: Reporter, day: date | None = None) -> 
         UserError: anything that is wrong with them.
 
     """
-    adapter = open_adapter(config.adapter.init) if config.adapter.init else None
+    adapter = open_adapter(config.adapter.start) if config.adapter.start else None
     source = for_adapter(resolve(config.model.source), adapter)
     from_hf(source.config_json(), str(source.config_path))  # what is wrong there is said before the tokenizer is read
     if adapter is None:
@@ -80,11 +82,35 @@ def read_inputs(config: Config, reporter: Reporter, day: date | None = None) -> 
     if has_part(config.data, "eval"):
         held_out = Plan(_examples(config, tokenizer, "eval", reporter, day), replace(layout, shuffle=False), 1)
     _give_template(tokenizer, plan.examples)
-    found = Inputs(source, adapter, tokenizer, plan, held_out)
+    found = Inputs(source, adapter, _teacher(config, tokenizer), tokenizer, plan, held_out)
     from_hf(source.config_json(), str(source.config_path)).check_tokens(
         [[part.examples.largest_token] for part in found.plans.values()]
     )
     return found
+
+
+def _teacher(config: Config, tokenizer: Any) -> Source | None:
+    """Where the teacher comes from.
+
+    Raises:
+        UserError: its tokens are not the model's.
+
+    """
+    if config.distill.teacher is None:
+        return None
+    source = resolve(config.distill.teacher)
+    theirs = source.tokenizer()
+    if theirs is not None and theirs.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"distill.teacher: {source.name} has other tokens than {config.model.source}, so their predictions cannot be compared. "
+            "Take a teacher of the same family."
+        )
+    sizes = [from_hf(found.config_json(), str(found.config_path)).vocab_size for found in (source, resolve(config.model.source))]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"distill.teacher: {source.name} has {sizes[0]} rows of tokens, the model {sizes[1]}. They must be as many."
+        )
+    return source
 
 
 def account(plans: dict[str, Plan], reporter: Reporter) -> None:

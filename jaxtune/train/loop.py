@@ -12,14 +12,14 @@ import numpy as np
 
 from jaxtune.core.errors import RunFailure
 from jaxtune.data.loader import Plan, batches, local_rows, on_devices
-from jaxtune.objectives.sft import Batch
+from jaxtune.objectives.objective import Batch
 from jaxtune.train.checkpoint import Checkpoints
 from jaxtune.train.interrupt import Interrupted, StopRequest
 from jaxtune.train.metrics import MetricsLog, flops_per_token, peak_flops, perplexity
 from jaxtune.train.optim import schedule
 from jaxtune.train.progress import Task, training_text
 from jaxtune.train.rundir import CONFIG
-from jaxtune.train.setup import OBJECTIVES, Setup, parameters
+from jaxtune.train.setup import Setup, parameters
 from jaxtune.train.step import StepMetrics, TrainState, eval_step, train_step
 
 
@@ -40,7 +40,7 @@ class Recorder:
     def __init__(self, setup: Setup, log: MetricsLog, task: Task) -> None:
         self.setup, self.log, self.task = setup, log, task
         self._rate = schedule(setup.config.optimizer, len(setup.plan))
-        self._flops = flops_per_token(parameters(setup.frozen), parameters(setup.trainable))
+        self._flops = flops_per_token(parameters(setup.frozen.base), parameters(setup.trainable))
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak = peak * setup.mesh.size if peak else None
         self._since = time.monotonic()
@@ -56,7 +56,7 @@ class Recorder:
             RunFailure: the loss or the gradient is not finite.
 
         """
-        loss, norm, supervised = (float(value) for value in pending.metrics)
+        loss, norm, supervised = (float(value) for value in pending.metrics[:3])
         now = time.monotonic()
         seconds, self._since = now - self._since, now
         step = pending.index + 1
@@ -75,6 +75,7 @@ class Recorder:
             "tokens_per_second": round(rate, 1),
             "mfu": round(rate * self._flops / self._peak, 4) if self._peak else None,
             "peak_bytes": pending.peak_bytes,
+            **{name: float(value) for name, value in pending.metrics.figures.items()},
         }
         self.log.write(row)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -141,11 +142,8 @@ class _Compiled:
     """The step compiled once a batch shape, with what it takes of a device's memory."""
 
     def __init__(self, setup: Setup) -> None:
-        config = setup.config
         self._frozen = setup.frozen
-        self._step = train_step(
-            setup.graph, OBJECTIVES[config.train.objective], setup.optimizer, setup.remat, dropout=config.adapter.dropout > 0
-        )
+        self._step = train_step(setup.computation, setup.optimizer, setup.config.train.ema)
         self._programs: dict[tuple[int, ...], tuple[Any, int | None]] = {}
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[Any, int | None]:
@@ -165,7 +163,7 @@ def _memory(program: Any) -> int | None:
 
 
 class Evaluator:
-    """Loss over all evaluation rows: sums of token losses and weights, divided once.
+    """The objective over all evaluation rows: sums of losses and weights, divided once.
 
     Args:
         setup: the run; its `eval_plan` must be there.
@@ -174,17 +172,19 @@ class Evaluator:
 
     def __init__(self, setup: Setup, plan: Plan) -> None:
         self.setup, self.plan = setup, plan
-        self._step = eval_step(setup.graph, OBJECTIVES[setup.config.train.objective])
+        self._step = eval_step(setup.computation)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        """Loss in nats per supervised token, and perplexity."""
-        sums = []
+        """The loss with the objective's other figures; of supervised training in nats per supervised token, and perplexity."""
+        sums, leaves = [], self.setup.best(state)
         wanted = local_rows(self.plan.layout.rows, 1, self.setup.mesh)
         for index in range(len(self.plan)):
             batch = on_devices(self.plan.batch(index, wanted), 1, self.setup.mesh)
-            sums.append(self._step(state.trainable, self.setup.frozen, Batch(*(part[0] for part in batch))))
-        losses, weights = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
-        return {"loss": float(losses / weights), "perplexity": perplexity(float(losses / weights))}
+            sums.append(self._step(leaves, self.setup.frozen, jax.tree.map(lambda part: part[0], batch)))
+        loss, weight, figures = jax.tree.map(lambda *parts: float(np.sum(np.asarray(parts, np.float64))), *jax.device_get(sums))
+        found = {"loss": loss / weight}
+        found |= {} if self.setup.config.on_pairs else {"perplexity": perplexity(loss / weight)}
+        return found | {name: value / weight for name, value in figures.items()}
 
 
 def _how_to_go_on(setup: Setup, number: int, step: int) -> str:

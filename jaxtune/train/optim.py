@@ -1,13 +1,42 @@
 """The optimizer and its schedule, both counted in optimizer steps."""
 
 import math
+import re
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from jaxtune.config.schema import OptimizerSection
+from jaxtune.core.errors import UserError, listed
+from jaxtune.models.config import ModelConfig
+from jaxtune.models.names import names_of
 
 DECAY_SHARE = 0.2
+_MUON_RMS = 0.2  # size of an update's entries, as of AdamW's, so that its learning rates fit (Liu et al. 2025)
+_FULL_RATE, _LORA_FACTOR, _WIDTH = 5e-5, 10.0, 2000.0
+_POWER = {"llama": 0.781, "qwen2": 0.0775, "qwen3": 0.0775}
+
+
+def auto_rate(config: ModelConfig, lora: bool) -> float:
+    """5e-5 (2000 / hidden size)^p, ten times that for LoRA, p = 0.781 for Llama and 0.0775 for Qwen.
+
+    Thinking Machines' rule for AdamW, fitted to their sweeps (LoRA Without Regret, 2025); it depends neither on the rank nor on the task.
+
+    Raises:
+        UserError: a family that the rule was not fitted to.
+
+    """
+    family = config.raw.get("model_type", "")
+    if family not in _POWER:
+        raise UserError(
+            f"optimizer.learning_rate=auto: the rule is for {listed(_POWER)}, not for {family}. Give a number, such as 2e-4."
+        )
+    return _FULL_RATE * (_LORA_FACTOR if lora else 1.0) * (_WIDTH / config.hidden_size) ** _POWER[family]
 
 
 def warmup_steps(config: OptimizerSection, steps: int) -> int:
@@ -22,10 +51,11 @@ def schedule(config: OptimizerSection, steps: int) -> optax.Schedule:
     the line are those of transformers' schedulers, at the same step.
 
     Args:
-        config: peak, kind and warmup.
+        config: peak, kind and warmup; the peak is a number here.
         steps: optimizer steps of the whole run.
 
     """
+    assert config.learning_rate != "auto"
     warmup, peak = warmup_steps(config, steps), config.learning_rate
     rest = max(steps - warmup, 1)
     decay = max(round(DECAY_SHARE * rest), 1)
@@ -44,8 +74,140 @@ def schedule(config: OptimizerSection, steps: int) -> optax.Schedule:
     return rate
 
 
-def optimizer(config: OptimizerSection, steps: int) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) with clipping by the global norm before it."""
+@dataclass(frozen=True)
+class Leaf:
+    """What the update rule must know of a leaf.
+
+    Attributes:
+        names: Hugging Face's names of the modules in it.
+        name: its own, such as `weight` or `lora_A`.
+        stack: leading axes of stacked layers.
+        matrix: whether it is a matrix; else a vector, such as a norm, a bias or a magnitude.
+        vocabulary: whether one of its sides is the vocabulary.
+
+    """
+
+    names: tuple[str, ...]
+    name: str
+    stack: int
+    matrix: bool
+    vocabulary: bool
+
+
+def leaves_of(trainable: nnx.State, config: ModelConfig) -> list[Leaf]:
+    """The leaves that train, in the tree's order."""
+    found = []
+    for path, variable in nnx.to_flat_state(trainable):
+        axes = variable.get_metadata()["axes"]
+        names = tuple(name.removesuffix(".weight") for name in names_of((*path[:-1], "weight"), config)[1])
+        value = variable.get_value()
+        found.append(Leaf(names, str(path[-1]), value.ndim - len(axes), len(axes) > 1, "vocab" in axes))
+    return found
+
+
+def optimizer(config: OptimizerSection, steps: int, leaves: list[Leaf]) -> optax.GradientTransformation:
+    """The update rule over a whole run: clipping by the global norm, then the rule, decoupled decay, and each leaf's rate.
+
+    Args:
+        config: the rule and its numbers; the rate is a number here.
+        steps: optimizer steps of the whole run.
+        leaves: see `leaves_of`.
+
+    Raises:
+        UserError: an entry of `rates` that fits nothing that trains.
+
+    """
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    rate, factors = schedule(config, steps), _factors(config, leaves)
+    rest = optax.chain(
+        optax.add_decayed_weights(config.weight_decay, partial(_like, [leaf.matrix for leaf in leaves])),
+        optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, _like(factors, updates))),
+        optax.scale_by_learning_rate(rate),
+    )
+    rule = optax.chain(_direction(config, leaves), rest)
+    if config.name == "schedule-free":
+        rule = optax.contrib.schedule_free(rule, rate, b1=config.betas[0])
+    return optax.chain(clip, rule)
+
+
+def evaluated(config: OptimizerSection, opt_state: Any, trainable: nnx.State) -> nnx.State:
+    """The leaves to evaluate and export: those that train, but for schedule-free AdamW, which averages them."""
+    if config.name != "schedule-free":
+        return trainable
+    return optax.contrib.schedule_free_eval_params(opt_state[-1], trainable)
+
+
+def _direction(config: OptimizerSection, leaves: list[Leaf]) -> optax.GradientTransformation:
+    """The rule without decay and rate."""
     first, second = config.betas
-    return optax.chain(clip, optax.adamw(schedule(config, steps), first, second, config.eps, weight_decay=config.weight_decay))
+    if config.name == "adafactor":  # Shazeer & Stern 2018, with a given rate and without the parameters' scale
+        rule = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+        return _by_matrix(rule, [leaf.stack for leaf in leaves])
+    if config.name == "muon":  # Jordan et al. 2024 on matrices, AdamW on vectors and on what has the vocabulary for a side
+        matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
+        chosen = [matrix if leaf.matrix and not leaf.vocabulary else None for leaf in leaves]
+        rule = optax.contrib.muon(
+            1.0,
+            beta=first,
+            eps=config.eps,
+            adam_b1=first,
+            adam_b2=second,
+            consistent_rms=_MUON_RMS,
+            muon_weight_dimension_numbers=partial(_like, chosen),
+        )
+        return optax.chain(rule, optax.scale(-1.0))
+    return {
+        "adamw": optax.scale_by_adam(first, second, config.eps),  # Loshchilov & Hutter 2019
+        "lion": optax.scale_by_lion(first, second),  # Chen et al. 2023
+        "sgd": optax.trace(first) if first else optax.identity(),
+        "schedule-free": optax.scale_by_adam(0.0, second, config.eps),  # Defazio et al. 2024
+    }[config.name]
+
+
+def _factors(config: OptimizerSection, leaves: list[Leaf]) -> list[float]:
+    """By what each leaf's rate differs from the peak: `rates`, else `lora_plus` for B (Hayou et al. 2024)."""
+    assert config.learning_rate != "auto"
+    for pattern in config.rates:
+        if not any(_named(pattern, leaf) for leaf in leaves):
+            known = sorted({name.rpartition(".")[2] for leaf in leaves for name in leaf.names})
+            raise UserError(f"optimizer.rates: '{pattern}' fits nothing that trains; there are {listed(known, 20)}.")
+    found = []
+    for leaf in leaves:
+        own = next((value for pattern, value in config.rates.items() if _named(pattern, leaf)), None)
+        plus = config.lora_plus if config.lora_plus and leaf.name in ("lora_B", "lora_embedding_B") else 1.0
+        found.append(plus if own is None else own / config.learning_rate)
+    return found
+
+
+def _named(pattern: str, leaf: Leaf) -> bool:
+    """Whether the pattern fits all modules of a leaf; one that fits some only is an error, as they are one array."""
+    hits = {re.search(rf"(^|\.)({pattern})(\.|$)", f"{name}.{leaf.name}") is not None for name in leaf.names}
+    if len(hits) > 1:
+        raise UserError(
+            f"optimizer.rates: '{pattern}' fits some layers of {listed(leaf.names, 3)} only. Name modules, not single layers."
+        )
+    return True in hits
+
+
+def _like(values: list[Any], tree: Any) -> Any:
+    """The values as a tree of this structure."""
+    return jax.tree.unflatten(jax.tree.structure(tree), values)
+
+
+def _by_matrix(rule: optax.GradientTransformation, stacks: list[int]) -> optax.GradientTransformation:
+    """The rule for each matrix by itself, where a leaf is a stack of them."""
+
+    def over(function: Any, depth: int) -> Any:
+        for _ in range(depth):
+            function = jax.vmap(function)
+        return function
+
+    def init(params: Any) -> tuple[Any, ...]:
+        return tuple(over(rule.init, depth)(leaf) for leaf, depth in zip(jax.tree.leaves(params), stacks, strict=True))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        parts = zip(jax.tree.leaves(updates), state, jax.tree.leaves(params), stacks, strict=True)
+        done = [over(rule.update, depth)(grad, moments, leaf) for grad, moments, leaf, depth in parts]
+        return _like([step for step, _ in done], updates), tuple(moments for _, moments in done)
+
+    return optax.GradientTransformation(init, update)

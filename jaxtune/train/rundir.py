@@ -19,8 +19,9 @@ from jaxtune.train.checkpoint import DIRECTORY as CHECKPOINTS
 from jaxtune.train.metrics import FILE as METRICS
 
 CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, REPORT = "config.yaml", "env.json", "samples.jsonl", "adapter", "report.html"
+MODEL = "model"
 DATA_SUMMARY, VERIFICATION = "data.json", "verification.json"
-_OWN = (CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, REPORT, DATA_SUMMARY, VERIFICATION, METRICS, CHECKPOINTS)
+_OWN = (CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, MODEL, REPORT, DATA_SUMMARY, VERIFICATION, METRICS, CHECKPOINTS)
 
 # What may change when a run is continued: it alters how the numbers are computed or kept, not which.
 _FREE = ("run.", "checkpoint.", "mesh.", "train.micro_batch_size", "train.remat")

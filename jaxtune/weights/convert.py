@@ -38,6 +38,7 @@ def convert_model(
     adapter: Adapter | None = None,
     tokenizer: Any = None,
     about: str = "",
+    replace: bool = False,
 ) -> Comparison:
     """Write a model, read it again, and only if it is the same name it `out`.
 
@@ -53,13 +54,14 @@ def convert_model(
         adapter: to be merged in float32.
         tokenizer: the one that goes with the model; by default the source's.
         about: more text for the model card.
+        replace: whether an existing directory `out` is replaced.
 
     Raises:
         UserError: a format that has no place for this model, or `out` exists.
         RunFailure: what was written is not the same; nothing is left at `out`.
 
     """
-    _check_arguments(out, to, dtype)
+    _check_arguments(out, to, dtype, replace)
     config, tensors = checked(source)
     raw, tokenizer = source.config_json(), tokenizer or source.tokenizer()
     texts = texts_of(tokenizer, config.vocab_size)
@@ -74,7 +76,7 @@ def convert_model(
     else:
         expected = tensors if dtype is None else {key: tensor.astype(DTYPES[dtype]) for key, tensor in tensors.items()}
         raw = _with_dtype(raw, expected)
-    with _place(out, to, f"{name}-{dtype}.gguf") as path:
+    with _place(out, to, f"{name}-{dtype}.gguf", replace) as path:
         if to == "gguf":
             found = _gguf_tokenizer(source, raw, tokenizer)
             gguf_writer.write_gguf(path, tensors, raw, found, name, str(dtype))
@@ -96,13 +98,13 @@ def convert_model(
 
 
 @contextmanager
-def _place(out: Path, to: str, name: str) -> Iterator[Path]:
+def _place(out: Path, to: str, name: str, replace: bool) -> Iterator[Path]:
     """Where to write: a directory; for gguf a file of this name in one, or the very file."""
     if to == "gguf" and out.suffix == ".gguf":
         with new_file(out) as path:
             yield path
     else:
-        with new_directory(out) as staging:
+        with new_directory(out, replace=replace) as staging:
             yield staging / name if to == "gguf" else staging
 
 
@@ -113,13 +115,14 @@ def _computed(source: Source, adapter: Adapter | None, mesh: Mesh, texts: Texts)
     return logits(model, texts)
 
 
-def _check_arguments(out: Path, to: str, dtype: str | None) -> None:
+def _check_arguments(out: Path, to: str, dtype: str | None, replace: bool) -> None:
     if to not in FORMATS:
         raise UserError(f"The format {to!r} is not supported; supported are {listed(FORMATS)}.")
     allowed = gguf_writer.FORMATS if to == "gguf" else DTYPES
     if dtype is not None and dtype not in allowed:
         raise UserError(f"The dtype {dtype!r} is not supported for {to}; supported are {listed(allowed)}.")
-    refuse_existing(out)
+    if not replace:
+        refuse_existing(out)
 
 
 def _check_merged(source: Source, tensors: Tensors, adapter: Adapter, mesh: Mesh, texts: Texts, wanted: np.ndarray) -> None:

@@ -1,23 +1,30 @@
-"""Exports of an adapter, verified: the directory takes its name only once its reload computes what was trained."""
+"""Exports of what was trained, verified: the directory takes its name only once its reload computes the same."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxtune.adapters import pissa
 from jaxtune.adapters.lora import LoRAParam
 from jaxtune.core.errors import RunFailure
 from jaxtune.core.files import new_directory, write_text
 from jaxtune.models.decoder import CausalLM
+from jaxtune.models.quantised import Quantised
 from jaxtune.weights.card import card
-from jaxtune.weights.load import load_model
+from jaxtune.weights.convert import convert_model
+from jaxtune.weights.load import checked, load_model
 from jaxtune.weights.peft import attach, open_adapter, write_adapter
 from jaxtune.weights.rows import rows
-from jaxtune.weights.source import Source
-from jaxtune.weights.verify import SAME, Comparison, Texts, difference, logits, torch_logits, torch_model, why_not_torch
+from jaxtune.weights.source import Changed, Source
+from jaxtune.weights.tensors import Index, LazyTensor, Tensors
+from jaxtune.weights.verify import SAME, Comparison, Texts, difference, logits, texts_of, torch_logits, torch_model, why_not_torch
 
 
 def export_adapter(
@@ -51,6 +58,7 @@ def export_adapter(
         RunFailure: the reload does not compute the same; nothing is left at `out`.
 
     """
+    model = pissa.as_lora(model)
     trained = logits(model, texts)
     with new_directory(out, replace=replace) as staging:
         write_adapter(staging, model, source.name)
@@ -73,6 +81,77 @@ def export_adapter(
     return result
 
 
+def export_weights(
+    out: Path,
+    model: CausalLM,
+    source: Source,
+    tokenizer: Any,
+    mesh: Mesh,
+    *,
+    to: str = "hf",
+    dtype: str | None = None,
+    about: str = "",
+    replace: bool = False,
+) -> Comparison:
+    """Write all weights of `model` as they were trained, rounded to the dtypes of the base; read again they compute the same.
+
+    Args:
+        out: the directory to make.
+        model: the trained model, without an adapter.
+        source: its base, for the names, dtypes and configuration.
+        tokenizer: saved with the weights.
+        mesh: where the models that are compared go.
+        to: a format of `weights.convert`.
+        dtype: of the weights, instead of the base's.
+        about: more text for the model card.
+        replace: whether an existing `out` is replaced.
+
+    Raises:
+        UserError: a format that has no place for the model.
+        RunFailure: the reload does not compute the same; nothing is left at `out`.
+
+    """
+    config, base = checked(source)
+    trained, kept = _trained(model, base)
+    texts = texts_of(tokenizer, config.vocab_size)
+    changed = Changed(source.name, source.path, source, source.config_json(), trained)
+    model.compute_dtype = jnp.dtype(jnp.float32)
+    ours, theirs = logits(_rounded(model, kept), texts), logits(load_model(changed, mesh, compute="float32"), texts)
+    difference, top = float(np.abs(ours - theirs).max()), float(np.abs(ours).max())
+    if not difference <= SAME * top:
+        raise RunFailure(f"The weights to be written compute something else: logits differ by {difference:.2e}. Not written.")
+    return convert_model(out, changed, to, mesh, dtype=dtype, tokenizer=tokenizer, about=about, replace=replace)
+
+
+def _trained(model: CausalLM, base: Tensors) -> tuple[Tensors, list[np.dtype]]:
+    """`(tensors by Hugging Face's names, the dtype of each leaf)`: that of the base's file, the widest where a stack has several."""
+    found, kept = {}, []
+    state = nnx.state(model, nnx.Param)
+    for row, (_, variable) in zip(rows(state, model.config), nnx.to_flat_state(state), strict=True):
+        with jax.numpy_dtype_promotion("standard"):
+            dtype = np.dtype(jnp.result_type(*{base[name].dtype for name in row.names}))
+        kept.append(dtype)
+        for number, name in enumerate(row.names):
+            read = partial(_slice, variable, np.unravel_index(number, row.stack) if row.stack else (), base[name].shape)
+            found[name] = LazyTensor(base[name].shape, np.dtype("float32"), read).astype(dtype)
+    return found, kept
+
+
+def _slice(variable: nnx.Variable, place: tuple[Any, ...], shape: tuple[int, ...], index: Index) -> np.ndarray:
+    """A part of one tensor of a leaf; beyond `shape` a leaf has padding."""
+    leaf = jax.tree.map(lambda part: part[place], variable.get_value())
+    return np.asarray(leaf.astype(jnp.float32)[: shape[0]][index])
+
+
+def _rounded(model: CausalLM, dtypes: list[np.dtype]) -> CausalLM:
+    """The model with each leaf rounded to the dtype it is written in."""
+    graph, state = nnx.split(model)
+    leaves, tree = jax.tree.flatten(state, is_leaf=lambda leaf: isinstance(leaf, Quantised))
+    wide = (leaf.astype(jnp.float32) for leaf in leaves)
+    rounded = [leaf.astype(dtype) for leaf, dtype in zip(wide, dtypes, strict=True)]
+    return nnx.merge(graph, jax.tree.unflatten(tree, rounded))
+
+
 def _compare_with_peft(fresh: CausalLM, adapter: Path, source: Source, texts: Texts) -> float:
     """Largest difference of float32 logits between the reloaded model and PEFT's, on the base as it was stored here.
 
@@ -80,7 +159,6 @@ def _compare_with_peft(fresh: CausalLM, adapter: Path, source: Source, texts: Te
         RunFailure: they differ by more than rounding.
 
     """
-    import torch
     from peft import PeftModel
 
     fresh.compute_dtype = jnp.dtype(jnp.float32)
@@ -89,15 +167,29 @@ def _compare_with_peft(fresh: CausalLM, adapter: Path, source: Source, texts: Te
         stored = _stored(fresh)
         for name, weight in base.named_parameters():  # the base that was trained on may have been kept in fewer bits
             if name in stored:
-                weight.copy_(weight.to(getattr(torch, stored[name])))
+                weight.copy_(stored[name](weight))
         peft = PeftModel.from_pretrained(base, adapter, cache_dir=scratch).eval()
         return difference(ours, torch_logits(peft, texts), "PEFT, with the exported adapter,")
 
 
-def _stored(model: CausalLM) -> dict[str, str]:
-    """The dtype in which each tensor of the base is kept, by Hugging Face's names."""
+def _stored(model: CausalLM) -> dict[str, Callable[[Any], Any]]:
+    """What became of each tensor of the base when it was loaded, by Hugging Face's names: a rounding, or other numbers."""
+    import torch
+
     base = nnx.state(model, lambda path, variable: isinstance(variable, nnx.Param) and not isinstance(variable, LoRAParam))
-    leaves = (variable.get_value() for _, variable in nnx.to_flat_state(base))
-    return {
-        name: np.dtype(leaf.dtype).name for row, leaf in zip(rows(base, model.config), leaves, strict=True) for name in row.names
-    }
+    found: dict[str, Callable[[Any], Any]] = {}
+    for row, (_, variable) in zip(rows(base, model.config), nnx.to_flat_state(base), strict=True):
+        leaf = variable.get_value()
+        for number, name in enumerate(row.names):
+            if isinstance(leaf, Quantised):
+                found[name] = partial(_dequantised, variable, np.unravel_index(number, row.stack))
+            else:
+                found[name] = partial(torch.Tensor.to, dtype=getattr(torch, np.dtype(leaf.dtype).name))
+    return found
+
+
+def _dequantised(variable: nnx.Variable, place: tuple[Any, ...], weight: Any) -> Any:
+    """What a tensor of the base became by quantisation, for PyTorch."""
+    import torch
+
+    return torch.from_numpy(np.array(_slice(variable, place, tuple(weight.shape), (slice(None),))))

@@ -10,11 +10,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxtune.adapters.selection import Selection
 from jaxtune.core.axes import sharding, vocab_parts
 from jaxtune.core.dtypes import compute_dtype, storage_dtype
+from jaxtune.core.errors import UserError, listed
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import CausalLM, abstract_model
+from jaxtune.models.experts import Stacked
 from jaxtune.models.families import from_hf
+from jaxtune.models.layers import Linear
+from jaxtune.weights.quantise import KINDS, check_quantisable, quantised
 from jaxtune.weights.rows import Row, check, rows
 from jaxtune.weights.source import Source
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
@@ -22,28 +27,54 @@ from jaxtune.weights.tensors import Index, LazyTensor, Tensors
 _ALIGNMENT = 64
 
 
-def load_model(source: Source, mesh: Mesh, *, dtype: str = "auto", compute: str = "auto") -> CausalLM:
+def load_model(
+    source: Source, mesh: Mesh, *, dtype: str = "auto", compute: str = "auto", trainable: tuple[str, ...] = ()
+) -> CausalLM:
     """The model with its weights sharded over the mesh.
 
     Args:
         source: the resolved model.
         mesh: where the weights go.
-        dtype: storage of the weights; auto keeps what the file has.
+        dtype: storage of the weights; auto keeps what the file has; int8 and nf4 quantise the matrices of the blocks, one by one.
         compute: dtype of activations and matrix products.
+        trainable: which weights train, and so are float32 leaves of their own; see `adapters.selection`.
 
     Raises:
-        UserError: an unsupported architecture, or missing, unexpected or misshapen tensors.
+        UserError: an unsupported architecture, missing, unexpected or misshapen tensors, or matrices that cannot be quantised.
 
     """
     config, tensors = checked(source)
-    config = replace(config, vocab_padding=-config.vocab_size % vocab_parts(mesh))
+    chosen = Selection(trainable, config.num_layers)
+    chosen.check(tensors)
+    config = replace(config, vocab_padding=-config.vocab_size % vocab_parts(mesh), cuts=chosen.cuts(tensors))
     graph, state = nnx.split(abstract_model(config, jnp.dtype(jnp.float32), compute_dtype(compute)))
-    table = rows(state, config)
+    matrices = _block_matrices(graph, state) if dtype in KINDS else set()
     leaves: dict[tuple[Any, ...], Any] = dict(nnx.to_flat_state(state))
-    for row in table:
-        variable = leaves[row.path]
-        leaves[row.path] = variable.replace(_read(row, tensors, mesh, variable.get_metadata()["axes"], dtype))
+    for row in rows(state, config):
+        axes = leaves[row.path].get_metadata()["axes"]
+        trains = {chosen.trains(name) for name in row.names}
+        if len(trains) > 1:
+            raise UserError(f"trainable: {listed(trainable)} takes some of the experts of a layer only, not all.")
+        if True in trains:
+            leaves[row.path] = nnx.Param(_read(row, tensors, mesh, axes, "float32"), axes=axes, trained=True)
+        elif row.path in matrices:
+            check_quantisable(row.names[0], row.shape, dtype)
+            found = (tensors[name].all() for name in row.names)
+            leaves[row.path] = nnx.Param(quantised(found, row.stack, axes, mesh, dtype), axes=axes)
+        else:
+            kept = "auto" if dtype in KINDS else dtype
+            leaves[row.path] = leaves[row.path].replace(_read(row, tensors, mesh, axes, kept))
     return nnx.merge(graph, nnx.from_flat_state(leaves))
+
+
+def _block_matrices(graph: nnx.GraphDef, state: nnx.State) -> set[tuple[Any, ...]]:
+    """The weights of the linear maps in the blocks, those of experts among them."""
+    model = nnx.merge(graph, state)
+    return {
+        (*path, "weight")
+        for path, module in nnx.iter_modules(model)
+        if "layers" in path and isinstance(module, Linear | Stacked)
+    }
 
 
 def checked(source: Source) -> tuple[ModelConfig, Tensors]:

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtune.core.errors import UserError, listed
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.names import names_of
+from jaxtune.models.quantised import Quantised
 from jaxtune.weights.tensors import Tensors
 
 # Buffers that old checkpoints carry and that follow from the configuration.
@@ -48,7 +49,7 @@ def rows(state: nnx.State, config: ModelConfig) -> list[Row]:
     table = []
     for path, variable in nnx.to_flat_state(state):
         leaf = variable.get_value()
-        assert isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+        assert isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | Quantised)
         stack, names = names_of(path, config)
         table.append(Row(path, tuple(leaf.shape[len(stack) :]), stack, names))
     return table

@@ -1,0 +1,74 @@
+"""Which weights train where there is no adapter, and where the stack of layers is cut for it."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from jaxtune.core.errors import UserError, listed
+
+EVERYTHING = "all"
+_LAYER = re.compile(r"(.*\.layers\.)(\d+)(\..*)")
+_GROUPS = {
+    "norms": r".*norm\.(weight|bias)",
+    "biases": r".*\.bias",
+    "embeddings": r"model\.embed_tokens\.weight",
+    "head": r"lm_head\.weight",
+}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The weights that train.
+
+    Attributes:
+        entries: `all`, `last:N` (the last N layers), `norms`, `biases`, `embeddings`, `head`, and regular expressions for consecutive
+            parts of a tensor's name in Hugging Face's words, such as `q_proj` or `layers.29`.
+        layers: layers of the model.
+
+    """
+
+    entries: tuple[str, ...]
+    layers: int
+
+    def trains(self, name: str) -> bool:
+        """Whether the tensor of this name trains."""
+        return any(self._fits(entry, name) for entry in self.entries)
+
+    def check(self, names: Iterable[str]) -> None:
+        """That each entry means something.
+
+        Raises:
+            UserError: an entry that is no pattern, or that fits no tensor.
+
+        """
+        names = list(names)
+        for entry in self.entries:
+            try:
+                hits = any(self._fits(entry, name) for name in names)
+            except re.error as error:
+                raise UserError(f"trainable: {entry!r} is not a regular expression: {error}.") from None
+            if not hits:
+                tied = " The head is tied to the embedding: name embeddings." if entry in ("head", "lm_head") else ""
+                known = sorted({part for name in names for part in name.split(".")[:-1] if not part.isdecimal()})
+                raise UserError(
+                    f"trainable: '{entry}' fits no weight.{tied} There are all, last:N, {', '.join(_GROUPS)} and parts of names: {listed(known, 20)}."
+                )
+
+    def cuts(self, names: Iterable[str]) -> tuple[int, ...]:
+        """The layers in which other tensors train than in the layer before."""
+        chosen: list[set[str]] = [set() for _ in range(self.layers)]
+        for name in names:
+            found = _LAYER.fullmatch(name)
+            if found and self.trains(name):
+                chosen[int(found[2])].add(found[3])
+        return tuple(at for at in range(1, self.layers) if chosen[at] != chosen[at - 1])
+
+    def _fits(self, entry: str, name: str) -> bool:
+        if entry == EVERYTHING:
+            return True
+        if last := re.fullmatch(r"last:([1-9]\d*)", entry):
+            found = _LAYER.fullmatch(name)
+            return found is not None and int(found[2]) >= self.layers - int(last[1])
+        if entry in _GROUPS:
+            return re.fullmatch(_GROUPS[entry], name) is not None
+        return re.search(rf"(^|\.)({entry})(\.|$)", name) is not None

@@ -1,0 +1,60 @@
+"""Log-probabilities of whole answers: what the preference objectives compare."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxtune.models.decoder import CausalLM
+from jaxtune.models.layers import matmul, softcap
+from jaxtune.objectives.cross_entropy import in_chunks
+from jaxtune.objectives.objective import PLAIN, Batch, Pass, read
+
+
+class Answers(NamedTuple):
+    """The answers in a batch, a column for each segment of a row.
+
+    Attributes:
+        total: sum of the supervised tokens' log-probabilities, in nats; each weighted as its token is.
+        tokens: sum of these weights, 1 where there is no answer.
+
+    """
+
+    total: Float[Array, "batch segments"]
+    tokens: Float[Array, "batch segments"]
+
+    @property
+    def mean(self) -> Float[Array, "batch segments"]:
+        """Log-probability a token."""
+        return self.total / self.tokens
+
+    def pairs(self, values: Float[Array, "batch segments"]) -> tuple[jax.Array, jax.Array]:
+        """`values` of the segments 1, 3, 5 ... and of 2, 4, 6 ..."""
+        return values[:, ::2], values[:, 1::2]
+
+
+def answers(model: CausalLM, batch: Batch, how: Pass = PLAIN) -> Answers:
+    """The model's log-probabilities of all answers in a batch that has labels."""
+    assert batch.labels is not None
+    hidden, head = read(model, batch, how)
+    found = token_log_probs(hidden, head, batch.target_ids.reshape(-1), model.config.logit_softcap)
+    weighted = found.reshape(batch.weights.shape) * batch.weights
+    sums = jax.vmap(partial(jax.ops.segment_sum, num_segments=batch.labels.shape[1] + 1))
+    total, tokens = sums(weighted, batch.segment_ids)[:, 1:], sums(batch.weights, batch.segment_ids)[:, 1:]
+    return Answers(total, jnp.where(tokens == 0, 1.0, tokens))
+
+
+def token_log_probs(
+    hidden: Float[Array, "tokens embed"], head: Float[Array, "vocab embed"], targets: Int[Array, " tokens"], cap: float | None
+) -> Float[Array, " tokens"]:
+    """Log softmax(h W^T)[y] of every token, float32; logits exist for a chunk of tokens at a time, in the backward pass again."""
+
+    @jax.checkpoint
+    def chunk(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        h, y = inputs
+        logits = softcap(matmul(h, head).astype(jnp.float32), cap)
+        return jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+
+    return jax.lax.map(chunk, in_chunks(hidden, targets)).reshape(-1)[: len(targets)]

@@ -1,0 +1,48 @@
+"""Distillation: towards a teacher's distribution over its most likely tokens (Hinton et al. 2015)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.models.layers import matmul, softcap
+from jaxtune.objectives.cross_entropy import in_chunks
+from jaxtune.objectives.objective import PLAIN, Batch, Networks, Objective, Pass, Sums, read
+
+
+def distill(top_k: int, temperature: float, share: float) -> Objective:
+    """Share T^2 KL(p || q) - (1 - share) log q_1(y) a supervised token.
+
+    p is the teacher's distribution over its `top_k` most likely tokens and the rest of the vocabulary as one outcome more, q the
+    student's over the same, both at temperature T; q_1 the student's at temperature 1.
+    """
+
+    def loss(networks: Networks, batch: Batch, how: Pass, shared: Any) -> Sums:
+        assert networks.teacher is not None
+        student, teacher = networks.policy, networks.teacher
+        ours, theirs = read(student, batch, how), jax.lax.stop_gradient(read(teacher, batch, PLAIN))
+        (h, head), (g, guide) = ours, theirs
+
+        @jax.checkpoint
+        def chunk(inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+            h, g, y, w = inputs
+            logits = softcap(matmul(h, head).astype(jnp.float32), student.config.logit_softcap)
+            wanted = softcap(matmul(g, guide).astype(jnp.float32), teacher.config.logit_softcap)
+            plain = jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+            distance = _divergence(logits / temperature, wanted / temperature, top_k)
+            losses = share * temperature**2 * distance - (1 - share) * plain
+            return jnp.sum(w * losses), jnp.sum(w * distance)
+
+        losses, distances = jax.lax.map(chunk, in_chunks(h, g, batch.target_ids.reshape(-1), batch.weights.reshape(-1)))
+        return jnp.sum(losses), jnp.sum(batch.weights), {"teacher_kl": jnp.sum(distances)}
+
+    return Objective(loss)
+
+
+def _divergence(logits: jax.Array, wanted: jax.Array, top_k: int) -> jax.Array:
+    """KL of each row over the teacher's most likely tokens and the rest."""
+    top, tokens = jax.lax.top_k(wanted, min(top_k, wanted.shape[-1]))
+    log_p = top - jax.nn.logsumexp(wanted, axis=-1, keepdims=True)
+    log_q = jnp.take_along_axis(logits, tokens, axis=-1) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    rest_p, rest_q = (jnp.maximum(-jnp.expm1(jax.nn.logsumexp(log, axis=-1)), 1e-9) for log in (log_p, log_q))
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1) + rest_p * (jnp.log(rest_p) - jnp.log(rest_q))

@@ -1,0 +1,27 @@
+"""Odds-ratio preference optimisation: supervised training and a preference in one, without a reference (Hong et al. 2024)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.objectives.answers import answers
+from jaxtune.objectives.dpo import pair_sums
+from jaxtune.objectives.objective import Batch, Networks, Objective, Pass, Sums
+
+
+def orpo(beta: float) -> Objective:
+    """-log p(c) - beta log sigmoid(log odds(c) - log odds(r)), eq. 6 and 7, p being a token's mean probability and odds p / (1 - p)."""
+
+    def loss(networks: Networks, batch: Batch, how: Pass, shared: Any) -> Sums:
+        found = answers(networks.policy, batch, how)
+        chosen, rejected = found.pairs(jnp.minimum(found.mean, -1e-6))  # of an answer that is certain the odds are infinite
+        odds = (chosen - _log_complement(chosen)) - (rejected - _log_complement(rejected))
+        return pair_sums(batch, -chosen - beta * jax.nn.log_sigmoid(odds), beta * (chosen - rejected))
+
+    return Objective(loss)
+
+
+def _log_complement(log_p: jax.Array) -> jax.Array:
+    """log(1 - p), exact near p = 1."""
+    return jnp.log(-jnp.expm1(log_p))

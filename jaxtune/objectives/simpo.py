@@ -1,0 +1,22 @@
+"""Simple preference optimisation: the reward is the log-probability a token, and there is no reference (Meng et al. 2024)."""
+
+from typing import Any
+
+import jax
+
+from jaxtune.objectives.answers import answers
+from jaxtune.objectives.dpo import pair_sums
+from jaxtune.objectives.objective import Batch, Networks, Objective, Pass, Sums
+
+
+def simpo(beta: float, margin: float, smoothing: float) -> Objective:
+    """-log sigmoid(beta (log pi(c)/|c| - log pi(r)/|r|) - gamma), eq. 6, gamma being `margin`; smoothed as DPO is."""
+
+    def loss(networks: Networks, batch: Batch, how: Pass, shared: Any) -> Sums:
+        found = answers(networks.policy, batch, how)
+        chosen, rejected = found.pairs(beta * found.mean)
+        z = chosen - rejected - margin
+        losses = -(1 - smoothing) * jax.nn.log_sigmoid(z) - smoothing * jax.nn.log_sigmoid(-z)
+        return pair_sums(batch, losses, chosen - rejected)
+
+    return Objective(loss)
