@@ -21,8 +21,10 @@ from jaxtune.evals.evaluate import evaluate
 from jaxtune.exporting import export_trained, output
 from jaxtune.generate.engine import Engine
 from jaxtune.models.decoder import CausalLM
+from jaxtune.objectives.objective import REJECTED
 from jaxtune.report.page import write_report
 from jaxtune.train.checkpoint import Checkpoints
+from jaxtune.train.inputs import comparison
 from jaxtune.train.loop import Evaluator, fit
 from jaxtune.train.methods import adopt_adapter
 from jaxtune.train.metrics import MetricsLog, read_metrics
@@ -170,7 +172,9 @@ def _epoch(parts: Setup, step: int) -> float:
 def _sample_rows(parts: Setup) -> list[dict[str, Any]]:
     """The first rows to evaluate on, or else to train on, as prompts; of a text, its first words."""
     data, found = parts.config.data, []
-    for row in conversations(data, "train" if parts.eval_plan is None else "eval"):
+    for row in conversations(data, "train" if parts.eval_plan is None else "eval", comparison=comparison(parts.config)):
+        if row.label == REJECTED:
+            continue
         prompt, wanted = row.prompt, row.answer
         if row.text:
             text = row.messages[0]["content"]

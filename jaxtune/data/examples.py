@@ -40,11 +40,12 @@ class Examples:
         rewritten: rows cut into one example an answer, because the template rewrites earlier turns.
         stores: the tokenised sources, with the documents of each that were chosen.
         digest: changes when the tokens change.
+        compared: whether the items are answers side by side (`preference.Compared`).
 
     """
 
     source: str
-    items: Sequence[Example]
+    items: Sequence[Any]
     lengths: np.ndarray
     supervised: np.ndarray
     parts: tuple[Part, ...]
@@ -57,6 +58,7 @@ class Examples:
     rewritten: int = 0
     stores: tuple[tuple[Store, np.ndarray], ...] = field(default=(), repr=False)
     digest: str = ""
+    compared: bool = False
 
     @property
     def largest_token(self) -> int:
@@ -110,18 +112,18 @@ def cut(store: Store, chosen: np.ndarray, max_length: int, name: str, weight: fl
         weight: passes over them in an epoch.
 
     """
-    windows = _Windows(store, chosen, max_length)
+    windows = Windows(store, chosen, max_length)
     return Examples(
         name,
-        _Cut(store, windows.document, windows.first, windows.stop),
+        Cut(store, windows.document, windows.first, windows.stop),
         windows.lengths,
         windows.supervised,
         (Part(len(windows.lengths), weight),),
         rows=windows.rows,
         formats=(store.about["format"],),
-        truncated=_Places(store, windows.truncated),
-        unanswered=_Places(store, windows.unanswered),
-        cut_off=_Places(store, windows.cut_off),
+        truncated=Places(store, windows.truncated),
+        unanswered=Places(store, windows.unanswered),
+        cut_off=Places(store, windows.cut_off),
         bad=store.about["bad"],
         rewritten=windows.rewritten,
         stores=((store, chosen),),
@@ -152,10 +154,11 @@ def joined(examples: Sequence[Examples]) -> Examples:
         rewritten=sum(part.rewritten for part in examples),
         stores=tuple(pair for part in examples for pair in part.stores),
         digest="+".join(part.digest for part in examples),
+        compared=examples[0].compared,
     )
 
 
-class _Windows:
+class Windows:
     """Which tokens of which documents are an example each, for a whole store at once.
 
     Attributes:
@@ -185,7 +188,7 @@ class _Windows:
 
 
 def _window(store: Store, begin: int, end: int, chosen: np.ndarray, max_length: int) -> dict[str, np.ndarray]:
-    """The part of `_Windows` that is made of the chosen documents between `begin` and `end`, in arrays of int32."""
+    """The part of `Windows` that is made of the chosen documents between `begin` and `end`, in arrays of int32."""
     records = store.documents[begin:end]
     tokens, spans_before = (int(store.documents[name][begin - 1]) if begin else 0 for name in ("tokens", "spans"))
     sizes = np.diff(records["tokens"], prepend=tokens)
@@ -224,7 +227,7 @@ def _sums(owner: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
     return np.bincount(owner, weights=values, minlength=count).astype(np.int64)
 
 
-class _Lazy(Sequence):
+class Lazy(Sequence):
     """A sequence whose elements are made when they are asked for, by `at`."""
 
     @abstractmethod
@@ -238,7 +241,7 @@ class _Lazy(Sequence):
 
 
 @dataclass(frozen=True)
-class _Cut(_Lazy):
+class Cut(Lazy):
     """Examples read from a store when they are asked for."""
 
     store: Store
@@ -250,6 +253,7 @@ class _Cut(_Lazy):
         return len(self.document)
 
     def at(self, index: int) -> Any:
+        """See Lazy."""
         document, first, stop = int(self.document[index]), int(self.first[index]), int(self.stop[index])
         records, spans = self.store.documents, self.store.spans
         start = int(records["tokens"][document - 1]) if document else 0
@@ -263,7 +267,7 @@ class _Cut(_Lazy):
 
 
 @dataclass(frozen=True)
-class _Places(_Lazy):
+class Places(Lazy):
     """Places of documents, as text."""
 
     store: Store
@@ -273,11 +277,12 @@ class _Places(_Lazy):
         return len(self.documents)
 
     def at(self, index: int) -> Any:
+        """See Lazy."""
         return str(self.store.place(int(self.documents[index])))
 
 
 @dataclass(frozen=True)
-class _Chain(_Lazy):
+class _Chain(Lazy):
     """Sequences one after the other."""
 
     parts: list[Sequence]

@@ -31,6 +31,7 @@ class Conversation:
         plain: whether it was written as a prompt and its completion, and so needs no chat template.
         text: whether it is one text without roles, the content of its single message.
         options: what else the chat template is given: tools, and the row's `chat_template_kwargs`.
+        label: what the answer is where answers are compared; see `objectives.objective`.
 
     """
 
@@ -39,6 +40,7 @@ class Conversation:
     plain: bool = False
     text: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    label: int = 0
 
     @property
     def prompt(self) -> list[dict[str, Any]]:
@@ -172,7 +174,7 @@ def _from_text(row: Row, answered: bool) -> Conversation:
 def _from_preference(row: Row, answered: bool) -> Conversation:
     raise BadRow(
         row.place,
-        "a pair of preferences, which train.objective=sft cannot use. "
+        "a pair of preferences, which is for train.objective=dpo, simpo, orpo or kto. "
         "To train on the preferred answers: data.format=prompt-completion data.columns={completion: chosen}.",
     )
 

@@ -96,7 +96,9 @@ class Plan:
 
     def batch(self, index: int, wanted: np.ndarray | None = None) -> Batch:
         """The arrays of batch `index`, [rows, length]; only the rows that are wanted are filled."""
-        return build_batch(self.rows(index), self.examples.items, self.examples.lengths, self.shape(index), wanted)
+        shape, lengths = self.shape(index), self.examples.lengths
+        segments = 2 * (shape[1] // int(lengths.min()) if self.layout.packing else 1) if self.examples.compared else 0
+        return build_batch(self.rows(index), self.examples.items, lengths, shape, wanted, segments)
 
     def tokens(self, index: int) -> int:
         """Tokens of examples in batch `index`."""

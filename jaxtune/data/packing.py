@@ -9,7 +9,8 @@ import numpy as np
 
 from jaxtune.core.errors import RunFailure
 from jaxtune.data.chat import Example
-from jaxtune.data.examples import Part
+from jaxtune.data.examples import Part, fed_length
+from jaxtune.data.preference import Compared
 from jaxtune.objectives.objective import Batch
 
 LOOK_AHEAD, OPEN_ROWS = 2048, 128
@@ -159,10 +160,11 @@ def row_length(rows: Sequence[PackedRow], lengths: np.ndarray, layout: Layout) -
 
 def build_batch(
     rows: Sequence[PackedRow],
-    examples: Sequence[Example],
+    examples: Sequence[Example | Compared],
     lengths: np.ndarray,
     shape: tuple[int, int],
     wanted: np.ndarray | None = None,
+    segments: int = 0,
 ) -> Batch:
     """The arrays of a batch; rows that are not there are padding.
 
@@ -172,6 +174,7 @@ def build_batch(
         lengths: positions that each takes.
         shape: rows and positions of the batch.
         wanted: which rows to fill, where another process fills the others; all by default.
+        segments: where answers are compared, how many a row may hold.
 
     Raises:
         RunFailure: no token of the batch is supervised.
@@ -179,26 +182,39 @@ def build_batch(
     """
     if not any(rows):
         raise RunFailure("A batch has no supervised token, so its loss is not defined.")
+    labels = np.zeros((shape[0], segments), np.int32)
     batch = Batch(
         np.zeros(shape, np.int32),
         np.zeros(shape, np.int32),
         np.zeros(shape, np.float32),
         np.zeros(shape, np.int32),
         np.zeros(shape, np.int32),
+        labels if segments else None,
     )
     for number, row in enumerate(rows):
         if wanted is not None and not wanted[number]:
             continue
-        at = 0
-        for segment, index in enumerate(row, 1):
-            example, size = examples[index], int(lengths[index])
-            place = (number, slice(at, at + size))
-            batch.input_ids[place] = example.ids[:size]
-            batch.target_ids[place] = example.ids[1 : size + 1]
-            batch.weights[place] = example.weights[1 : size + 1]
-            batch.segment_ids[place] = segment
-            batch.positions[place] = np.arange(size)
-            at += size
+        at = segment = 0
+        for index in row:
+            item = examples[index]
+            if isinstance(item, Compared):
+                labels[number, segment : segment + 2] = item.labels
+                parts = [(part, fed_length(part)) for part in item.parts]
+            else:
+                parts = [(item, int(lengths[index]))]
+            for example, size in parts:
+                segment += 1
+                _lay(batch, (number, slice(at, at + size)), example, size, segment)
+                at += size
     if wanted is None and not batch.weights.any():
         raise RunFailure("A batch has no supervised token, so its loss is not defined.")
     return batch
+
+
+def _lay(batch: Batch, place: tuple[int, slice], example: Example, size: int, segment: int) -> None:
+    """Put the fed part of an example in its place."""
+    batch.input_ids[place] = example.ids[:size]
+    batch.target_ids[place] = example.ids[1 : size + 1]
+    batch.weights[place] = example.weights[1 : size + 1]
+    batch.segment_ids[place] = segment
+    batch.positions[place] = np.arange(size)

@@ -16,6 +16,7 @@ from jaxtune.core.errors import UserError, listed
 from jaxtune.data.chat import Tokeniser, template_of
 from jaxtune.data.examples import Examples, cut, joined
 from jaxtune.data.formats import Conversation, conversation, detect
+from jaxtune.data.preference import Comparison, answers_of, compared
 from jaxtune.data.row import BadRow, Problems
 from jaxtune.data.sources import Source, open_source
 from jaxtune.data.store import VERSION, Store, Writer, cache_directory, new_store, open_store
@@ -30,7 +31,12 @@ _REPORT_SECONDS = 1.0
 
 
 def prepare(
-    data: DataSection, tokenizer: Any, which: Which = "train", progress: Progress | None = None, day: date | None = None
+    data: DataSection,
+    tokenizer: Any,
+    which: Which = "train",
+    progress: Progress | None = None,
+    day: date | None = None,
+    comparison: Comparison | None = None,
 ) -> Examples:
     """Tokenise, mask and cut all rows of a part of the data; from the second time on they are read from the cache.
 
@@ -40,6 +46,7 @@ def prepare(
         which: the training part or the evaluation part.
         progress: see `Progress`; not called for what is quick.
         day: the date for chat templates that print one; today's by default.
+        comparison: what is compared where the objective compares answers.
 
     Raises:
         UserError: a source that is not there; a bad row, with its line; or no row has anything supervised.
@@ -47,10 +54,13 @@ def prepare(
     """
     found = []
     for source, weight in _sources(data, which):
-        store = tokenised(source, tokenizer, data, progress, day)
+        store = tokenised(source, tokenizer, data, progress, day, comparison)
         chosen = np.flatnonzero(_belongs(store.documents["prompt"], data, which))
         store.let_go()
-        found.append(cut(store, chosen, data.max_length, source.name, weight))
+        if comparison:
+            found.append(compared(store, chosen, data.max_length, source.name, comparison, weight))
+        else:
+            found.append(cut(store, chosen, data.max_length, source.name, weight))
     examples = joined(found)
     if not len(examples.items):
         if data.fraction and not examples.rows:
@@ -66,7 +76,12 @@ def prepare(
 
 
 def conversations(
-    data: DataSection, which: Which, problems: Problems | None = None, *, answered: bool = True
+    data: DataSection,
+    which: Which,
+    problems: Problems | None = None,
+    *,
+    answered: bool = True,
+    comparison: Comparison | None = None,
 ) -> Iterator[Conversation]:
     """The rows of a part of the data as they were written, one after the other; bad ones go to `problems`.
 
@@ -75,6 +90,7 @@ def conversations(
         which: the training part or the evaluation part.
         problems: what becomes of bad rows; by default what `data.on_error` says.
         answered: whether a prompt needs a completion.
+        comparison: what is compared where the objective compares answers; each answer is a conversation then.
 
     Raises:
         UserError: a source that is not there, or a bad row.
@@ -82,7 +98,7 @@ def conversations(
     """
     problems = problems or Problems(data.on_error)
     for source, _ in _sources(data, which):
-        for row in _Read(source, data, answered):
+        for row in _Read(source, data, comparison, answered):
             if isinstance(row, BadRow):
                 problems.add(row)
             elif _belongs(np.array([row.digests()[1]], np.uint64), data, which)[0]:
@@ -95,7 +111,12 @@ def has_part(data: DataSection, which: Which) -> bool:
 
 
 def tokenised(
-    source: Source, tokenizer: Any, data: DataSection, progress: Progress | None = None, day: date | None = None
+    source: Source,
+    tokenizer: Any,
+    data: DataSection,
+    progress: Progress | None = None,
+    day: date | None = None,
+    comparison: Comparison | None = None,
 ) -> Store:
     """A source's tokens, from the cache where they are there.
 
@@ -104,13 +125,13 @@ def tokenised(
 
     """
     identity = source.identity()
-    key = _key(identity or f"{source.name}:{time.time_ns()}", tokenizer, data, day)
+    key = _key(identity or f"{source.name}:{time.time_ns()}", tokenizer, data, day, comparison)
     path = cache_directory() / key
     store = open_store(path) if identity else None
     if store and (data.on_error == "skip" or not store.about["bad"]):
         return store
     with new_store(path, tokenizer) as writer:
-        _fill(writer, source, tokenizer, data, progress, day)
+        _fill(writer, source, tokenizer, data, progress, day, comparison)
     store = open_store(path)
     if store is None:
         raise UserError(f"{path} was removed while it was being written. Run the command again.")
@@ -137,8 +158,9 @@ def _belongs(prompts: np.ndarray, data: DataSection, which: Which) -> np.ndarray
 class _Read:
     """A source's rows as conversations; the format is that of the first row which has one."""
 
-    def __init__(self, source: Source, data: DataSection, answered: bool = True) -> None:
+    def __init__(self, source: Source, data: DataSection, comparison: Comparison | None, answered: bool = True) -> None:
         self.source, self.data, self.format, self.answered = source, data, data.format, answered
+        self.comparison: Comparison | None = comparison
 
     def __iter__(self) -> Iterator[Conversation | BadRow]:
         for row in self.source.rows():
@@ -148,14 +170,26 @@ class _Read:
             if self.format == "auto":
                 self.format = detect(row.value, self.data.columns) or "auto"
             try:
-                yield conversation(row, self.format, columns=self.data.columns, answered=self.answered)
+                if self.comparison:
+                    yield from answers_of(row, self.format, self.data.columns, self.comparison)
+                else:
+                    yield conversation(row, self.format, columns=self.data.columns, answered=self.answered)
             except BadRow as error:
                 yield error
 
 
-def _fill(writer: Writer, source: Source, tokenizer: Any, data: DataSection, progress: Progress | None, day: date | None) -> None:
-    """Read, render and encode; while one chunk is encoded, the next is read and rendered."""
-    tokeniser, rows, problems = Tokeniser(tokenizer, data.train_on, day), _Read(source, data), Problems(data.on_error)
+def _fill(
+    writer: Writer,
+    source: Source,
+    tokenizer: Any,
+    data: DataSection,
+    progress: Progress | None,
+    day: date | None,
+    comparison: Comparison | None,
+) -> None:
+    """Read, render and encode; while one chunk is encoded, the next is read and rendered. What is compared is the last answer."""
+    tokeniser = Tokeniser(tokenizer, "last" if comparison else data.train_on, day)
+    rows, problems = _Read(source, data, comparison), Problems(data.on_error)
     report = _Report(source, writer, progress)
     pending: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(_ENCODERS) as pool:
@@ -208,10 +242,10 @@ class _Report:
         self._progress(min(done / size, 1.0) if size else 0.0, f"{self._writer.tokens:,} tokens  {rate:,.0f} tok/s")
 
 
-def _key(identity: str, tokenizer: Any, data: DataSection, day: date | None) -> str:
+def _key(identity: str, tokenizer: Any, data: DataSection, day: date | None, comparison: Comparison | None) -> str:
     """Names a store by all that its contents depend on."""
     parts = [
         VERSION, identity, data.format, data.columns, data.train_on, template_of(tokenizer, day).source(), str(tokenizer.chat_template),
-        tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str(),
+        tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str(), *([comparison] if comparison else []),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -24,12 +24,14 @@ from jaxtune.core.errors import UserError
 from jaxtune.core.files import read_json
 from jaxtune.data.chat import Document
 from jaxtune.data.row import Place
+from jaxtune.objectives.objective import CHOSEN, REJECTED
 
 VERSION = 1
 """Raised whenever the same rows would give other files."""
 
-TEXT, REWRITTEN, TWO_BOS, NOT_ENDED = 1, 2, 4, 8
-"""Marks of a document: raw text; one answer's part of a row; begins with BOS twice; its last answer has no end-of-turn token."""
+TEXT, REWRITTEN, TWO_BOS, NOT_ENDED, GOOD, BAD = 1, 2, 4, 8, 16, 32
+"""Marks of a document: raw text; one answer's part of a row; begins with BOS twice; its last answer has no end-of-turn token; where
+answers are compared, a preferred or good one, a rejected or bad one."""
 
 _DOCUMENT = np.dtype(
     [
@@ -193,6 +195,7 @@ class Writer:
         ids, spans = document.ids, document.spans
         marks = TEXT if document.conversation.text else 0
         marks |= REWRITTEN if document.rewritten else 0
+        marks |= {CHOSEN: GOOD, REJECTED: BAD}.get(document.conversation.label, 0)
         marks |= TWO_BOS if self._bos is not None and len(ids) > 1 and ids[0] == ids[1] == self._bos else 0
         return marks | (NOT_ENDED if spans and int(ids[spans[-1].end - 1]) not in self._special else 0)
 

@@ -9,6 +9,7 @@ from jaxtune.core.errors import UserError
 from jaxtune.data.examples import Examples
 from jaxtune.data.loader import Plan
 from jaxtune.data.packing import Layout
+from jaxtune.data.preference import Comparison
 from jaxtune.data.prepare import Which, has_part, prepare
 from jaxtune.data.template import plain_template
 from jaxtune.models.families import from_hf
@@ -76,7 +77,8 @@ def read_inputs(config: Config, reporter: Reporter, day: date | None = None) -> 
             f"{config.model.source} has no tokenizer, which training needs. Put its tokenizer files beside the weights."
         )
     train = config.train
-    layout = Layout(train.batch_size, config.data.max_length, config.data.packing, config.data.shuffle, train.seed)
+    length = config.data.max_length * (2 if config.on_pairs else 1)  # two answers lie side by side
+    layout = Layout(train.batch_size, length, config.data.packing, config.data.shuffle, train.seed)
     plan = Plan(_examples(config, tokenizer, "train", reporter, day), layout, train.epochs, train.steps)
     held_out = None
     if has_part(config.data, "eval"):
@@ -138,7 +140,14 @@ def account(plans: dict[str, Plan], reporter: Reporter) -> None:
 
 def _examples(config: Config, tokenizer: Any, which: Which, reporter: Reporter, day: date | None) -> Examples:
     with reporter.task(f"Tokenising {_NAMES[which].lower()} data", 100, lazy=True) as task:
-        return prepare(config.data, tokenizer, which, task.update_share, day)
+        return prepare(config.data, tokenizer, which, task.update_share, day, comparison(config))
+
+
+def comparison(config: Config) -> Comparison | None:
+    """What the objective compares."""
+    if not config.on_pairs:
+        return None
+    return "labels" if config.train.objective == "kto" else "pairs"
 
 
 def _give_template(tokenizer: Any, examples: Examples) -> None:

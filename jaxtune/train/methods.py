@@ -12,6 +12,7 @@ from jaxtune.adapters.inject import adapted, inject
 from jaxtune.config.schema import AdapterSection, Config
 from jaxtune.core.errors import UserError
 from jaxtune.models.decoder import CausalLM
+from jaxtune.models.families import from_hf
 from jaxtune.objectives.distill import distill
 from jaxtune.objectives.dpo import dpo
 from jaxtune.objectives.kto import kto
@@ -62,17 +63,20 @@ def trained_model(config: Config, source: Source, adapter: Adapter | None, mesh:
 
     """
     kind = config.model
-    model = load_model(source, mesh, dtype=kind.dtype, compute=kind.compute_dtype, trainable=selected(config))
+    count = from_hf(source.config_json(), str(source.config_path)).num_layers
+    layers = _layers(config.adapter, count)
+    cuts = () if layers is None else tuple(at for at in range(1, count) if (at in layers) != (at - 1 in layers))
+    model = load_model(source, mesh, dtype=kind.dtype, compute=kind.compute_dtype, trainable=selected(config), cuts=cuts)
     if adapter is not None:
         attach(model, adapter, mesh, config.adapter.dropout)
     elif config.adapter.method != "none":
-        inject(model, _lora(config.adapter, model, source), config.train.seed, mesh)
+        inject(model, _lora(config.adapter, layers, model, source), config.train.seed, mesh)
         if config.adapter.init == "pissa":
             pissa.begin(model, mesh)
     return model
 
 
-def _lora(section: AdapterSection, model: CausalLM, source: Source) -> LoRAConfig:
+def _lora(section: AdapterSection, layers: tuple[int, ...] | None, model: CausalLM, source: Source) -> LoRAConfig:
     saved = tuple(section.modules_to_save)
     if section.train_tokens == "all":
         saved = tuple(dict.fromkeys((*saved, "embed_tokens", "lm_head")))
@@ -85,7 +89,7 @@ def _lora(section: AdapterSection, model: CausalLM, source: Source) -> LoRAConfi
         section.method == "dora",
         targets=section.targets if isinstance(section.targets, str) else tuple(section.targets),
         excluded=section.exclude if isinstance(section.exclude, str) else tuple(section.exclude),
-        layers=_layers(section, model.config.num_layers),
+        layers=layers,
         ranks=tuple(section.rank_pattern.items()),
         alphas=tuple(section.alpha_pattern.items()),
         saved=saved,

@@ -28,7 +28,13 @@ _ALIGNMENT = 64
 
 
 def load_model(
-    source: Source, mesh: Mesh, *, dtype: str = "auto", compute: str = "auto", trainable: tuple[str, ...] = ()
+    source: Source,
+    mesh: Mesh,
+    *,
+    dtype: str = "auto",
+    compute: str = "auto",
+    trainable: tuple[str, ...] = (),
+    cuts: tuple[int, ...] = (),
 ) -> CausalLM:
     """The model with its weights sharded over the mesh.
 
@@ -38,6 +44,7 @@ def load_model(
         dtype: storage of the weights; auto keeps what the file has; int8 and nf4 quantise the matrices of the blocks, one by one.
         compute: dtype of activations and matrix products.
         trainable: which weights train, and so are float32 leaves of their own; see `adapters.selection`.
+        cuts: further layers at which stacks are cut, because there adapters begin or end.
 
     Raises:
         UserError: an unsupported architecture, missing, unexpected or misshapen tensors, or matrices that cannot be quantised.
@@ -46,7 +53,7 @@ def load_model(
     config, tensors = checked(source)
     chosen = Selection(trainable, config.num_layers)
     chosen.check(tensors)
-    config = replace(config, vocab_padding=-config.vocab_size % vocab_parts(mesh), cuts=chosen.cuts(tensors))
+    config = replace(config, vocab_padding=-config.vocab_size % vocab_parts(mesh), cuts=(*cuts, *chosen.cuts(tensors)))
     graph, state = nnx.split(abstract_model(config, jnp.dtype(jnp.float32), compute_dtype(compute)))
     matrices = _block_matrices(graph, state) if dtype in KINDS else set()
     leaves: dict[tuple[Any, ...], Any] = dict(nnx.to_flat_state(state))
@@ -71,9 +78,7 @@ def _block_matrices(graph: nnx.GraphDef, state: nnx.State) -> set[tuple[Any, ...
     """The weights of the linear maps in the blocks, those of experts among them."""
     model = nnx.merge(graph, state)
     return {
-        (*path, "weight")
-        for path, module in nnx.iter_modules(model)
-        if "layers" in path and isinstance(module, Linear | Stacked)
+        (*path, "weight") for path, module in nnx.iter_modules(model) if "layers" in path and isinstance(module, Linear | Stacked)
     }
 
 
