@@ -91,28 +91,33 @@ class LoRALinear(Linear):
 
     def __call__(self, x: Float[Array, "*batch in"], dropout: Dropout | None = None) -> Float[Array, "*batch out"]:
         """The adapted linear map; the adapter's input is dropped out only where `dropout` brings keys."""
-        y, dropped = self.product(x), self._dropped(x, dropout)
-        flat = dropped.reshape(-1, x.shape[-1])
-        update = low_rank(flat, self.lora_A[...], self._scaled(self.lora_B[...]))
-        if self.start_A is not None and self.start_B is not None:
-            update = update - low_rank(flat, self.start_A[...], self._scaled(self.start_B[...]))
-        update = update.reshape(y.shape)
+        dropped = self._dropped(x, dropout)
+        y = matmul(x, self.weight[...])
+        update = self._update(dropped, x).reshape(y.shape)
         if self.lora_magnitude_vector is None:
-            return checkpoint_name(y + update, PROJECTION)
-        stretch = self._stretch().astype(y.dtype)
-        base = matmul(dropped, self.weight[...])
-        return checkpoint_name(y + (stretch - 1) * base + stretch * update, PROJECTION)
+            y = y + update
+        else:
+            stretch = self._stretch().astype(y.dtype)
+            base = y if dropped is x else matmul(dropped, self.weight[...])
+            y = y + (stretch - 1) * base + stretch * update
+        return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(y.dtype), PROJECTION)
+
+    def _update(self, dropped: Float[Array, "*batch in"], x: Float[Array, "*batch in"]) -> Float[Array, "tokens out"]:
+        """The low-rank part of the map, less what it was at the start where that is subtracted from the base."""
+        update = low_rank(dropped.reshape(-1, x.shape[-1]), self.lora_A[...], self._scaled(self.lora_B[...]))
+        if self.start_A is None or self.start_B is None:
+            return update
+        return update - low_rank(x.reshape(-1, x.shape[-1]), self.start_A[...], self._scaled(self.start_B[...]))
 
     def as_head(self, x: Float[Array, "*batch in"], dropout: Dropout | None) -> tuple[jax.Array, jax.Array]:
         """See Linear: [x, x A^T] and [W, scale B], so that the update is not rounded into the weight."""
-        a, b = [self.lora_A[...]], [self._scaled(self.lora_B[...])]
+        low, b = [matmul(self._dropped(x, dropout), self.lora_A[...])], [self._scaled(self.lora_B[...])]
         if self.start_A is not None and self.start_B is not None:
-            a, b = [*a, self.start_A[...]], [*b, -self._scaled(self.start_B[...])]
-        low = matmul(self._dropped(x, dropout), jnp.concatenate(a))
+            low, b = [*low, matmul(x, self.start_A[...])], [*b, -self._scaled(self.start_B[...])]
         wide = jnp.concatenate([part.astype(x.dtype) for part in (self.weight[...], *b)], axis=-1)
         if self.lora_magnitude_vector is not None:
             wide = wide * self._stretch().astype(x.dtype)[:, None]
-        return jnp.concatenate([x, low], axis=-1), wide
+        return jnp.concatenate([x, *low], axis=-1), wide
 
     def _scaled(self, factor: Float[Array, "out rank"]) -> Float[Array, "out rank"]:
         return factor * self.scale[...].astype(factor.dtype)

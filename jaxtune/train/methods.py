@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from jaxtune.adapters import pissa
@@ -173,14 +172,3 @@ def described(config: Config, model: CausalLM, train: int, frozen: int, mesh: Me
 def _adapted_layers(model: CausalLM) -> int:
     layers = None if model.adapter is None else model.adapter.layers
     return model.config.num_layers if layers is None else len(layers)
-
-
-def teacher_model(config: Config, source: Source, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
-    """The teacher, all of it frozen.
-
-    Raises:
-        UserError: it cannot be loaded, or has fewer tokens than the model that learns.
-
-    """
-    model = load_model(source, mesh, compute=config.model.compute_dtype)
-    return nnx.split(model)

@@ -174,7 +174,7 @@ def _factors(config: OptimizerSection, leaves: list[Leaf]) -> list[float]:
     found = []
     for leaf in leaves:
         own = next((value for pattern, value in config.rates.items() if _named(pattern, leaf)), None)
-        plus = config.lora_plus if config.lora_plus and leaf.name in ("lora_B", "lora_embedding_B") else 1.0
+        plus = config.lora_plus if config.lora_plus and leaf.name == "lora_B" else 1.0
         found.append(plus if own is None else own / config.learning_rate)
     return found
 

@@ -1,8 +1,8 @@
 """From a configuration to everything a run needs: data first, weights last, so that a mistake is found before they load."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,32 @@ from jaxtune.data.loader import Plan, check_divides
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.quantised import Quantised
 from jaxtune.train.inputs import account, read_inputs
-from jaxtune.train.methods import described, objective, teacher_model, trained_model
+from jaxtune.train.methods import described, objective, trained_model
 from jaxtune.train.optim import auto_rate, evaluated, leaves_of, optimizer
 from jaxtune.train.progress import Reporter
 from jaxtune.train.step import Computation, Frozen, TrainState, init_state
+from jaxtune.weights.load import load_model
 from jaxtune.weights.source import Source
 from jaxtune.weights.vocabulary import Grown
 
 AUTO_REMAT = "dots"
+
+
+class Assembled(NamedTuple):
+    """The step's parts.
+
+    Attributes:
+        computation: the model's structure, the objective and how it is run.
+        trainable: the leaves that train, as training begins.
+        frozen: everything else.
+        optimizer: the update rule over the whole run.
+
+    """
+
+    computation: Computation
+    trainable: nnx.State
+    frozen: Frozen
+    optimizer: optax.GradientTransformation
 
 
 @dataclass
@@ -36,12 +54,9 @@ class Setup:
         config: the resolved configuration, its learning rate a number.
         mesh: the devices.
         source, tokenizer: the base model's origin and its tokenizer.
-        computation: the model's structure, the objective and how it is run.
-        trainable: the leaves that train, as training begins.
-        frozen: everything else.
+        computation, trainable, frozen, optimizer: see `Assembled`.
         plan: every batch of the run.
         eval_plan: the evaluation's batches, None where there is no evaluation data.
-        optimizer: the update rule over the whole run.
 
     """
 
@@ -52,9 +67,9 @@ class Setup:
     computation: Computation
     trainable: nnx.State
     frozen: Frozen
+    optimizer: optax.GradientTransformation
     plan: Plan
     eval_plan: Plan | None
-    optimizer: optax.GradientTransformation
 
     @property
     def cuts(self) -> int:
@@ -97,29 +112,48 @@ def setup(config: Config, reporter: Reporter, day: date | None = None) -> Setup:
     check_divides(config.train.micro_batch_size or config.train.batch_size, mesh, _rows_key(config))
     inputs = read_inputs(config, reporter, day)
     account(inputs.plans, reporter)
-    source, train = inputs.source, config.train
+    source = inputs.source
     reporter.say(f"Loading {shown(config.model.source)}")
     model = trained_model(config, source, inputs.adapter, mesh)
     config = _with_rate(config, model, reporter)
-    graph, trainable, frozen = split_trainable(model)
-    reporter.say(described(config, model, parameters(trainable), parameters(frozen), mesh))
+    teacher = None
+    if inputs.teacher is not None:
+        reporter.say(f"Loading {shown(inputs.teacher.name)}, the teacher")
+        teacher = load_model(inputs.teacher, mesh, compute=config.model.compute_dtype)
+    parts = assembled(config, model, len(inputs.plan), teacher)
+    reporter.say(described(config, model, parameters(parts.trainable), parameters(parts.frozen.base), mesh))
     if isinstance(source, Grown) and inputs.adapter is None:
         _announce_tokens(source, config, reporter)
-    found = objective(config)
+    return Setup(config, mesh, source, inputs.tokenizer, *parts, inputs.plan, inputs.eval_plan)
+
+
+def assembled(config: Config, model: CausalLM, steps: int, teacher: CausalLM | None = None) -> Assembled:
+    """What the step is made of.
+
+    Args:
+        config: the resolved configuration, its learning rate a number.
+        model: as training begins; see `methods.trained_model`.
+        steps: optimizer steps of the whole run.
+        teacher: for distillation.
+
+    Raises:
+        UserError: see `optim.optimizer`.
+
+    """
+    train, found = config.train, objective(config)
+    graph, trainable, base = split_trainable(model)
+    structure, leaves = (None, None) if teacher is None else nnx.split(teacher)
     computation = Computation(
         graph,
         found,
         AUTO_REMAT if train.remat == "auto" else train.remat,
         random=config.adapter.dropout > 0 or train.neftune > 0,
         noise=train.neftune,
+        teacher=structure,
     )
-    held = Frozen(frozen, jax.tree.map(jnp.copy, trainable) if found.has_reference else None)
-    if inputs.teacher is not None:
-        reporter.say(f"Loading {shown(inputs.teacher.name)}, the teacher")
-        structure, leaves = teacher_model(config, inputs.teacher, mesh)
-        computation, held = replace(computation, teacher=structure), held._replace(teacher=leaves)
-    update = optimizer(config.optimizer, len(inputs.plan), leaves_of(trainable, model.config))
-    return Setup(config, mesh, source, inputs.tokenizer, computation, trainable, held, inputs.plan, inputs.eval_plan, update)
+    start = jax.tree.map(jnp.copy, trainable) if found.has_reference else None
+    update = optimizer(config.optimizer, steps, leaves_of(trainable, model.config))
+    return Assembled(computation, trainable, Frozen(base, start, leaves), update)
 
 
 def _with_rate(config: Config, model: CausalLM, reporter: Reporter) -> Config:

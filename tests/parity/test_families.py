@@ -9,7 +9,8 @@ from flax import nnx
 
 from jaxtune.generate.engine import Engine
 from jaxtune.models.names import names_of
-from jaxtune.objectives.sft import Batch, sft
+from jaxtune.objectives.objective import PLAIN, Batch
+from jaxtune.objectives.sft import sft
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
 from tests import tools
@@ -72,7 +73,9 @@ def test_loss_and_every_gradient(family):
     graph, state = nnx.split(model)
     ones = np.ones((2, 24), np.int32)
     batch = Batch(ids[:, :-1], ids[:, 1:], mask.astype(np.float32), ones, np.cumsum(ones, 1, dtype=np.int32) - 1)
-    loss, grads = jax.jit(jax.value_and_grad(lambda part: sft(nnx.merge(graph, part), batch, None, "dots")[0]))(state)
+    loss, grads = jax.jit(jax.value_and_grad(lambda part: sft(nnx.merge(graph, part), batch, PLAIN._replace(remat="dots"))[0]))(
+        state
+    )
     np.testing.assert_allclose(loss, float(total.detach()), rtol=1e-5)
     found = {}
     for path, leaf in nnx.to_flat_state(grads):

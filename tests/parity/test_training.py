@@ -13,7 +13,8 @@ from jaxtune.adapters.inject import split_trainable
 from jaxtune.config.loading import validated
 from jaxtune.data.prepare import prepare
 from jaxtune.models.names import names_of
-from jaxtune.objectives.sft import Batch, sft
+from jaxtune.objectives.objective import PLAIN, Batch
+from jaxtune.objectives.sft import sft
 from jaxtune.train.metrics import read_metrics
 from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import attach, open_adapter
@@ -50,7 +51,9 @@ def test_gradients_equal_peft(changes, remat, tmp_path, one_device):
         ones,
         np.cumsum(ones, 1) - 1,
     )
-    loss, grads = jax.jit(jax.value_and_grad(lambda part: sft(nnx.merge(graph, part, frozen), batch, None, remat)[0]))(trainable)
+    loss, grads = jax.jit(
+        jax.value_and_grad(lambda part: sft(nnx.merge(graph, part, frozen), batch, PLAIN._replace(remat=remat))[0])
+    )(trainable)
     np.testing.assert_allclose(loss, float(total.detach()), rtol=1e-5)
     found = {}
     for path, leaf in nnx.to_flat_state(grads):

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from jaxtune.adapters.config import LoRAConfig
 from jaxtune.adapters.inject import adapted, inject, split_trainable
 from jaxtune.core.errors import RunFailure, UserError
-from jaxtune.objectives.sft import Batch, sft
+from jaxtune.objectives.objective import PLAIN, Batch
+from jaxtune.objectives.sft import sft
 from jaxtune.weights import export, verify
 from jaxtune.weights.export import export_adapter
 from jaxtune.weights.load import load_model
@@ -128,7 +129,9 @@ def test_gradients_of_every_variant_equal_pefts(name, tmp_path, one_device):
         ones,
         np.cumsum(ones, 1, dtype=np.int32) - 1,
     )
-    loss, grads = jax.jit(jax.value_and_grad(lambda part: sft(nnx.merge(graph, part, frozen), batch, None, "full")[0]))(trainable)
+    loss, grads = jax.jit(
+        jax.value_and_grad(lambda part: sft(nnx.merge(graph, part, frozen), batch, PLAIN._replace(remat="full"))[0])
+    )(trainable)
     np.testing.assert_allclose(loss, float(total.detach()), rtol=1e-5)
     found = {}
     with_gradients = nnx.merge(graph, grads, frozen)
