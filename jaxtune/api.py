@@ -59,7 +59,7 @@ def load(model: str, adapter: str | None = None, dtype: str = "auto", mesh: Mesh
         model: a hub id (org/name or org/name@revision), a directory of Hugging Face's or of Meta's files, a .gguf file or a run
             directory (whose adapter comes with it).
         adapter: a PEFT adapter directory.
-        dtype: storage of the weights: auto, float32, bfloat16 or float16.
+        dtype: storage of the weights: auto, float32, bfloat16, float16, int8 or nf4.
         mesh: the devices; all of them by default.
 
     Raises:

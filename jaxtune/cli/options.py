@@ -72,7 +72,7 @@ def write_json(path: str | None, value: Any) -> None:
 
 def metrics_table(columns: dict[str, dict[str, Any]]) -> str:
     """Metrics side by side, one column a name, with the interval of the last."""
-    names = ("rows", "loss", "perplexity", "accuracy", "accuracy_greedy", "macro_f1")
+    names = ("rows", "loss", "perplexity", "accuracy", "accuracy_greedy", "macro_f1", "margin", "teacher_kl")
     last = list(columns.values())[-1]
     lines = [" " * 16 + "".join(f"{name:>12}" for name in columns)]
     for name in names:

@@ -5,11 +5,15 @@ from typing import Any
 
 import numpy as np
 
+from jaxtune.data.chat import Example
 from jaxtune.data.examples import Examples
 from jaxtune.data.loader import Plan
+from jaxtune.data.preference import Compared
 from jaxtune.data.store import NOT_ENDED, TWO_BOS
+from jaxtune.objectives.objective import CHOSEN, MISMATCHED, REJECTED
 
 _BINS, _LISTED = 12, 10_000
+LABELS = {CHOSEN: "good", REJECTED: "bad", MISMATCHED: "another row's answer"}
 _MOST_CLASSES, _ROWS_A_CLASS, _IMBALANCE = 50, 3, 5.0
 
 
@@ -117,8 +121,18 @@ def classes(examples: Examples, tokenizer: Any) -> list[tuple[str, int]]:
 
 
 def pieces(examples: Examples, number: int, tokenizer: Any) -> list[Piece]:
-    """An example as text, cut where supervised tokens begin and end."""
-    example = examples.items[number]
+    """An example as text, cut where supervised tokens begin and end; of answers that are compared one after the other."""
+    item = examples.items[number]
+    if not isinstance(item, Compared):
+        return _pieces(item, tokenizer)
+    return [
+        piece
+        for part, label in zip(item.parts, item.labels, strict=True)
+        for piece in (Piece(f"\n[{LABELS[label]}]\n", False), *_pieces(part, tokenizer))
+    ]
+
+
+def _pieces(example: Example, tokenizer: Any) -> list[Piece]:
     borders = np.flatnonzero(np.diff(example.supervised)) + 1
     return [
         Piece(tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False), bool(chosen[0]))

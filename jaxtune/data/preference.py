@@ -32,6 +32,11 @@ class Compared:
     parts: tuple[Example, Example]
     labels: tuple[int, int]
 
+    @property
+    def ids(self) -> np.ndarray:
+        """Tokens of the first of them."""
+        return self.parts[0].ids
+
 
 def answers_of(row: Row, kind: str, columns: Mapping[str, str], comparison: Comparison) -> list[Conversation]:
     """The answers of a row, each with its prompt and what it is.

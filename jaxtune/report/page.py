@@ -21,7 +21,12 @@ th { font-weight: 600 } td.number { font-variant-numeric: tabular-nums; text-ali
 pre { background: #f6f8fa; padding: .8rem; overflow: auto; white-space: pre-wrap; font-size: 13px } .muted { color: #656d76 }
 """
 
-_METRICS = ("loss", "perplexity", "accuracy", "accuracy_greedy", "macro_f1")
+_METRICS = ("loss", "perplexity", "accuracy", "accuracy_greedy", "macro_f1", "margin", "teacher_kl")
+_FURTHER = {
+    "margin": "Margin of the preferred answer",
+    "accuracy": "Share of pairs in the right order",
+    "teacher_kl": "Distance to the teacher, nats",
+}
 
 
 def write_report(runs: list[Path], out: Path) -> Path:
@@ -78,6 +83,7 @@ def _curves(runs: list[dict[str, Any]]) -> str:
         curve("Gradient norm before clipping", series("train", "grad_norm")),
         curve("Tokens per second", series("train", "tokens_per_second")),
     ]
+    charts += [curve(title, found | series("eval", name)) for name, title in _FURTHER.items() if (found := series("train", name))]
     return f'<h2>Training</h2><div class="grid">{"".join(charts)}</div>'
 
 

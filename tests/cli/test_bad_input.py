@@ -210,8 +210,8 @@ def test_architecture(name, cli, tmp_path, broken):
 def test_a_dtype_that_python_asks_for(chat_model):
     import jaxtune
 
-    with pytest.raises(UserError, match="The dtype 'int8' is not supported; supported are auto, float32"):
-        jaxtune.load(str(chat_model), dtype="int8")
+    with pytest.raises(UserError, match="The dtype 'int7' is not supported; supported are auto, float32"):
+        jaxtune.load(str(chat_model), dtype="int7")
 
 
 def test_other_commands(cli, tmp_path, chat_model):

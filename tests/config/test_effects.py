@@ -12,6 +12,7 @@ from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
 from jaxtune.train import setup
 from jaxtune.train.checkpoint import steps_saved
+from jaxtune.train.methods import adopt_adapter
 from jaxtune.train.metrics import read_metrics
 from jaxtune.train.progress import Reporter
 from jaxtune.training import run
@@ -26,19 +27,32 @@ TIMES = ("step_seconds", "tokens_per_second", "mfu")
 CHANGES = {
     "model.new_tokens": "['<|new|>']", "adapter.train_tokens": "all",
     "model.dtype": "bfloat16", "model.compute_dtype": "bfloat16",
-    "adapter.rank": 8, "adapter.alpha": 16, "adapter.dropout": 0.3, "adapter.rslora": "true", "adapter.targets": "[q_proj]",
+    "adapter.method": "dora", "adapter.rank": 8, "adapter.alpha": 16, "adapter.dropout": 0.3, "adapter.rslora": "true",
+    "adapter.targets": "[q_proj]", "adapter.exclude": "[q_proj]", "adapter.layers": "last:1", "adapter.rank_pattern": "{q_proj: 2}",
+    "adapter.alpha_pattern": "{q_proj: 2}", "adapter.modules_to_save": "[lm_head]",
     "data.train_on": "all", "data.max_length": 80, "data.packing": "false", "data.shuffle": "false",
-    "optimizer.learning_rate": 1e-3, "optimizer.schedule": "linear", "optimizer.warmup": 2, "optimizer.betas": "[0.5, 0.9]", "optimizer.eps": 1e-3,
+    "optimizer.name": "lion", "optimizer.learning_rate": 1e-3, "optimizer.rates": "{q_proj: 1e-4}", "optimizer.lora_plus": 4,
+    "optimizer.schedule": "linear", "optimizer.warmup": 2, "optimizer.betas": "[0.5, 0.9]", "optimizer.eps": 1e-3,
     "optimizer.weight_decay": 0.5, "optimizer.clip_norm": 0.01,
     "train.epochs": 2, "train.steps": 2, "train.batch_size": 16, "train.micro_batch_size": 4, "train.remat": "full", "train.eval_every": 2,
-    "train.seed": 1, "mesh.data": 8, "mesh.fsdp": 2, "mesh.tensor": 2,
+    "train.neftune": 5, "train.ema": 0.5, "train.seed": 1, "mesh.data": 8, "mesh.fsdp": 2, "mesh.tensor": 2,
     "checkpoint.every": 100, "checkpoint.keep": 1,
 }  # fmt: skip
+PREFERENCES = {
+    "train.objective": "simpo", "preference.beta": 0.5, "preference.dpo_loss": "ipo", "preference.label_smoothing": 0.2,
+}  # fmt: skip
+FURTHER = {
+    "preference.margin": ("simpo", 2),
+    "preference.desirable_weight": ("kto", 3),
+    "preference.undesirable_weight": ("kto", 3),
+}
+DISTILLED = {"distill.top_k": 2, "distill.temperature": 2, "distill.share": 0.9}
 # Keys whose other values are files, or are refused, which is tested below or beside the thing itself.
 OTHERS = {
     "model.source", "adapter.init", "data.train", "data.eval", "data.split", "data.format", "data.columns", "data.on_error", "run.dir",
+    "trainable", "distill.teacher", "adapter.bias",
 }  # fmt: skip
-SINGLE = {"adapter.method", "trainable", "optimizer.name", "train.objective", "mesh.slices", "mesh.context", "run.trackers"}
+SINGLE = {"mesh.slices", "mesh.context", "run.trackers"}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +78,7 @@ def observe(overrides, directory, monkeypatch):
     config = load_config(overrides=[*overrides, f"run.dir={directory}"])
     result = run(config, Reporter(quiet=True))
     rows = [{key: value for key, value in row.items() if key not in TIMES} for row in read_metrics(directory)]
-    return rows, (result.adapter / "adapter_model.safetensors").read_bytes(), steps_saved(directory)
+    return rows, next((result.adapter or result.model).glob("*.safetensors")).read_bytes(), steps_saved(directory)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +88,33 @@ def plain(base, tmp_path_factory):
 
 
 def test_the_lists_are_whole():
-    assert set(keys()) == CHANGES.keys() | OTHERS | SINGLE
+    assert set(keys()) == CHANGES.keys() | PREFERENCES.keys() | FURTHER.keys() | DISTILLED.keys() | OTHERS | SINGLE
+
+
+@pytest.fixture(scope="module")
+def pairs(base, tmp_path_factory):
+    """The same with pairs of answers and DPO: two steps, no evaluation."""
+    rows = [{"prompt": f"{n}?", "chosen": str(n), "rejected": "no"} for n in range(16)]
+    path = tools.write_rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", rows)
+    own = ["data.eval", "data.train", "data.max_length", "optimizer.learning_rate"]
+    kept = [override for override in base if override.split("=")[0] not in own]
+    return [*kept, f"data.train={path}", "data.max_length=48", "train.objective=dpo", "train.steps=2"]
+
+
+@pytest.mark.parametrize("key", [*PREFERENCES, *FURTHER])
+def test_changing_a_key_of_preferences_changes_what_is_recorded(key, pairs, tmp_path, monkeypatch):
+    objective, value = FURTHER.get(key, ("dpo", PREFERENCES.get(key)))
+    common = [*pairs, f"train.objective={objective}"]
+    before = observe(common, tmp_path / "before", monkeypatch)
+    assert observe([*common, f"{key}={value}"], tmp_path / "after", monkeypatch) != before
+
+
+@pytest.mark.parametrize("key", DISTILLED)
+def test_changing_a_key_of_distillation_changes_what_is_recorded(key, base, tmp_path, monkeypatch):
+    teacher = tools.save_model(tmp_path / "teacher", tools.tiny_config(), tools.byte_tokenizer(), seed=3)
+    own = [*base[:2], *base[3:], "train.steps=2", "train.objective=distill", f"distill.teacher={teacher}"]
+    before = observe(own, tmp_path / "before", monkeypatch)
+    assert observe([*own, f"{key}={DISTILLED[key]}"], tmp_path / "after", monkeypatch) != before
 
 
 @pytest.mark.parametrize("key", CHANGES)
@@ -104,11 +144,11 @@ def test_files_and_formats(base, plain, chat_model, tmp_path, monkeypatch):
 def test_an_adapter_to_start_from_brings_its_numbers_and_contradicting_ones_are_refused(chat_model, tmp_path, one_device):
     write_adapter(tmp_path, with_adapter(chat_model, one_device, ["v_proj"], rank=2, alpha=6.0, rslora=True), "base")
     start = f"adapter.init={tmp_path}"
-    found = setup.adopt_adapter(load_config(overrides=[start])).adapter
+    found = adopt_adapter(load_config(overrides=[start])).adapter
     assert (found.rank, found.alpha, found.rslora, found.targets) == (2, 6.0, True, ["v_proj"])
     contradicting = load_config(overrides=["adapter.rank=4", start])
     with pytest.raises(UserError, match=r"adapter\.rank = 4, and adapter\.init has 2"):
-        setup.adopt_adapter(contradicting)
+        adopt_adapter(contradicting)
 
 
 def test_resolved_configuration_reads_back_the_same(tmp_path):
