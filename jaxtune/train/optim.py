@@ -143,25 +143,29 @@ def _direction(config: OptimizerSection, leaves: list[Leaf]) -> optax.GradientTr
     if config.name == "adafactor":  # Shazeer & Stern 2018, with a given rate and without the parameters' scale
         rule = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
         return _by_matrix(rule, [leaf.stack for leaf in leaves])
-    if config.name == "muon":  # Jordan et al. 2024 on matrices, AdamW on vectors and on what has the vocabulary for a side
-        matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
-        chosen = [matrix if leaf.matrix and not leaf.vocabulary else None for leaf in leaves]
-        rule = optax.contrib.muon(
-            1.0,
-            beta=first,
-            eps=config.eps,
-            adam_b1=first,
-            adam_b2=second,
-            consistent_rms=_MUON_RMS,
-            muon_weight_dimension_numbers=partial(_like, chosen),
-        )
-        return optax.chain(rule, optax.scale(-1.0))
+    if config.name == "muon":
+        kinds = ["muon" if leaf.matrix and not leaf.vocabulary else "adam" for leaf in leaves]
+        rules = {"muon": _muon(first, config.eps), "adam": optax.scale_by_adam(first, second, config.eps)}
+        return optax.partition(rules, partial(_like, kinds))
     return {
         "adamw": optax.scale_by_adam(first, second, config.eps),  # Loshchilov & Hutter 2019
         "lion": optax.scale_by_lion(first, second),  # Chen et al. 2023
         "sgd": optax.trace(first) if first else optax.identity(),
         "schedule-free": optax.scale_by_adam(0.0, second, config.eps),  # Defazio et al. 2024
     }[config.name]
+
+
+def _muon(momentum: float, eps: float) -> optax.GradientTransformation:
+    """Jordan et al. 2024 for matrices; vectors, and what has the vocabulary for a side, are AdamW's. The momentum is bias-corrected."""
+
+    def sides(updates: Any) -> Any:
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2), updates)
+
+    def sized(update: jax.Array) -> jax.Array:
+        return update * (_MUON_RMS * math.sqrt(max(update.shape[-2:])))
+
+    rule = optax.contrib.scale_by_muon(beta=momentum, eps=eps, weight_dimension_numbers=sides)
+    return optax.chain(rule, optax.stateless(lambda updates, _: jax.tree.map(sized, updates)))
 
 
 def _factors(config: OptimizerSection, leaves: list[Leaf]) -> list[float]:
