@@ -78,12 +78,17 @@ class NF4(Quantised):
 
     def astype(self, dtype: Any) -> Float[Array, "*stack out in"]:
         """See Quantised."""
+        halves = [half.reshape(*self.scales.shape, BLOCK // 2) for half in self.halves(dtype)]
+        return jnp.concatenate(halves, axis=-1).reshape(self.shape)
+
+    def halves(self, dtype: Any) -> tuple[Float[Array, "*stack out half"], Float[Array, "*stack out half"]]:
+        """De-quantised, the first halves of all blocks and the second ones: to interleave them would cost copies of the matrix."""
         blocks, stack = self.scales.shape, self.scales.shape[:-2]
         groups = jnp.repeat(self.wide, SCALES, axis=-1)[..., : blocks[-2] * blocks[-1]].reshape(blocks)
         scale = dynamic_value(self.scales) * groups + self.offset.reshape(*stack, 1, 1)
-        pairs = self.codes.reshape(*blocks, BLOCK // 2)
-        values = nf4_value(jnp.concatenate([pairs >> 4, pairs & 15], axis=-1))
-        return (values * scale[..., None]).astype(dtype).reshape(self.shape)
+        spread = jnp.repeat(scale, BLOCK // 2, axis=-1)
+        first, second = ((nf4_value(part) * spread).astype(dtype) for part in (self.codes >> 4, self.codes & 15))
+        return first, second
 
 
 @jax.tree_util.register_dataclass
@@ -137,12 +142,21 @@ def product(x: Float[Array, "*batch in"], weight: Quantised) -> Float[Array, "*b
 def _forward(x: jax.Array, weight: Quantised) -> tuple[jax.Array, Quantised]:
     if isinstance(weight, Int8Rows):
         return _contract(x, weight.codes.astype(x.dtype), 1) * weight.scales.astype(x.dtype), weight
+    if isinstance(weight, NF4):
+        first, second = weight.halves(x.dtype)
+        blocks = x.reshape(*x.shape[:-1], -1, 2, BLOCK // 2)
+        low, high = (blocks[..., half, :].reshape(*x.shape[:-1], -1) for half in (0, 1))
+        return _contract(low, first, 1) + _contract(high, second, 1), weight
     return _contract(x, weight.astype(x.dtype), 1), weight
 
 
 def _backward(weight: Quantised, dy: jax.Array) -> tuple[jax.Array, None]:
     if isinstance(weight, Int8Rows):
         return _contract(dy * weight.scales.astype(dy.dtype), weight.codes.astype(dy.dtype), 0), None
+    if isinstance(weight, NF4):
+        parts = [_contract(dy, half, 0) for half in weight.halves(dy.dtype)]
+        blocks = jnp.stack([part.reshape(*part.shape[:-1], -1, BLOCK // 2) for part in parts], axis=-2)
+        return blocks.reshape(*dy.shape[:-1], -1), None
     return _contract(dy, weight.astype(dy.dtype), 0), None
 
 
