@@ -145,7 +145,7 @@ def _direction(config: OptimizerSection, leaves: list[Leaf]) -> optax.GradientTr
         return _by_matrix(rule, [leaf.stack for leaf in leaves])
     if config.name == "muon":
         kinds = ["muon" if leaf.matrix and not leaf.vocabulary else "adam" for leaf in leaves]
-        rules = {"muon": _muon(first, config.eps), "adam": optax.scale_by_adam(first, second, config.eps)}
+        rules: dict[Any, Any] = {"muon": _muon(first, config.eps), "adam": optax.scale_by_adam(first, second, config.eps)}
         return optax.partition(rules, partial(_like, kinds))
     return {
         "adamw": optax.scale_by_adam(first, second, config.eps),  # Loshchilov & Hutter 2019

@@ -49,26 +49,21 @@ def jaxtune(dtype, remat):
     import jax
     import numpy as np
 
-    from jaxtune.adapters.config import LoRAConfig
-    from jaxtune.adapters.inject import inject, split_trainable
-    from jaxtune.config.schema import OptimizerSection
+    from jaxtune.config.loading import load_config
     from jaxtune.core.mesh import make_mesh
     from jaxtune.data.loader import on_devices
-    from jaxtune.objectives.sft import Batch, sft
-    from jaxtune.train.optim import optimizer
-    from jaxtune.train.setup import AUTO_REMAT
+    from jaxtune.objectives.objective import Batch
+    from jaxtune.train.methods import trained_model
+    from jaxtune.train.setup import assembled
     from jaxtune.train.step import init_state, train_step
-    from jaxtune.weights.load import load_model
     from jaxtune.weights.packaged import smollm2
     from jaxtune.weights.source import resolve
 
-    mesh = make_mesh()
-    model = load_model(resolve(str(smollm2())), mesh, dtype=dtype, compute=dtype)
-    inject(model, LoRAConfig(RANK, ALPHA), 0, mesh)
-    graph, trainable, frozen = split_trainable(model)
-    del model
-    update = optimizer(OptimizerSection(), 1000)
-    run = train_step(graph, sft, update, remat or AUTO_REMAT, dropout=False)
+    mesh, source = make_mesh(), resolve(str(smollm2()))
+    keys = [f"model.dtype={dtype}", f"model.compute_dtype={dtype}", f"adapter.rank={RANK}", f"adapter.alpha={ALPHA}"]
+    config = load_config(overrides=[*keys, f"train.remat={remat or 'auto'}"])
+    computation, trainable, frozen, update = assembled(config, trained_model(config, source, None, mesh), 1000)
+    run = train_step(computation, update)
     ids, ones = tokens(), np.ones((ROWS, LENGTH), np.int32)
     batch = Batch(ids[:, :-1], ids[:, 1:], ones.astype(np.float32), ones, np.cumsum(ones, axis=1, dtype=np.int32) - 1)
     state = init_state(trainable, update, 0)

@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 GIB, CHIP, ROWS, LENGTH = 2**30, 15.75, 4, 2048
@@ -49,7 +50,6 @@ def shapes(config, raw, mesh):
 
     from jaxtune.adapters.inject import inject
     from jaxtune.adapters.selection import Selection
-    from jaxtune.models.config import ModelConfig
     from jaxtune.models.decoder import abstract_model
     from jaxtune.models.families import from_hf
     from jaxtune.train.methods import _lora, selected
@@ -57,12 +57,10 @@ def shapes(config, raw, mesh):
     from jaxtune.weights.quantise import to_int8, to_nf4
     from jaxtune.weights.rows import rows
 
-    architecture: ModelConfig = from_hf(raw, "config.json")
+    architecture = from_hf(raw, "config.json")
     chosen = Selection(selected(config), architecture.num_layers)
     plain = nnx.split(abstract_model(architecture, jnp.bfloat16, jnp.bfloat16))[1]
     names = [name for row in rows(plain, architecture) for name in row.names]
-    from dataclasses import replace
-
     architecture = replace(architecture, cuts=chosen.cuts(names))
     graph, state = nnx.split(abstract_model(architecture, jnp.bfloat16, jnp.bfloat16))
     matrices, leaves = _block_matrices(graph, state), dict(nnx.to_flat_state(state))
@@ -175,7 +173,8 @@ def main():
     text = table(options.models.split(","), options.micro)
     print(text)
     if options.record:
-        heading = f"\n## Memory of a step by method\n\n`python scripts/bench/memory.py --micro {options.micro}`, v5e, GiB a chip, 4 x 2,048 tokens, {options.micro} rows at a time:\n\n"
+        command = f"python scripts/bench/memory.py --micro {options.micro}"
+        heading = f"\n## Memory of a step by method\n\n`{command}`, v5e, GiB a chip, 4 x 2,048 tokens, {options.micro} rows at a time:\n\n"
         with (Path(__file__).parent / "RESULTS.md").open("a") as file:
             file.write(heading + text)
 
