@@ -13,6 +13,7 @@ arguments + results - what they replace + temporaries. Each case is compiled in 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -90,7 +91,7 @@ def shapes(config, raw, mesh):
 
 
 def measure(model, method, micro):
-    """Bytes of the compiled step on one chip, or why it was not compiled."""
+    """Bytes of the compiled step on one chip."""
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -129,15 +130,15 @@ def measure(model, method, micro):
 
 
 def case(model, method, micro):
-    """The same in a process of its own."""
+    """The same in a process of its own; where it does not fit the GiB of temporaries that the compiler wanted."""
     command = [sys.executable, __file__, "--one", model, method, str(micro)]
     done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    lines = [line for line in done.stderr.splitlines() if "RESOURCE_EXHAUSTED" in line or "Used" in line]
-    if not lines:
+    needed = re.search(r"RESOURCE_EXHAUSTED.*\((\d+\.\d+)G\) exceeds available HBM", done.stderr)
+    if needed is None:
         sys.exit(done.stderr)
-    return {"why": lines[-1].strip()}
+    return {"temporaries": needed[1]}
 
 
 def table(models, micro):
@@ -146,9 +147,8 @@ def table(models, micro):
         for method in METHODS:
             found = case(model, method, micro)
             print(model, method, found, file=sys.stderr, flush=True)
-            if "why" in found:
-                used = found["why"].partition("Used ")[2].partition(" of ")[0] or "?"
-                lines.append(f"| {model}, {method} | | | | {used} | | no |")
+            if "temporaries" in found:  # the compiler says no more than this
+                lines.append(f"| {model}, {method} | | | {found['temporaries']} | | | no |")
                 continue
             total = found["argument"] + found["output"] - found["alias"] + found["temp"]
             numbers = (found["frozen"], found["argument"], found["temp"], found["peak"], total)
