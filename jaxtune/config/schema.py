@@ -221,14 +221,14 @@ class DistillSection(Section):
 class MeshSection(Section):
     """Devices along each axis; -1 takes what is left."""
 
-    slices: Literal[1] = 1
-    """Slices joined by the data-centre network."""
+    slices: Count = 1
+    """Slices joined by the data-centre network, each with a copy of the weights and its part of the batch."""
     data: AxisSize = 1
     """Copies of the weights, each with its part of the batch."""
     fsdp: AxisSize = -1
     """Parts of the weights, each with its part of the batch."""
-    context: Literal[1] = 1
-    """Parts of a sequence."""
+    context: AxisSize = 1
+    """Parts of each sequence, for long ones."""
     tensor: AxisSize = 1
     """Parts of each matrix product."""
 

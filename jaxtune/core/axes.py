@@ -4,7 +4,9 @@ import math
 from dataclasses import dataclass, fields
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from jaxtune.core.mesh import BATCH, CONTEXT, FSDP, TENSOR
 
 type_axis = str | tuple[str, ...] | None
 
@@ -14,19 +16,23 @@ class Rules:
     """Where each logical axis lies on the mesh; changing a strategy edits one such object.
 
     A parameter's axes are shardable names (`embed`, `mlp`, `heads`, ...), an activation's `batch`, `seq`, `act_embed`, ...
+    Between layers, where activations wait for the backward pass, a sequence is cut over the tensor axis too (`kept_seq`; Korthikanti
+    et al. 2022, sequence parallelism): the sum over the parts of a product and the cut are one reduce-scatter.
     """
 
-    batch: type_axis = ("data", "fsdp")
-    seq: type_axis = None
+    batch: type_axis = BATCH
+    seq: type_axis = CONTEXT
+    kept_seq: type_axis = (CONTEXT, TENSOR)
+    tokens: type_axis = (*BATCH, CONTEXT)
     act_embed: type_axis = None
-    act_heads: type_axis = "tensor"
-    act_mlp: type_axis = "tensor"
-    embed: type_axis = "fsdp"
-    heads: type_axis = "tensor"
-    kv_heads: type_axis = "tensor"
-    mlp: type_axis = "tensor"
-    vocab: type_axis = "tensor"
-    expert: str = "tensor"
+    act_heads: type_axis = TENSOR
+    act_mlp: type_axis = TENSOR
+    embed: type_axis = FSDP
+    heads: type_axis = TENSOR
+    kv_heads: type_axis = TENSOR
+    mlp: type_axis = TENSOR
+    vocab: type_axis = TENSOR
+    expert: str = TENSOR
     rank: type_axis = None
     layers: type_axis = None
 
@@ -41,7 +47,7 @@ class Rules:
         if unknown := [axis for axis in axes if axis is not None and axis not in known]:
             raise ValueError(f"Unknown logical axes {unknown}; known are {sorted(known)}.")
         entries = [None if axis is None else getattr(self, axis) for axis in axes]
-        used = [name for entry in entries if entry for name in ((entry,) if isinstance(entry, str) else entry)]
+        used = [name for entry in entries for name in _names(entry)]
         if len(used) != len(set(used)):
             raise ValueError(f"Axes {axes} map to {entries}: a mesh axis is used twice.")
         return PartitionSpec(*entries)
@@ -50,8 +56,8 @@ class Rules:
 RULES = Rules()
 
 
-def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules = RULES) -> NamedSharding:
-    """The sharding of a parameter; a dimension that does not divide over its mesh axis is kept whole.
+def fitting(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules = RULES) -> PartitionSpec:
+    """The partition of an array of this shape: of the mesh axes of a dimension as many, from the first, as divide it.
 
     Args:
         mesh: the device mesh.
@@ -61,17 +67,17 @@ def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], r
 
     """
     spec = (None,) * (len(shape) - len(axes)) + tuple(rules.spec(axes))
-    kept = [entry if size % _parts(mesh, entry) == 0 else None for size, entry in zip(shape, spec, strict=True)]
-    return NamedSharding(mesh, PartitionSpec(*kept))
+    return PartitionSpec(*(_dividing(mesh, entry, size) for size, entry in zip(shape, spec, strict=True)))
 
 
-def vocab_parts(mesh: Mesh, rules: Rules = RULES) -> int:
-    """Into how many parts the mesh cuts the vocabulary."""
-    return _parts(mesh, rules.vocab)
+def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules = RULES) -> NamedSharding:
+    """The sharding of a parameter; see `fitting`."""
+    return NamedSharding(mesh, fitting(mesh, axes, shape, rules))
 
 
-def _parts(mesh: Mesh, entry: type_axis) -> int:
-    return math.prod(mesh.shape[name] for name in ((entry,) if isinstance(entry, str) else entry or ()))
+def ways(mesh: Mesh | AbstractMesh, axis: str, rules: Rules = RULES) -> int:
+    """Into how many parts the mesh cuts a logical axis."""
+    return math.prod(mesh.shape[name] for name in _names(getattr(rules, axis)))
 
 
 def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Array:
@@ -79,4 +85,17 @@ def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Arra
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, rules.spec(axes))
+    return jax.lax.with_sharding_constraint(x, fitting(mesh, axes, x.shape, rules))
+
+
+def _names(entry: type_axis) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def _dividing(mesh: Mesh | AbstractMesh, entry: type_axis, size: int) -> type_axis:
+    kept: list[str] = []
+    for name in _names(entry):
+        if size % math.prod(mesh.shape[one] for one in (*kept, name)):
+            break
+        kept.append(name)
+    return tuple(kept) if len(kept) > 1 else kept[0] if kept else None

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -21,8 +22,8 @@ from jaxtune.evals.tasks import CLASSIFICATION, TASKS, classes, classification_m
 from jaxtune.generate.engine import Engine
 from jaxtune.generate.sampling import Sampling
 from jaxtune.models.decoder import CausalLM
-from jaxtune.objectives.objective import Batch
-from jaxtune.objectives.sft import sft
+from jaxtune.objectives.answers import token_log_probs
+from jaxtune.objectives.objective import PLAIN, Batch, read
 from jaxtune.train.metrics import perplexity
 
 _EXTRA_TOKENS = 4
@@ -103,7 +104,8 @@ def row_losses(model: CausalLM, examples: Examples, batch: int, progress: Any = 
 
 def _by_row(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> jax.Array:
     model = nnx.merge(graph, state)
-    return jax.lax.map(lambda row: sft(model, jax.tree.map(lambda part: part[None], row))[0], batch)
+    found = token_log_probs(*read(model, batch, PLAIN), batch.target_ids, model.config.logit_softcap)
+    return -jnp.sum(found * batch.weights, axis=1)
 
 
 _losses_by_row = jax.jit(_by_row, static_argnums=0)

@@ -3,13 +3,17 @@
 Shape letters: B batch, T queries, S keys, K key/value heads, G query heads per key/value head, H head size.
 """
 
+import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxtune.core.axes import fitting, ways
 from jaxtune.core.dtypes import precision
 from jaxtune.models.layers import softcap
 from jaxtune.models.remat import ATTENTION
@@ -48,6 +52,9 @@ def attend(
 
     Keys and values are not repeated: the G query heads of a key/value head are rows of one product.
 
+    On a mesh every device attends for its rows, its heads and its part of the queries; of the sequence it sees all keys and values,
+    gathered over the context axis (Llama Team 2024, section 3.3.2).
+
     Args:
         q_BTNH: queries.
         k_BSKH: keys.
@@ -57,6 +64,40 @@ def attend(
         cap: c in c tanh(x / c) on the scores (Gemma 2); None: no cap.
 
     """
+    local = partial(_attend_here, scale=scale, cap=cap)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return local(q_BTNH, k_BSKH, v_BSKH, mask)
+    k_BSKH, v_BSKH = (_repeated(part, q_BTNH.shape[2], ways(mesh, "act_heads")) for part in (k_BSKH, v_BSKH))
+    split = k_BSKH.shape[2] % ways(mesh, "act_heads") == 0
+    queries, keys = (_layout(mesh, seq, part, split) for seq, part in (("seq", q_BTNH), (None, k_BSKH)))
+    rows_q, rows_k = PartitionSpec(*queries[:2]), PartitionSpec(*keys[:2])
+    masks = Mask(rows_q, rows_k, rows_q, rows_k, None if mask.window is None else PartitionSpec())  # type: ignore[arg-type]
+    over = jax.shard_map(local, mesh=mesh, in_specs=(queries, keys, keys, masks), out_specs=queries, check_vma=False)
+    return over(q_BTNH, k_BSKH, v_BSKH, mask)
+
+
+def _layout(mesh: AbstractMesh, seq: str | None, part: jax.Array, split: bool) -> PartitionSpec:
+    return fitting(mesh, ("batch", seq, "act_heads" if split else None, None), part.shape)
+
+
+def _repeated(part_BSKH: Float[Array, "B S K H"], heads: int, devices: int) -> Float[Array, "B S K H"]:
+    """Keys or values, each head so often that the heads divide over the devices, where the queries' heads do."""
+    kv_heads = part_BSKH.shape[2]
+    times = math.lcm(kv_heads, devices) // kv_heads
+    return part_BSKH if times == 1 or heads % (kv_heads * times) else jnp.repeat(part_BSKH, times, axis=2)
+
+
+def _attend_here(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask: Mask,
+    *,
+    scale: float,
+    cap: float | None,
+) -> Float[Array, "B T N H"]:
+    """What one device computes."""
     batch, queries, heads, size = q_BTNH.shape
     groups = heads // k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(batch, queries, -1, groups, size) * jnp.asarray(scale, q_BTNH.dtype)

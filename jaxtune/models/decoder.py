@@ -147,9 +147,12 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The block's output and the cache."""
         before, after, before_mlp, after_mlp = self.norms
-        attended, cache = self.self_attn(self._norm(before, x), context, cache)
+        attended, cache = self.self_attn(self._input(before, x), context, cache)
         x = self._add(x, self._norm(after, attended))
-        return self._add(x, self._norm(after_mlp, self.mlp(self._norm(before_mlp, x), context.dropout))), cache
+        return self._add(x, self._norm(after_mlp, self.mlp(self._input(before_mlp, x), context.dropout))), cache
+
+    def _input(self, name: str | None, x: jax.Array) -> jax.Array:
+        return constrain(self._norm(name, x), "batch", "seq", "act_embed")
 
     def _norm(self, name: str | None, x: jax.Array) -> jax.Array:
         return getattr(self, name)(x) if name else x
@@ -157,7 +160,7 @@ class DecoderLayer(nnx.Module):
     def _add(self, x: jax.Array, update: jax.Array) -> jax.Array:
         if self.residual_scale != 1.0:
             update = update * jnp.asarray(self.residual_scale, update.dtype)
-        return constrain(x + update, "batch", "seq", "act_embed")
+        return constrain(x + update, "batch", "kept_seq", "act_embed")
 
 
 class Decoder(nnx.Module):
@@ -184,7 +187,7 @@ class Decoder(nnx.Module):
                 return nnx.merge(graph, weights)(carry[0], context.at(numbers), carry[1]), None
 
             (x, cache), _ = jax.lax.scan(remat(layer, policy), (x, cache), (stacked, _steps(self.config, part)))
-        return self.norm(x), cache
+        return constrain(self.norm(x), "batch", "seq", "act_embed"), cache
 
 
 def _steps(config: ModelConfig, part: range) -> LayerStep:
@@ -258,7 +261,7 @@ class CausalLM(nnx.Module):
             bound = noise / jnp.sqrt(tokens * x.shape[-1])
             x = x + (dropout.uniform(x.shape[1:], "neftune") * bound[..., None]).astype(x.dtype)
         context = self._context(positions, segment_ids, cache)._replace(dropout=dropout)
-        hidden, cache = self.model(constrain(x, "batch", "seq", "act_embed"), context, cache, remat_policy)
+        hidden, cache = self.model(constrain(x, "batch", "kept_seq", "act_embed"), context, cache, remat_policy)
         return hidden * jnp.asarray(self.config.logit_scale, hidden.dtype) if self.config.logit_scale != 1.0 else hidden, cache
 
     def _context(self, positions: jax.Array, segment_ids: jax.Array, cache: Cache | None) -> Context:

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxtune.core.axes import RULES
+from jaxtune.core.axes import RULES, fitting
 from jaxtune.core.dtypes import precision
 from jaxtune.models.config import ExpertsConfig, ModelConfig
 from jaxtune.models.layers import ACTIVATIONS, INIT_STD, Dropout, Router
@@ -60,7 +60,7 @@ class SparseMLP(nnx.Module):
         axis = RULES.expert
         ways = mesh.shape[axis]
         spread = self.config.count % ways == 0
-        rows, expert = PartitionSpec(RULES.batch), PartitionSpec(axis if spread else None)
+        rows, expert = fitting(mesh, ("batch", "seq", None), x.shape), PartitionSpec(axis if spread else None)
 
         def local(x: jax.Array, scores: jax.Array, *weights: jax.Array) -> jax.Array:
             if not spread:

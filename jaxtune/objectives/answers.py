@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxtune.core.axes import constrain
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.layers import matmul, softcap
-from jaxtune.objectives.cross_entropy import in_chunks
+from jaxtune.objectives.cross_entropy import Chunks, at, whole_head
 from jaxtune.objectives.objective import PLAIN, Batch, Pass, read
 
 
@@ -39,22 +40,22 @@ def answers(model: CausalLM, batch: Batch, how: Pass = PLAIN) -> Answers:
     """The model's log-probabilities of all answers in a batch that has labels."""
     assert batch.labels is not None
     hidden, head = read(model, batch, how)
-    found = token_log_probs(hidden, head, batch.target_ids.reshape(-1), model.config.logit_softcap)
-    weighted = found.reshape(batch.weights.shape) * batch.weights
+    weighted = token_log_probs(hidden, head, batch.target_ids, model.config.logit_softcap) * batch.weights
     sums = jax.vmap(partial(jax.ops.segment_sum, num_segments=batch.labels.shape[1] + 1))
     total, tokens = sums(weighted, batch.segment_ids)[:, 1:], sums(batch.weights, batch.segment_ids)[:, 1:]
     return Answers(total, jnp.where(tokens == 0, 1.0, tokens))
 
 
 def token_log_probs(
-    hidden: Float[Array, "tokens embed"], head: Float[Array, "vocab embed"], targets: Int[Array, " tokens"], cap: float | None
-) -> Float[Array, " tokens"]:
+    hidden: Float[Array, "batch seq embed"], head: Float[Array, "vocab embed"], targets: Int[Array, "batch seq"], cap: float | None
+) -> Float[Array, "batch seq"]:
     """Log softmax(h W^T)[y] of every token, float32; logits exist for a chunk of tokens at a time, in the backward pass again."""
+    chunks, head = Chunks(targets.shape), whole_head(head)
 
     @jax.checkpoint
-    def chunk(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def turn(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         h, y = inputs
-        logits = softcap(matmul(h, head).astype(jnp.float32), cap)
-        return jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+        logits = constrain(softcap(matmul(h, head).astype(jnp.float32), cap), "tokens", None, "vocab")
+        return at(logits, y) - jax.nn.logsumexp(logits, axis=-1)
 
-    return jax.lax.map(chunk, in_chunks(hidden, targets)).reshape(-1)[: len(targets)]
+    return chunks.join(jax.lax.map(turn, (chunks.cut(hidden), chunks.cut(targets))))

@@ -1,20 +1,82 @@
 """Linear head and cross-entropy in one, over chunks of tokens: the logits of a whole batch never exist."""
 
+import math
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxtune.core.axes import constrain, fitting
 from jaxtune.core.dtypes import precision
 from jaxtune.models.layers import matmul, softcap
 
 CHUNK = 256
 
 
+@dataclass(frozen=True)
+class Chunks:
+    """A batch's tokens cut into chunks for a loop; each device takes `CHUNK` of its own tokens at every turn, and none are moved.
+
+    Args:
+        shape: rows and tokens a row.
+
+    """
+
+    shape: tuple[int, int]
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """Into how many parts the mesh cuts the rows, and each row's tokens."""
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return 1, 1
+        rows, tokens = fitting(mesh, ("batch", "seq"), self.shape)
+        return _size(mesh, rows), _size(mesh, tokens)
+
+    def cut(self, part: Float[Array, "batch seq *rest"]) -> Float[Array, "turns groups tokens *rest"]:
+        """The turns' tokens, the last ones filled with zeros."""
+        (rows, tokens), rest = self.groups, part.shape[2:]
+        split = part.reshape(rows, self.shape[0] // rows, tokens, self.shape[1] // tokens, *rest)
+        lines = jnp.moveaxis(split, 2, 1).reshape(rows * tokens, -1, *rest)
+        size = min(CHUNK, lines.shape[1])
+        lines = jnp.pad(lines, ((0, 0), (0, -lines.shape[1] % size), *(((0, 0),) * len(rest))))
+        lines = constrain(lines, "tokens", None, *((None,) * len(rest)))
+        return jnp.moveaxis(lines.reshape(rows * tokens, -1, size, *rest), 1, 0)
+
+    def join(self, turns: Float[Array, "turns groups tokens *rest"]) -> Float[Array, "batch seq *rest"]:
+        """The inverse of `cut`."""
+        (rows, tokens), rest = self.groups, turns.shape[3:]
+        here = (self.shape[0] // rows, self.shape[1] // tokens)
+        lines = jnp.moveaxis(turns, 0, 1).reshape(rows * tokens, -1, *rest)[:, : math.prod(here)]
+        split = lines.reshape(rows, tokens, *here, *rest)
+        return constrain(jnp.moveaxis(split, 1, 2).reshape(*self.shape, *rest), "batch", "seq", *((None,) * len(rest)))
+
+
+def _size(mesh: jax.sharding.AbstractMesh, entry: object) -> int:
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    return math.prod(mesh.shape[name] for name in names)  # type: ignore[union-attr]
+
+
+def whole_head(head: Float[Array, "vocab embed"]) -> Float[Array, "vocab embed"]:
+    """The head as a loop over chunks needs it: cut over the vocabulary only, gathered once and not at every turn."""
+    return constrain(head, "vocab", None)
+
+
+def at(values: Float[Array, "*tokens vocab"], targets: Int[Array, "*tokens"]) -> Float[Array, "*tokens"]:
+    """Each token's value at its target; a sum, since a look-up would gather a vocabulary that is sharded."""
+    return jnp.sum(jnp.where(_is_target(values, targets), values, 0.0), axis=-1)
+
+
+def _is_target(values: jax.Array, targets: jax.Array) -> jax.Array:
+    return jax.lax.broadcasted_iota(targets.dtype, values.shape, values.ndim - 1) == targets[..., None]
+
+
 def linear_cross_entropy(
-    hidden: Float[Array, "tokens embed"],
+    hidden: Float[Array, "batch seq embed"],
     head: Float[Array, "vocab embed"],
-    targets: Int[Array, " tokens"],
-    weights: Float[Array, " tokens"],
+    targets: Int[Array, "batch seq"],
+    weights: Float[Array, "batch seq"],
     cap: float | None = None,
 ) -> Float[Array, ""]:
     """sum_t w_t (logsumexp(z_t) - z_t[y_t]) with z_t = h_t W^T, or c tanh(h_t W^T / c) under a cap, in nats.
@@ -36,52 +98,39 @@ def linear_cross_entropy(
     return _loss(hidden, head, targets, weights, cap)
 
 
-def in_chunks(*parts: jax.Array) -> tuple[jax.Array, ...]:
-    """Arrays with a number of tokens in front, cut into runs of `CHUNK` tokens; the last one is filled with zeros."""
-    tokens = parts[0].shape[0]
-    size = min(CHUNK, tokens)
-    padded = (jnp.pad(part, ((0, -tokens % size), *(((0, 0),) * (part.ndim - 1)))) for part in parts)
-    return tuple(part.reshape(-1, size, *part.shape[1:]) for part in padded)
-
-
 def _primal(hidden, head, targets, weights, cap: float | None) -> jax.Array:
     return _forward(hidden, head, targets, weights, cap, hidden_gradient=False, head_gradient=False)[0]
 
 
 def _forward(hidden, head, targets, weights, cap: float | None, *, hidden_gradient: bool, head_gradient: bool):
-    tokens, embed = hidden.shape
-    chunks = in_chunks(hidden, targets, weights)
-    chunk = chunks[0].shape[1]
+    chunks, head = Chunks(targets.shape), whole_head(head)
 
     def step(carry, inputs):
         loss, head_sum = carry
         h, y, w = inputs
-        logits = softcap(matmul(h, head).astype(jnp.float32), cap)
-        slope = None if cap is None else 1 - jnp.square(logits / cap)
+        logits = constrain(softcap(matmul(h, head).astype(jnp.float32), cap), "tokens", None, "vocab")
         top = jnp.max(logits, axis=-1)
         # The barrier keeps one exponential for the sum and the gradient; fused into the sum it would be computed twice.
-        exps = jax.lax.optimization_barrier(jnp.exp(logits - top[:, None]))
+        exps = jax.lax.optimization_barrier(jnp.exp(logits - top[..., None]))
         total = jnp.sum(exps, axis=-1)
-        loss += jnp.sum(w * (top + jnp.log(total) - jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0]))
-        gradient = None
+        loss += jnp.sum(w * (top + jnp.log(total) - at(logits, y)))
+        # total (softmax(logits) - onehot(y)), under a cap times its slope; normalised after the product, where it is cheap
+        error = exps - jnp.where(_is_target(exps, y), total[..., None], 0.0)
+        error = (error if cap is None else error * (1 - jnp.square(logits / cap))).astype(h.dtype)
+        scale, gradient = (w / total)[..., None], None
         if hidden_gradient:
-            # w (softmax(logits) - onehot(y)) W, normalised after the product, where it is cheap; under a cap times its slope
-            sloped, at_target = (exps, w) if slope is None else (exps * slope, w * slope[jnp.arange(chunk), y])
-            mean = _times_head(sloped.astype(h.dtype), head).astype(jnp.float32) * (w / total)[:, None]
-            gradient = (mean - at_target[:, None] * head[y].astype(jnp.float32)).astype(h.dtype)
+            product = jax.lax.dot_general(error, head.astype(h.dtype), (((2,), (0,)), ((), ())), precision=precision(h.dtype))
+            gradient = (product.astype(jnp.float32) * scale).astype(h.dtype)
         if head_gradient:
-            error = (exps * (w / total)[:, None]).at[jnp.arange(chunk), y].add(-w)
-            error = (error if slope is None else error * slope).astype(h.dtype)
-            head_sum += jax.lax.dot_general(error, h, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+            scaled = (error.astype(jnp.float32) * scale).astype(h.dtype)
+            both = (((0, 1), (0, 1)), ((), ()))
+            head_sum += jax.lax.dot_general(scaled, h, both, preferred_element_type=jnp.float32)
         return (loss, head_sum), gradient
 
     head_sum = jnp.zeros(head.shape, jnp.float32) if head_gradient else None
-    (loss, head_sum), gradient = jax.lax.scan(step, (jnp.zeros((), jnp.float32), head_sum), chunks)
-    return loss, None if gradient is None else gradient.reshape(-1, embed)[:tokens], head_sum
-
-
-def _times_head(x: Float[Array, "tokens vocab"], head: Float[Array, "vocab embed"]) -> Float[Array, "tokens embed"]:
-    return jax.lax.dot_general(x, head.astype(x.dtype), (((1,), (0,)), ((), ())), precision=precision(x.dtype))
+    start = (jnp.zeros((), jnp.float32), head_sum)
+    (loss, head_sum), gradient = jax.lax.scan(step, start, tuple(map(chunks.cut, (hidden, targets, weights))))
+    return loss, None if gradient is None else chunks.join(gradient), head_sum
 
 
 def _fwd(hidden, head, targets, weights, cap):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.models.layers import matmul, softcap
-from jaxtune.objectives.cross_entropy import in_chunks
+from jaxtune.objectives.cross_entropy import Chunks, at, whole_head
 from jaxtune.objectives.objective import PLAIN, Batch, Networks, Objective, Pass, Sums, read
 
 
@@ -21,19 +21,20 @@ def distill(top_k: int, temperature: float, share: float) -> Objective:
         assert networks.teacher is not None
         student, teacher = networks.policy, networks.teacher
         ours, theirs = read(student, batch, how), jax.lax.stop_gradient(read(teacher, batch, PLAIN))
-        (h, head), (g, guide) = ours, theirs
+        chunks, head, guide = Chunks(batch.weights.shape), whole_head(ours[1]), whole_head(theirs[1])
 
         @jax.checkpoint
-        def chunk(inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        def turn(inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
             h, g, y, w = inputs
             logits = softcap(matmul(h, head).astype(jnp.float32), student.config.logit_softcap)
             wanted = softcap(matmul(g, guide).astype(jnp.float32), teacher.config.logit_softcap)
-            plain = jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+            plain = at(logits, y) - jax.nn.logsumexp(logits, axis=-1)
             distance = _divergence(logits / temperature, wanted / temperature, top_k)
             losses = share * temperature**2 * distance - (1 - share) * plain
             return jnp.sum(w * losses), jnp.sum(w * distance)
 
-        losses, distances = jax.lax.map(chunk, in_chunks(h, g, batch.target_ids.reshape(-1), batch.weights.reshape(-1)))
+        tokens = (ours[0], theirs[0], batch.target_ids, batch.weights)
+        losses, distances = jax.lax.map(turn, tuple(map(chunks.cut, tokens)))
         return jnp.sum(losses), jnp.sum(batch.weights), {"teacher_kl": jnp.sum(distances)}
 
     return Objective(loss)

@@ -56,7 +56,7 @@ PLAIN = Pass()
 """Nothing is random and nothing is recomputed, as in evaluation."""
 
 
-def read(model: CausalLM, batch: Batch, how: Pass) -> tuple[Float[Array, "tokens embed"], Float[Array, "vocab embed"]]:
+def read(model: CausalLM, batch: Batch, how: Pass) -> tuple[Float[Array, "batch seq embed"], Float[Array, "vocab embed"]]:
     """`(h, W)` over all tokens of a batch: the logits are h W^T, before a soft-cap."""
     hidden, _ = model.hidden_states(
         batch.input_ids,
@@ -66,8 +66,7 @@ def read(model: CausalLM, batch: Batch, how: Pass) -> tuple[Float[Array, "tokens
         noise=how.noise,
         remat_policy=how.remat,
     )
-    wide, head = model.head(hidden, how.dropout)
-    return wide.reshape(-1, wide.shape[-1]), head
+    return model.head(hidden, how.dropout)
 
 
 Sums = tuple[Float[Array, ""], Float[Array, ""], dict[str, jax.Array]]

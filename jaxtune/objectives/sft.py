@@ -12,8 +12,7 @@ from jaxtune.objectives.objective import PLAIN, Batch, Networks, Objective, Pass
 def sft(model: CausalLM, batch: Batch, how: Pass = PLAIN) -> Sums:
     """`(sum of token losses, sum of weights, nothing)` of a batch."""
     hidden, head = read(model, batch, how)
-    targets, weights = batch.target_ids.reshape(-1), batch.weights.reshape(-1)
-    loss = linear_cross_entropy(hidden, head, targets, weights, model.config.logit_softcap)
+    loss = linear_cross_entropy(hidden, head, batch.target_ids, batch.weights, model.config.logit_softcap)
     return loss, jnp.sum(batch.weights), {}
 
 

@@ -1,14 +1,17 @@
 """The technique of a run: which weights are loaded how, and which leaves of the model train."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from jaxtune.adapters import pissa
 from jaxtune.adapters.config import LoRAConfig
 from jaxtune.adapters.inject import adapted, inject
 from jaxtune.config.schema import AdapterSection, Config
+from jaxtune.core.axes import sharding
 from jaxtune.core.errors import UserError
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.families import from_hf
@@ -48,7 +51,7 @@ def selected(config: Config) -> tuple[str, ...]:
     return (config.trainable,) if isinstance(config.trainable, str) else tuple(config.trainable)
 
 
-def trained_model(config: Config, source: Source, adapter: Adapter | None, mesh: Mesh) -> CausalLM:
+def trained_model(config: Config, source: Source, adapter: Adapter | None, mesh: Mesh, *, shapes: bool = False) -> CausalLM:
     """The model as training begins.
 
     Args:
@@ -56,6 +59,7 @@ def trained_model(config: Config, source: Source, adapter: Adapter | None, mesh:
         source: the base, grown by new tokens.
         adapter: the one to start from, if any.
         mesh: where it goes.
+        shapes: only what its leaves would be and where.
 
     Raises:
         UserError: weights, targets or patterns that do not fit.
@@ -65,14 +69,44 @@ def trained_model(config: Config, source: Source, adapter: Adapter | None, mesh:
     count = from_hf(source.config_json(), str(source.config_path)).num_layers
     layers = _layers(config.adapter, count)
     cuts = () if layers is None else tuple(at for at in range(1, count) if (at in layers) != (at - 1 in layers))
-    model = load_model(source, mesh, dtype=kind.dtype, compute=kind.compute_dtype, trainable=selected(config), cuts=cuts)
-    if adapter is not None:
-        attach(model, adapter, mesh, config.adapter.dropout)
-    elif config.adapter.method != "none":
+    model = load_model(
+        source, mesh, dtype=kind.dtype, compute=kind.compute_dtype, trainable=selected(config), cuts=cuts, shapes=shapes
+    )
+
+    def adapt(model: CausalLM) -> None:
         inject(model, _lora(config.adapter, layers, model, source), config.train.seed, mesh)
         if config.adapter.init == "pissa":
             pissa.begin(model, mesh)
+
+    if adapter is not None and not shapes:
+        attach(model, adapter, mesh, config.adapter.dropout)
+    elif config.adapter.method != "none":
+        if shapes:
+            return _shaped(model, adapt, mesh)
+        adapt(model)
     return model
+
+
+def _shaped(model: CausalLM, change: Callable[[CausalLM], None], mesh: Mesh) -> CausalLM:
+    """A model of shapes after a change of it, new leaves laid out by their axes."""
+    graph, state = nnx.split(model)
+    kept, made = dict(nnx.to_flat_state(state)), []
+
+    def changed(state: nnx.State) -> nnx.State:
+        model = nnx.merge(graph, state)
+        change(model)
+        made.append(nnx.split(model)[0])
+        return nnx.split(model)[1]
+
+    leaves = dict(nnx.to_flat_state(jax.eval_shape(changed, state)))
+    for path, leaf in leaves.items():
+        value, axes = leaf.get_value(), leaf.get_metadata().get("axes", ())
+        if path in kept and isinstance(leaf, type(kept[path])):
+            leaves[path] = kept[path]
+        else:
+            placed = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding(mesh, axes, value.shape))
+            leaves[path] = leaf.replace(placed)
+    return nnx.merge(made[0], nnx.from_flat_state(leaves))
 
 
 def _lora(section: AdapterSection, layers: tuple[int, ...] | None, model: CausalLM, source: Source) -> LoRAConfig:

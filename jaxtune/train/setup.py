@@ -108,7 +108,7 @@ def setup(config: Config, reporter: Reporter, day: date | None = None) -> Setup:
         UserError: anything that is wrong with the configuration, the data or the weights.
 
     """
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.context, config.mesh.slices)
     check_divides(config.train.micro_batch_size or config.train.batch_size, mesh, _rows_key(config))
     inputs = read_inputs(config, reporter, day)
     account(inputs.plans, reporter)

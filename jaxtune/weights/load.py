@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxtune.adapters.selection import Selection
-from jaxtune.core.axes import sharding, vocab_parts
+from jaxtune.core.axes import sharding, ways
 from jaxtune.core.dtypes import compute_dtype, storage_dtype
 from jaxtune.core.errors import UserError, listed
 from jaxtune.models.config import ModelConfig
@@ -19,7 +19,8 @@ from jaxtune.models.decoder import CausalLM, abstract_model
 from jaxtune.models.experts import Stacked
 from jaxtune.models.families import from_hf
 from jaxtune.models.layers import Linear
-from jaxtune.weights.quantise import KINDS, check_quantisable, quantised
+from jaxtune.models.quantised import Quantised
+from jaxtune.weights.quantise import KINDS, check_quantisable, quantised, quantised_shapes
 from jaxtune.weights.rows import Row, check, rows
 from jaxtune.weights.source import Source
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
@@ -35,6 +36,7 @@ def load_model(
     compute: str = "auto",
     trainable: tuple[str, ...] = (),
     cuts: tuple[int, ...] = (),
+    shapes: bool = False,
 ) -> CausalLM:
     """The model with its weights sharded over the mesh.
 
@@ -45,6 +47,7 @@ def load_model(
         compute: dtype of activations and matrix products.
         trainable: which weights train, and so are float32 leaves of their own; see `adapters.selection`.
         cuts: further layers at which stacks are cut, because there adapters begin or end.
+        shapes: only what the leaves would be and where: nothing is read.
 
     Raises:
         UserError: an unsupported architecture, missing, unexpected or misshapen tensors, or matrices that cannot be quantised.
@@ -53,24 +56,24 @@ def load_model(
     config, tensors = checked(source)
     chosen = Selection(trainable, config.num_layers)
     chosen.check(tensors)
-    config = replace(config, vocab_padding=-config.vocab_size % vocab_parts(mesh), cuts=(*cuts, *chosen.cuts(tensors)))
+    config = replace(config, vocab_padding=-config.vocab_size % ways(mesh, "vocab"), cuts=(*cuts, *chosen.cuts(tensors)))
     graph, state = nnx.split(abstract_model(config, jnp.dtype(jnp.float32), compute_dtype(compute)))
     matrices = _block_matrices(graph, state) if dtype in KINDS else set()
     leaves: dict[tuple[Any, ...], Any] = dict(nnx.to_flat_state(state))
+    read, rounded = (_shaped, _shaped_quantised) if shapes else (_read, _read_quantised)
     for row in rows(state, config):
         axes = leaves[row.path].get_metadata()["axes"]
         trains = {chosen.trains(name) for name in row.names}
         if len(trains) > 1:
             raise UserError(f"trainable: {listed(trainable)} takes some of the experts of a layer only, not all.")
         if True in trains:
-            leaves[row.path] = nnx.Param(_read(row, tensors, mesh, axes, "float32"), axes=axes, trained=True)
+            leaves[row.path] = nnx.Param(read(row, tensors, mesh, axes, "float32"), axes=axes, trained=True)
         elif row.path in matrices:
             check_quantisable(row.names[0], row.shape, dtype)
-            found = (tensors[name].all() for name in row.names)
-            leaves[row.path] = nnx.Param(quantised(found, row.stack, axes, mesh, dtype), axes=axes)
+            leaves[row.path] = nnx.Param(rounded(row, tensors, mesh, axes, dtype), axes=axes)
         else:
             kept = "auto" if dtype in KINDS else dtype
-            leaves[row.path] = leaves[row.path].replace(_read(row, tensors, mesh, axes, kept))
+            leaves[row.path] = leaves[row.path].replace(read(row, tensors, mesh, axes, kept))
     return nnx.merge(graph, nnx.from_flat_state(leaves))
 
 
@@ -98,12 +101,27 @@ def checked(source: Source) -> tuple[ModelConfig, Tensors]:
 
 
 def _read(row: Row, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], dtype: str) -> jax.Array:
+    leaf = _shaped(row, tensors, mesh, axes, dtype)
     parts = [_with_padding(tensors[name], row.shape) for name in row.names]
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, partial(_part, row, parts, leaf.dtype))
+
+
+def _shaped(row: Row, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], dtype: str) -> Any:
+    """The shape, dtype and sharding of a leaf."""
+    parts = [tensors[name] for name in row.names]
     with jax.numpy_dtype_promotion("standard"):  # a stack of layers has one dtype: the least that holds them all
         found = np.dtype(jnp.result_type(*{part.dtype for part in parts}))
     stored = storage_dtype(dtype, found, any(part.quantised for part in parts))
     shape = (*row.stack, *row.shape)
-    return jax.make_array_from_callback(shape, sharding(mesh, axes, shape), partial(_part, row, parts, stored))
+    return jax.ShapeDtypeStruct(shape, stored, sharding=sharding(mesh, axes, shape))
+
+
+def _read_quantised(row: Row, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], kind: str) -> Quantised:
+    return quantised((tensors[name].all() for name in row.names), row.stack, axes, mesh, kind)
+
+
+def _shaped_quantised(row: Row, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], kind: str) -> Quantised:
+    return quantised_shapes(row.shape, row.stack, axes, mesh, kind)
 
 
 def _part(row: Row, parts: list[LazyTensor], dtype: np.dtype, index: Index | None) -> np.ndarray:

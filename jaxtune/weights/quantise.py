@@ -1,6 +1,6 @@
 """Rounding matrices to few bits as they are read, one at a time: NF4 as in QLoRA, and eight bits a row."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -43,12 +43,25 @@ def quantised(
     """
     rounded = [jax.tree.map(np.asarray, _ROUND[kind](np.asarray(matrix, np.float32))) for matrix in matrices]
     whole: Any = jax.tree.map(lambda *parts: np.stack(parts).reshape(*stack, *parts[0].shape), *rounded)
+    return _placed(whole, axes, mesh, _put)
+
+
+def quantised_shapes(
+    shape: tuple[int, ...], stack: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh, kind: str
+) -> Quantised:
+    """What `quantised` would give for matrices of this shape, as shapes."""
+    one = jax.eval_shape(_ROUND[kind], jax.ShapeDtypeStruct(shape, jnp.float32))
+    whole: Any = jax.tree.map(lambda part: jax.ShapeDtypeStruct((*stack, *part.shape), part.dtype), one)
+    return _placed(whole, axes, mesh, lambda part, place: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=place))
+
+
+def _placed(whole: Quantised, axes: tuple[str | None, ...], mesh: Mesh, put: Callable[[Any, NamedSharding], Any]) -> Quantised:
     if isinstance(whole, Int8Rows):
         place = sharding(mesh, axes, whole.codes.shape)
-        rows = NamedSharding(mesh, PartitionSpec(*place.spec[:-1]))
-        return Int8Rows(_put(whole.codes, place), _put(whole.scales, rows))
+        return Int8Rows(put(whole.codes, place), put(whole.scales, NamedSharding(mesh, PartitionSpec(*place.spec[:-1]))))
+    assert isinstance(whole, NF4)
     place, everywhere = sharding(mesh, axes, whole.scales.shape), NamedSharding(mesh, PartitionSpec())
-    return NF4(_put(whole.codes, place), _put(whole.scales, place), _put(whole.wide, everywhere), _put(whole.offset, everywhere))
+    return NF4(put(whole.codes, place), put(whole.scales, place), put(whole.wide, everywhere), put(whole.offset, everywhere))
 
 
 def _put(values: Any, place: NamedSharding) -> jax.Array:

@@ -13,11 +13,12 @@ def arrays(tokens, vocab=50, embed=16):
     random = np.random.default_rng(0)
     hidden, head = (random.normal(size=shape).astype(np.float32) for shape in ((tokens, embed), (vocab, embed)))
     weights = np.where(random.random(tokens) < 0.3, 0, random.random(tokens)).astype(np.float32)
-    return tuple(map(jnp.asarray, (hidden, head, random.integers(0, vocab, tokens).astype(np.int32), weights)))
+    targets = random.integers(0, vocab, tokens).astype(np.int32)
+    return tuple(map(jnp.asarray, (hidden[None], head, targets[None], weights[None])))
 
 
 def plain(hidden, head, targets, weights):
-    losses = -jnp.take_along_axis(jax.nn.log_softmax(hidden @ head.T), targets[:, None], 1)[:, 0]
+    losses = -jnp.take_along_axis(jax.nn.log_softmax(hidden @ head.T), targets[..., None], -1)[..., 0]
     return jnp.sum(losses * weights)
 
 
