@@ -92,13 +92,13 @@ class LoRALinear(Linear):
     def __call__(self, x: Float[Array, "*batch in"], dropout: Dropout | None = None) -> Float[Array, "*batch out"]:
         """The adapted linear map; the adapter's input is dropped out only where `dropout` brings keys."""
         dropped = self._dropped(x, dropout)
-        y = matmul(x, self.weight[...])
+        y = self.times_weight(x)
         update = self._update(dropped, x).reshape(y.shape)
         if self.lora_magnitude_vector is None:
             y = y + update
         else:
             stretch = self._stretch().astype(y.dtype)
-            base = y if dropped is x else matmul(dropped, self.weight[...])
+            base = y if dropped is x else self.times_weight(dropped)
             y = y + (stretch - 1) * base + stretch * update
         return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(y.dtype), PROJECTION)
 

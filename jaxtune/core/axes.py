@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jaxtune.core.mesh import BATCH, CONTEXT, FSDP, TENSOR
+from jaxtune.core.mesh import BATCH, CONTEXT, DATA, FSDP, SLICES, TENSOR
 
 type_axis = str | tuple[str, ...] | None
 
@@ -21,6 +21,7 @@ class Rules:
     """
 
     batch: type_axis = BATCH
+    lookup: type_axis = (SLICES, DATA)
     seq: type_axis = CONTEXT
     kept_seq: type_axis = (CONTEXT, TENSOR)
     tokens: type_axis = (*BATCH, CONTEXT)

@@ -12,15 +12,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from jaxtune.core.axes import RULES
+from jaxtune.config.schema import Config
+from jaxtune.core.axes import sharding, ways
 from jaxtune.core.errors import UserError
 from jaxtune.data.examples import Examples
 from jaxtune.data.packing import Epoch, Layout, PackedRow, build_batch, plan_epoch, row_length
 from jaxtune.objectives.objective import Batch
 
 _EPOCHS_KEPT = 2
+BATCH_AXES = (None, "batch", "seq")
+"""Logical axes of a batch's arrays: cuts, rows, tokens."""
 
 
 @dataclass(frozen=True)
@@ -138,37 +141,56 @@ def batches(plan: Plan, start: int, cuts: int, mesh: Mesh, ahead: int = 2) -> It
 
 
 def on_devices(batch: Batch, cuts: int, mesh: Mesh) -> Batch:
-    """The batch as device arrays [cuts, rows, tokens], rows sharded over the mesh; a process gives the rows of its own devices."""
-    place = _sharding(mesh)
+    """The batch as device arrays [cuts, rows, tokens], sharded over the mesh; a process gives what its own devices hold."""
 
     def put(part: np.ndarray) -> jax.Array:
         cut = part.reshape(cuts, part.shape[0] // cuts, *part.shape[1:])
-        return jax.make_array_from_callback(cut.shape, place, lambda index: cut[index])
+        return jax.make_array_from_callback(cut.shape, sharding(mesh, BATCH_AXES, cut.shape), lambda index: cut[index])
 
     return jax.tree.map(put, batch)
+
+
+def batch_shapes(shape: tuple[int, int], cuts: int, mesh: Mesh, segments: int = 0) -> Batch:
+    """What `on_devices` gives for a batch of this many rows and tokens a row, as shapes.
+
+    Args:
+        shape: rows, tokens.
+        cuts: micro-batches.
+        mesh: the devices.
+        segments: where answers are compared, how many a row may hold.
+
+    """
+
+    def part(dtype: Any, size: int = shape[1]) -> Any:
+        whole = (cuts, shape[0] // cuts, size)
+        return jax.ShapeDtypeStruct(whole, dtype, sharding=sharding(mesh, BATCH_AXES, whole))
+
+    labels = part(np.int32, segments) if segments else None
+    return Batch(part(np.int32), part(np.int32), part(np.float32), part(np.int32), part(np.int32), labels)
 
 
 def local_rows(rows: int, cuts: int, mesh: Mesh) -> np.ndarray:
     """Which rows of a batch lie on devices of this process, bool [rows]."""
     found = np.zeros((cuts, rows // cuts), bool)
-    for index in _sharding(mesh).addressable_devices_indices_map((cuts, rows // cuts, 1)).values():
-        found[index[:2] if index else ...] = True
+    place = sharding(mesh, BATCH_AXES[:2], found.shape)
+    for index in place.addressable_devices_indices_map(found.shape).values():
+        found[index or ...] = True
     return found.reshape(-1)
 
 
-def check_divides(rows: int, mesh: Mesh, key: str) -> None:
-    """Rows that are computed together must divide over the data axes.
+def check_divides(config: Config, mesh: Mesh) -> None:
+    """Rows that are computed together must divide over the devices that share a batch, and a row's tokens over the context axis.
 
     Raises:
         UserError: they do not; with the nearest number that does.
 
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % ways:
-        raise UserError(
-            f"{key} = {rows} rows do not divide over {ways} devices (mesh.data x mesh.fsdp). Use {-(-rows // ways) * ways}, or fewer of them."
-        )
-
-
-def _sharding(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, RULES.spec((None, "batch", "seq")))
+    train, size = config.train, config.data.max_length
+    key, rows = ("micro_batch_size", train.micro_batch_size) if train.micro_batch_size else ("batch_size", train.batch_size)
+    for name, number, axis, over in (
+        (f"train.{key}", rows, "batch", "mesh.slices x mesh.data x mesh.fsdp"),
+        ("data.max_length", size, "seq", "mesh.context"),
+    ):
+        if number % (parts := ways(mesh, axis)):
+            least = f", or {number // parts * parts}" if number > parts else ""
+            raise UserError(f"{name} = {number} does not divide over {parts} devices ({over}). Use {-(-number // parts) * parts}{least}.")

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
+from jaxtune.core.axes import constrain
 from jaxtune.core.dtypes import precision
 from jaxtune.models.config import NormConfig
 from jaxtune.models.quantised import Quantised, product
@@ -32,10 +33,17 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def matmul(x: jax.Array, weight: jax.Array | Quantised) -> jax.Array:
-    """X W^T in x's dtype, with W of Hugging Face's layout [out, in]; float32 means float32 on every platform."""
+def matmul(x: jax.Array, weight: jax.Array | Quantised, axes: tuple[str | None, ...] = (None, None)) -> jax.Array:
+    """X W^T in x's dtype, with W of Hugging Face's layout [out, in]; float32 means float32 on every platform.
+
+    Args:
+        x: [..., in].
+        weight: W.
+        axes: logical names of out and in, for a quantised W.
+
+    """
     if isinstance(weight, Quantised):
-        return product(x, weight)
+        return product(x, weight, axes)
     contract = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
     return jax.lax.dot_general(x, weight.astype(x.dtype), contract, precision=precision(x.dtype))
 
@@ -79,13 +87,17 @@ class Linear(nnx.Module):
         """The linear map; `dropout` is for adapters that wrap it."""
         return checkpoint_name(self.product(x), PROJECTION)
 
+    def times_weight(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """X W^T."""
+        return matmul(x, self.weight[...], self.weight.get_metadata()["axes"])
+
     def as_head(self, x: Float[Array, "*batch in"], dropout: Dropout | None) -> tuple[jax.Array, jax.Array]:
         """`(h, W)` with y = h W^T, for a head whose product is taken elsewhere, in chunks."""
         return x, self.weight[...]
 
     def product(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """X W^T (+ b), without a name that a remat policy would keep it by."""
-        y = matmul(x, self.weight[...])
+        y = self.times_weight(x)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
@@ -109,8 +121,13 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(init(rngs.params(), (vocab, embed), dtype), axes=("vocab", "embed"))
 
     def __call__(self, tokens: Int[Array, "batch seq"], dtype: np.dtype) -> Float[Array, "batch seq embed"]:
-        """The tokens' rows in the compute dtype."""
-        return self.weight[...][tokens].astype(dtype)
+        """The tokens' rows in the compute dtype.
+
+        Where the table is cut over `embed`, each device looks up its part of the rows for all devices that share it, and what is
+        exchanged are rows, not the table.
+        """
+        tokens = constrain(tokens, "lookup", "seq")
+        return constrain(self.weight[...][tokens].astype(dtype), "lookup", "seq", "embed")
 
     def as_head(self, x: Float[Array, "*batch embed"], dropout: Dropout | None) -> tuple[jax.Array, jax.Array]:
         """See Linear: the head where it is tied. An adapter on the embedding is none on the head."""

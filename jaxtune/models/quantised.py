@@ -5,14 +5,16 @@ the wide matrix.
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int8, UInt8
 
+from jaxtune.core.axes import RULES, constrain
 from jaxtune.core.dtypes import precision
 
 BLOCK, SCALES = 64, 256
@@ -26,6 +28,10 @@ NF4_CODES = (
 """The quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (Dettmers et al. 2023, appendix E)."""
 
 _DECADES = 7
+
+Axes = tuple[str | None, ...]
+GATHERED = replace(RULES, embed=None)
+"""Where a matrix lies while it is used."""
 
 
 class Quantised:
@@ -51,6 +57,10 @@ class Quantised:
     @abstractmethod
     def astype(self, dtype: Any) -> Float[Array, "*stack out in"]:
         """De-quantised."""
+
+    @abstractmethod
+    def gathered(self, axes: Axes) -> Self:
+        """The matrix with its codes gathered over the axes that only store it apart, by the logical names of out and in."""
 
 
 @jax.tree_util.register_dataclass
@@ -81,6 +91,11 @@ class NF4(Quantised):
         halves = [half.reshape(*self.scales.shape, BLOCK // 2) for half in self.halves(dtype)]
         return jnp.concatenate(halves, axis=-1).reshape(self.shape)
 
+    def gathered(self, axes: Axes) -> "NF4":
+        """See Quantised."""
+        codes, scales = (constrain(part, *axes, rules=GATHERED) for part in (self.codes, self.scales))
+        return NF4(codes, scales, self.wide, self.offset)
+
     def halves(self, dtype: Any) -> tuple[Float[Array, "*stack out half"], Float[Array, "*stack out half"]]:
         """De-quantised, the first halves of all blocks and the second ones: to interleave them would cost copies of the matrix."""
         blocks, stack = self.scales.shape, self.scales.shape[:-2]
@@ -108,6 +123,10 @@ class Int8Rows(Quantised):
         """See Quantised."""
         return (self.codes.astype(jnp.float32) * self.scales[..., None]).astype(dtype)
 
+    def gathered(self, axes: Axes) -> "Int8Rows":
+        """See Quantised."""
+        return Int8Rows(constrain(self.codes, *axes, rules=GATHERED), constrain(self.scales, axes[0], rules=GATHERED))
+
 
 def nf4_value(codes: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
     """The number that each code stands for, by a tree of selects over its bits: on TPU a table look-up moves 280 times the bytes."""
@@ -133,31 +152,39 @@ def dynamic_value(codes: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
     return jnp.where(codes == 255, 1.0, jnp.where(signed < 0, -found, found))
 
 
-@jax.custom_vjp
-def product(x: Float[Array, "*batch in"], weight: Quantised) -> Float[Array, "*batch out"]:
-    """X W^T in x's dtype."""
-    return _forward(x, weight)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: Float[Array, "*batch in"], weight: Quantised, axes: Axes) -> Float[Array, "*batch out"]:
+    """X W^T in x's dtype; `axes` are the logical names of W's out and in."""
+    return _forward(x, weight, axes)[0]
 
 
-def _forward(x: jax.Array, weight: Quantised) -> tuple[jax.Array, Quantised]:
+def _forward(x: jax.Array, stored: Quantised, axes: Axes) -> tuple[jax.Array, Quantised]:
+    weight = stored.gathered(axes)
     if isinstance(weight, Int8Rows):
-        return _contract(x, weight.codes.astype(x.dtype), 1) * weight.scales.astype(x.dtype), weight
+        return _contract(x, weight.codes.astype(x.dtype), 1) * weight.scales.astype(x.dtype), stored
     if isinstance(weight, NF4):
         first, second = weight.halves(x.dtype)
         blocks = x.reshape(*x.shape[:-1], -1, 2, BLOCK // 2)
-        low, high = (blocks[..., half, :].reshape(*x.shape[:-1], -1) for half in (0, 1))
-        return _contract(low, first, 1) + _contract(high, second, 1), weight
-    return _contract(x, weight.astype(x.dtype), 1), weight
+        low, high = (_laid(blocks[..., half, :].reshape(*x.shape[:-1], -1), axes[1]) for half in (0, 1))
+        return _contract(low, first, 1) + _contract(high, second, 1), stored
+    return _contract(x, weight.astype(x.dtype), 1), stored
 
 
-def _backward(weight: Quantised, dy: jax.Array) -> tuple[jax.Array, None]:
+def _backward(axes: Axes, stored: Quantised, dy: jax.Array) -> tuple[jax.Array, None]:
+    weight = stored.gathered(axes)
     if isinstance(weight, Int8Rows):
         return _contract(dy * weight.scales.astype(dy.dtype), weight.codes.astype(dy.dtype), 0), None
     if isinstance(weight, NF4):
+        dy = _laid(dy, axes[0])
         parts = [_contract(dy, half, 0) for half in weight.halves(dy.dtype)]
         blocks = jnp.stack([part.reshape(*part.shape[:-1], -1, BLOCK // 2) for part in parts], axis=-2)
         return blocks.reshape(*dy.shape[:-1], -1), None
     return _contract(dy, weight.astype(dy.dtype), 0), None
+
+
+def _laid(x: Float[Array, "batch seq size"], axis: str | None) -> Float[Array, "batch seq size"]:
+    """An activation where the side of the matrix that it meets lies; left to itself the compiler gathers the matrix instead."""
+    return constrain(x, "batch", "seq", axis, rules=GATHERED) if x.ndim == len(("batch", "seq", axis)) else x
 
 
 def _contract(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxtune.core.errors import RunFailure
+from jaxtune.core.memory import Memory
 from jaxtune.data.loader import Plan, batches, local_rows, on_devices
 from jaxtune.objectives.objective import Batch
 from jaxtune.train.checkpoint import Checkpoints
@@ -143,23 +144,16 @@ class _Compiled:
 
     def __init__(self, setup: Setup) -> None:
         self._frozen = setup.frozen
-        self._step = train_step(setup.computation, setup.optimizer, setup.config.train.ema)
+        self._step = train_step(setup.computation, setup.optimizer, setup.config.train.ema, setup.layout)
         self._programs: dict[tuple[int, ...], tuple[Any, int | None]] = {}
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[Any, int | None]:
         shape = batch.input_ids.shape
         if shape not in self._programs:
             program = self._step.lower(state, self._frozen, batch).compile()
-            self._programs[shape] = program, _memory(program)
+            found = Memory.of(program)
+            self._programs[shape] = program, found and found.peak
         return self._programs[shape]
-
-
-def _memory(program: Any) -> int | None:
-    """Bytes that a step takes of a device at most: arguments, results that do not replace them, and temporaries."""
-    found = program.memory_analysis()
-    if found is None:
-        return None
-    return found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
 
 
 class Evaluator:

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from datetime import date
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxtune.adapters.inject import split_trainable
 from jaxtune.config.schema import Config
@@ -21,7 +22,7 @@ from jaxtune.train.inputs import account, read_inputs
 from jaxtune.train.methods import described, objective, trained_model
 from jaxtune.train.optim import auto_rate, evaluated, leaves_of, optimizer
 from jaxtune.train.progress import Reporter
-from jaxtune.train.step import Computation, Frozen, TrainState, init_state
+from jaxtune.train.step import Computation, Frozen, TrainState, init_state, layout
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import Source
 from jaxtune.weights.vocabulary import Grown
@@ -74,18 +75,20 @@ class Setup:
     @property
     def cuts(self) -> int:
         """Micro-batches per optimizer step."""
+        return cuts_of(self.config)
+
+    @cached_property
+    def layout(self) -> TrainState:
+        """Shapes and shardings of the state."""
         train = self.config.train
-        return train.batch_size // (train.micro_batch_size or train.batch_size)
+        return layout(self.trainable, self.optimizer, train.seed, self.mesh, average=train.ema > 0)
 
     def initial(self) -> TrainState:
         """The state before the first step. Its leaves are copies: the step donates its state, and these are used again."""
-        train, everywhere = self.config.train, NamedSharding(self.mesh, PartitionSpec())
-        state = init_state(jax.tree.map(jnp.copy, self.trainable), self.optimizer, train.seed, average=train.ema > 0)
-
-        def place(leaf: Any) -> Any:
-            return leaf if isinstance(leaf.sharding, NamedSharding) else jax.device_put(leaf, everywhere)
-
-        return jax.tree.map(place, state)
+        train, optimizer = self.config.train, self.optimizer
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.layout)
+        make = jax.jit(lambda leaves: init_state(jax.tree.map(jnp.copy, leaves), optimizer, train.seed, average=train.ema > 0), out_shardings=places)
+        return make(self.trainable)
 
     def best(self, state: TrainState) -> nnx.State:
         """The leaves to evaluate and export: those that train, or their average."""
@@ -109,7 +112,7 @@ def setup(config: Config, reporter: Reporter, day: date | None = None) -> Setup:
 
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.context, config.mesh.slices)
-    check_divides(config.train.micro_batch_size or config.train.batch_size, mesh, _rows_key(config))
+    check_divides(config, mesh)
     inputs = read_inputs(config, reporter, day)
     account(inputs.plans, reporter)
     source = inputs.source
@@ -151,9 +154,13 @@ def assembled(config: Config, model: CausalLM, steps: int, teacher: CausalLM | N
         noise=train.neftune,
         teacher=structure,
     )
-    start = jax.tree.map(jnp.copy, trainable) if found.has_reference else None
+    start = jax.tree.map(_copied, trainable) if found.has_reference else None
     update = optimizer(config.optimizer, steps, leaves_of(trainable, model.config))
     return Assembled(computation, trainable, Frozen(base, start, leaves), update)
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.copy(leaf)
 
 
 def _with_rate(config: Config, model: CausalLM, reporter: Reporter) -> Config:
@@ -172,10 +179,12 @@ def _announce_tokens(source: Grown, config: Config, reporter: Reporter) -> None:
     reporter.say(f"{source.describe()}: their rows begin at the mean of the others and {note}")
 
 
+def cuts_of(config: Config) -> int:
+    """Micro-batches per optimizer step."""
+    return config.train.batch_size // (config.train.micro_batch_size or config.train.batch_size)
+
+
 def parameters(state: nnx.State) -> int:
     """Numbers in a state."""
     return sum(leaf.size for leaf in jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, Quantised)))
 
-
-def _rows_key(config: Config) -> str:
-    return "train.micro_batch_size" if config.train.micro_batch_size else "train.batch_size"

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune.models.layers import Dropout
 from jaxtune.objectives.objective import PLAIN, Batch, Networks, Objective, Pass
@@ -103,8 +104,33 @@ def init_state(trainable: nnx.State, optimizer: optax.GradientTransformation, se
     return TrainState(jnp.zeros((), jnp.int32), trainable, moments, jax.random.key(seed), copy)
 
 
+def layout(
+    trainable: nnx.State, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh, *, average: bool = False
+) -> TrainState:
+    """The state before the first step as shapes with their shardings: a moment lies where its leaf does, the rest everywhere.
+
+    Args:
+        trainable: the leaves that train, as arrays or as shapes, with shardings.
+        optimizer, seed, average: see `init_state`.
+        mesh: the devices.
+
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    places = {path: leaf for path, leaf in jax.tree.leaves_with_path(trainable)}
+    depths = sorted({len(path) for path in places}, reverse=True)
+
+    def placed(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+        of = next((places[path[-depth:]] for depth in depths if path[-depth:] in places), None)
+        same = of is not None and of.shape == leaf.shape and isinstance(of.sharding, NamedSharding)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=of.sharding if of is not None and same else everywhere)
+
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), trainable)
+    state = jax.eval_shape(lambda leaves: init_state(leaves, optimizer, seed, average=average), shapes)
+    return jax.tree.map_with_path(placed, state)
+
+
 def train_step(
-    computation: Computation, optimizer: optax.GradientTransformation, decay: float = 0.0
+    computation: Computation, optimizer: optax.GradientTransformation, decay: float = 0.0, like: TrainState | None = None
 ) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, StepMetrics]]:
     """The step function `(state, frozen, batch) -> (state, metrics)`, jitted, its state donated.
 
@@ -115,6 +141,7 @@ def train_step(
         computation: what is minimised.
         optimizer: the update rule.
         decay: of the moving average.
+        like: the state's `layout`, which the new state keeps; by default the compiler chooses.
 
     """
 
@@ -140,7 +167,8 @@ def train_step(
         means = {name: value / weight for name, value in figures.items()}
         return new, StepMetrics(loss / weight, optax.tree.norm(grads), jnp.sum(batch.weights), means)
 
-    return jax.jit(step, donate_argnums=0)
+    kept = None if like is None else jax.tree.map(lambda leaf: leaf.sharding, like)
+    return jax.jit(step, donate_argnums=0, out_shardings=(kept, None))
 
 
 def eval_step(

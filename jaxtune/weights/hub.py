@@ -42,6 +42,19 @@ def download(name: str, revision: str | None = None) -> Path:
         )
 
 
+def file(name: str, revision: str, path: str) -> Path:
+    """One file of a model of the hub, fetched into its cache; the main branch's where the revision is empty.
+
+    Raises:
+        UserError: as `download`.
+
+    """
+    from huggingface_hub import hf_hub_download
+
+    with _explained(name, revision or None):
+        return Path(hf_hub_download(name, path, revision=revision or None))
+
+
 def push(directory: Path, name: str) -> str:
     """Upload a directory to a repository of the hub, made private where there is none; its address.
 

@@ -236,6 +236,11 @@ def resolve(model: str) -> Source:
     raise UserError(f"{model} does not exist. Give a directory with config.json, a .gguf file or a hub id (org/name).")
 
 
+def is_hub_id(model: str) -> bool:
+    """Whether a string that names nothing on disk has the form of a hub id."""
+    return bool(_HUB_ID.fullmatch(model)) and not model.startswith((".", "/"))
+
+
 def _ids(found: Any) -> list[int]:
     ids = found if isinstance(found, list) else [found]
     return sorted({token for token in ids if token is not None})

@@ -1,0 +1,184 @@
+"""What a compiled program says between its devices: each collective by kind, bytes, how often, and the mesh axes it spans."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxtune.core.mesh import SLICES
+
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_OPERATION = re.compile(rf"= (?P<shape>\(.*?\)|\S+) (?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\(")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) \(.*\{$")
+_CALLED = re.compile(r"(?:calls|to_apply|body|called_computations)=\{?(%[\w.\-]+(?:, ?%[\w.\-]+)*)")
+_LOOP = re.compile(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
+_BETWEEN = re.compile(r"= (?P<shape>\(.*?\)) send\(.*_xla_megascale_transfer_type=\"(?P<kind>\w+)\"")
+_FUSED_SCATTER = "all-reduce-scatter"
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of exchange in a step.
+
+    Attributes:
+        kind: `all-gather`, `all-reduce`, `reduce-scatter`, `all-to-all` or `collective-permute`.
+        axes: the mesh axes whose devices take part together.
+        shape: of the largest array that is exchanged, with its dtype, as the program writes it.
+        size: bytes of the whole array, on one device: the gathered one, or the one that is reduced.
+        times: how often in a step.
+        group: devices that take part together.
+
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    shape: str
+    size: int
+    times: int
+    group: int
+
+    @property
+    def sent(self) -> int:
+        """Bytes that one device sends in a step, by the ring algorithms."""
+        share = (self.group - 1) / self.group
+        each = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+        return round(self.size * each) * self.times
+
+
+def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
+    """The collectives of a program, largest first; those that are alike are one, with their number.
+
+    Args:
+        text: the program as XLA prints it after compilation.
+        mesh: the sizes of the mesh's axes, in order.
+
+    """
+    computations = dict(_computations(text))
+    times = _times(computations, next(name for name in computations if re.search(rf"^ENTRY %{re.escape(name)} ", text, re.M)))
+    found: Counter[tuple] = Counter()
+    for name, lines in computations.items():
+        for line in lines:
+            if not times[name]:
+                continue
+            if between := _BETWEEN.search(line):  # slices talk through their hosts
+                shape, size = _largest(between["shape"], tuples=True)
+                kind = between["kind"].lower().replace("_", "-")
+                found[kind, (SLICES,), shape, size, mesh[SLICES]] += times[name]
+            operation = _OPERATION.search(line)
+            if operation is None:
+                continue
+            kind = operation["kind"]
+            if kind == "all-reduce" and name.startswith(_FUSED_SCATTER):
+                kind = "reduce-scatter"
+            shape, size = _largest(operation["shape"], tuples=bool(operation["start"]))
+            axes, group = _axes(line, mesh)
+            if kind == "reduce-scatter" and not name.startswith(_FUSED_SCATTER):
+                size *= group
+            if group > 1:
+                found[kind, axes, shape, size, group] += times[name]
+    every = [Collective(kind, axes, shape, size, count, group) for (kind, axes, shape, size, group), count in found.items()]
+    return sorted(every, key=lambda one: -one.sent)
+
+
+def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
+    name, lines = None, []
+    for line in text.splitlines():
+        if begin := _COMPUTATION.match(line):
+            name, lines = begin[1], []
+        elif line.startswith("}") and name is not None:
+            yield name, lines
+            name = None
+        elif name is not None:
+            lines.append(line)
+
+
+def bodies(text: str) -> Iterator[tuple[str, int, str]]:
+    """`(shape, bytes, line)` of every array that is made outside of fusions, so that it lies in memory."""
+    for name, lines in _computations(text):
+        if "fused" in name or "fusion" in name or name.startswith(_FUSED_SCATTER):
+            continue
+        for line in lines:
+            made = re.search(r"^\s+(?:ROOT )?%\S+ = ([a-z]\w*)\[([\d,]*)\]\S* (?!parameter|get-tuple-element|bitcast|constant)", line)
+            if made and made[1] in _BYTES:
+                yield f"{made[1]}[{made[2]}]", _size(made[1], made[2]), line
+
+
+def _times(computations: dict[str, list[str]], entry: str) -> Counter[str]:
+    """How often each computation is run in a run of the program."""
+    times: Counter[str] = Counter()
+
+    def visit(name: str, count: int) -> None:
+        times[name] += count
+        for line in computations.get(name, []):
+            if loop := _LOOP.search(line):
+                visit(loop[2], count * _trips(computations.get(loop[1], [])))
+                continue
+            for called in _CALLED.finditer(line):
+                for one in called[1].split(","):
+                    visit(one.strip().lstrip("%"), count)
+
+    visit(entry, 1)
+    return times
+
+
+def _trips(condition: list[str]) -> int:
+    """The bound that a loop's counter is compared with; a scan counts from 0 by 1."""
+    bounds = [int(found[1]) for line in condition if (found := re.search(r" s32\[\]\S* constant\((\d+)\)", line))]
+    return max(bounds, default=1)
+
+
+def _largest(text: str, tuples: bool) -> tuple[str, int]:
+    """`(shape, bytes)`: of an asynchronous start the largest part, of a tuple of results all together."""
+    arrays = [(found[0], _size(found[1], found[2])) for found in _ARRAY.finditer(text) if found[1] in _BYTES]
+    if not arrays:
+        return text, 0
+    shape, size = max(arrays, key=lambda one: one[1])
+    return shape, size if tuples else sum(one[1] for one in arrays)
+
+
+def _size(dtype: str, sizes: str) -> int:
+    return int(np.prod([int(part) for part in sizes.split(",") if part], dtype=np.int64)) * _BYTES[dtype]
+
+
+def _axes(line: str, mesh: dict[str, int]) -> tuple[tuple[str, ...], int]:
+    """The mesh axes along which the devices of a group differ, and how many devices a group has."""
+    groups = _groups(line)
+    shape = tuple(mesh.values())
+    if groups is None:  # all devices
+        groups = np.arange(np.prod(shape))[None]
+    places = np.stack(np.unravel_index(groups, shape), axis=-1)
+    differs = (places != places[:, :1]).any(axis=(0, 1))
+    size = 2 if "source_target_pairs" in line else groups.shape[1]
+    return tuple(name for name, one in zip(mesh, differs, strict=True) if one), size if differs.any() else 1
+
+
+def _groups(line: str) -> np.ndarray | None:
+    """The groups of a collective, [groups, devices], in whichever of XLA's three notations it has."""
+    if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", line):
+        return np.array([[int(one) for one in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", pairs[1])])
+    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", line):
+        return np.array([[int(one) for one in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])])
+    if tiled := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        return _numbered(tiled[2], tiled[3]).reshape(_ints(tiled[1]))
+    if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}", line):
+        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        numbers = _numbered(named[2], named[3]) if named[2] else np.arange(np.prod(list(axes.values())))
+        numbers = numbers.reshape(tuple(axes.values()))
+        over = [list(axes).index(name) for name in re.findall(r"'(\w+)'", named[4])]
+        last = np.moveaxis(numbers, over, range(-len(over), 0))
+        return last.reshape(-1, int(np.prod([numbers.shape[axis] for axis in over])))
+    return None
+
+
+def _numbered(sizes: str, order: str | None) -> np.ndarray:
+    shape = _ints(sizes)
+    numbers = np.arange(np.prod(shape)).reshape(shape)
+    return numbers.transpose(_ints(order)) if order else numbers
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))

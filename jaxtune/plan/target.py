@@ -1,0 +1,163 @@
+"""Hardware to plan for: TPU topologies and GPU hosts by name, with what their makers say of a chip."""
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtune.core.errors import UserError, listed, nearest
+
+GIB = 2**30
+HERE = "here"
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one chip has.
+
+    Attributes:
+        flops: dense bfloat16 FLOP/s.
+        memory: bytes that a program may use.
+        bandwidth: of its memory, bytes/s.
+        link: bytes/s that one chip sends along one mesh axis within a slice or host.
+        network: bytes/s that one chip sends between slices or hosts.
+
+    """
+
+    flops: float
+    memory: int
+    bandwidth: float
+    link: float
+    network: float
+
+
+# Makers' data sheets; a TPU's memory is what its compiler lets a program use. A TPU's `link` is both directions of one torus axis.
+CHIPS = {
+    "v4": Chip(275e12, int(31.25 * GIB), 1.23e12, 90e9, 6.25e9),
+    "v5e": Chip(197e12, int(15.75 * GIB), 0.82e12, 90e9, 3.125e9),
+    "v5p": Chip(459e12, int(95.74 * GIB), 2.76e12, 180e9, 6.25e9),
+    "v6e": Chip(918e12, int(31.25 * GIB), 1.64e12, 180e9, 12.5e9),
+    "a100": Chip(312e12, int(79.1 * GIB), 2.04e12, 300e9, 25e9),
+    "h100": Chip(989e12, int(79.1 * GIB), 3.35e12, 450e9, 50e9),
+    "h200": Chip(989e12, int(139.8 * GIB), 4.8e12, 450e9, 50e9),
+}
+_TPUS, _GPUS_A_HOST = ("v4", "v5e", "v5p", "v6e"), 8
+_ACCELERATORS = {"v4": "v4", "v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a run shall go.
+
+    Attributes:
+        name: as the user wrote it.
+        kind: a key of `CHIPS`, or None for this machine.
+        topology: chips along each direction of a TPU slice, such as 4x4; empty otherwise.
+        slices: of a TPU.
+        devices: in all; 0 for this machine, whose devices are asked.
+
+    """
+
+    name: str
+    kind: str | None
+    topology: str = ""
+    slices: int = 1
+    devices: int = 0
+
+    @property
+    def chip(self) -> Chip | None:
+        """What a chip has; None for this machine."""
+        return CHIPS[self.kind] if self.kind else None
+
+    @property
+    def platform(self) -> str:
+        """JAX's name of the platform that is compiled for."""
+        return "tpu" if self.kind in _TPUS else "cuda"
+
+    def environment(self) -> dict[str, str]:
+        """What must stand in the environment of a process that compiles for it, before JAX is imported."""
+        quiet = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+        quiet |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TF_CPP_MIN_LOG_LEVEL": "2"}
+        kind = _ACCELERATORS.get(self.kind or "", "v5litepod")
+        effort = {} if "JAX_EXEC_TIME_OPTIMIZATION_EFFORT" in os.environ else {"JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0"}
+        return quiet | effort | {"TPU_ACCELERATOR_TYPE": f"{kind}-{max(1, self.devices // self.slices)}"}
+
+    def find(self) -> list[Any]:
+        """The devices, described; call in a process with this target's environment.
+
+        Raises:
+            UserError: the compiler for it is not installed, or has no such topology.
+
+        """
+        from jax.experimental import topologies
+
+        options: dict[str, Any] = {}
+        if self.platform == "tpu":
+            options = {"platform": "tpu", "topology_name": f"{self.kind}:{self.topology}"}
+            options |= {"num_slices": self.slices} if self.slices > 1 else {}
+            options |= {"chips_per_host_bounds": (1, 1, 1)} if self.devices == 1 else {}
+        else:
+            hosts, each = -(-self.devices // _GPUS_A_HOST), min(self.devices, _GPUS_A_HOST)
+            options = {"platform": "cuda", "topology_name": "", "target_config": _gpu(self.kind or ""), "topology": f"1x{hosts}x{each}"}
+        try:
+            return list(topologies.get_topology_desc(**options).devices)
+        except (RuntimeError, NotImplementedError, AssertionError, ValueError) as error:
+            what = "pip install 'jaxtune[plan]'" if self.platform == "tpu" else "pip install jax-cuda13-plugin"
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"{self.name}: the compiler for it cannot be used here ({reason}). If it is not installed: {what}"
+            ) from None
+
+
+def parse(name: str) -> Target:
+    """The target that a user's string means.
+
+    Raises:
+        UserError: it is none.
+
+    """
+    if name == HERE:
+        return Target(name, None)
+    found = re.fullmatch(r"(?:(\d+)\*)?([a-z]\w+):(\d+(?:x\d+)*)", name.strip().lower())
+    if found is None or found[2] not in CHIPS:
+        known = ["here", "v5e:4x4", "v5p:4x4x4", "v6e:8x8", "2*v5e:4x4", "h100:16", "h200:8"]
+        raise UserError(f"--on {name}: no such target; there are {listed(CHIPS)}, as in {', '.join(known)}.{nearest(name, known)}")
+    slices, kind, sizes = int(found[1] or 1), found[2], [int(size) for size in found[3].split("x")]
+    count = 1
+    for size in sizes:
+        count *= size
+    if min(*sizes, slices) < 1:
+        raise UserError(f"--on {name}: a size is 0.")
+    if kind not in _TPUS:
+        if len(sizes) > 1 or slices > 1 or (count > _GPUS_A_HOST and count % _GPUS_A_HOST):
+            raise UserError(f"--on {name}: GPUs are given by their number, such as {kind}:8, or a multiple of {_GPUS_A_HOST}.")
+        return Target(name, kind, devices=count)
+    wanted = 2 if kind in ("v5e", "v6e") else 3
+    if len(sizes) != wanted:
+        raise UserError(f"--on {name}: a {kind} slice has {wanted} directions, such as {kind}:{'x'.join(['4'] * wanted)}.")
+    return Target(name, kind, found[3], slices, count * slices)
+
+
+def _gpu(kind: str) -> str:
+    """XLA's description of a GPU."""
+    core, memory, clock, bandwidth, cache, version = {
+        "a100": (108, 84929347584, 1.41, 2039000000000, 41943040, "major: 8"),
+        "h100": (132, 84929347584, 1.98, 3352320000000, 52428800, "major: 9"),
+        "h200": (132, 150109945856, 1.98, 4800000000000, 62914560, "major: 9"),
+    }[kind]
+    shared = (167936, 166912) if kind == "a100" else (233472, 232448)
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared[0]} threads_per_core_limit: 2048
+  core_count: {core} fpus_per_core: {64 if kind == "a100" else 128}
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth} l2_cache_size: {cache} clock_rate_ghz: {clock} device_memory_size: {memory}
+  shared_memory_per_block_optin: {shared[1]} cuda_compute_capability {{ {version} }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 13 }}
+device_description_str: "NVIDIA {kind.upper()}"
+"""
