@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from jaxtune.config.loading import load_config, validated
 from jaxtune.config.schema import Config, DataSection
-from jaxtune.core import runtime
+from jaxtune.core import processes, runtime
 from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
 from jaxtune.data.chat import prompt_ids
@@ -105,6 +105,7 @@ def train(config: Config | dict | str | Path, *, fresh: bool = False, quiet: boo
         RunFailure: a loss that is not finite, or an export that does not verify.
 
     """
+    runtime.start()
     if isinstance(config, dict):
         config = validated(config)
     elif not isinstance(config, Config):
@@ -198,9 +199,10 @@ def exported(
         raise UserError("export: say where to with out=DIR (--out DIR).")
     if to not in ("peft", "hf", "gguf", "meta"):
         raise UserError(f"export: format {to!r} is not supported; supported are peft, hf, gguf and meta.")
-    path, proof = export_run(Path(run_dir), Path(out), reporter, to, dtype)
-    _push(path, push, reporter)
-    return path, proof
+    with processes.own_place(Path(out)) as place:
+        _, proof = export_run(Path(run_dir), place, reporter, to, dtype)
+    _push(Path(out), push, reporter)
+    return Path(out), proof
 
 
 def convert(
@@ -233,15 +235,16 @@ def converted(
     opened = open_adapter(adapter) if adapter else None
     source = for_adapter(resolve(model), opened)
     reporter.say(f"Writing {out}, reading it again and comparing")
-    proof = convert_model(
-        Path(out), source, to, make_mesh(), dtype=dtype, adapter=opened, tokenizer=tokenizer_for(source, opened)
-    )
+    with processes.own_place(Path(out)) as place:
+        proof = convert_model(
+            place, source, to, make_mesh(), dtype=dtype, adapter=opened, tokenizer=tokenizer_for(source, opened)
+        )
     _push(Path(out), push, reporter)
     return Path(out), proof
 
 
 def _push(path: Path, name: str | None, reporter: Reporter) -> None:
-    if name:
+    if name and processes.is_lead():
         reporter.say(f"Uploading to {name}")
         try:
             reporter.say(f"Uploaded: {hub.push(path, name)}")

@@ -14,7 +14,7 @@ from jaxtune.core.errors import UserError
 from jaxtune.core.files import read_json, refuse_existing
 from jaxtune.core.mesh import make_mesh
 from jaxtune.models.decoder import CausalLM
-from jaxtune.train.checkpoint import Checkpoints
+from jaxtune.train.checkpoint import Checkpoints, checkpoints_of
 from jaxtune.train.metrics import read_metrics
 from jaxtune.train.progress import Reporter
 from jaxtune.train.rundir import ADAPTER, DATA_SUMMARY, MODEL, first_day, is_run, read_config
@@ -66,11 +66,11 @@ def export_run(
     if (directory / ADAPTER).is_dir():
         return out, _export_finished(config, directory, out, to, dtype)
     parts = setup(config, reporter, first_day(directory))
-    checkpoints = Checkpoints(directory, config.checkpoint.keep)
+    checkpoints = Checkpoints(checkpoints_of(config), config.checkpoint.keep, reporter.say)
     try:
         if checkpoints.latest is None:
             raise UserError(f"{directory} has no checkpoint yet. Train first: jaxtune train {directory}/config.yaml")
-        model = parts.model(checkpoints.restore(parts.initial()))
+        model = parts.model(checkpoints.restore(parts.layout))
     finally:
         checkpoints.close()
     with jax.set_mesh(parts.mesh):

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
+from jaxtune.config.loading import dump
 from jaxtune.config.schema import Config
-from jaxtune.core import runtime
+from jaxtune.core import processes, runtime
 from jaxtune.core.errors import UserError
 from jaxtune.core.files import read_jsonl, write_json, write_jsonl
 from jaxtune.data.chat import prompt_ids
@@ -23,11 +24,11 @@ from jaxtune.generate.engine import Engine
 from jaxtune.models.decoder import CausalLM
 from jaxtune.objectives.objective import REJECTED
 from jaxtune.report.page import write_report
-from jaxtune.train.checkpoint import Checkpoints
+from jaxtune.train.checkpoint import Best, Checkpoints, checkpoints_of
 from jaxtune.train.inputs import comparison
 from jaxtune.train.loop import Evaluator, fit
 from jaxtune.train.methods import adopt_adapter
-from jaxtune.train.metrics import MetricsLog, read_metrics
+from jaxtune.train.metrics import MetricsLog, NoLog, read_metrics
 from jaxtune.train.progress import Reporter
 from jaxtune.train.rundir import (
     ADAPTER,
@@ -38,6 +39,7 @@ from jaxtune.train.rundir import (
     VERIFICATION,
     RunDirectory,
     first_day,
+    recall,
 )
 from jaxtune.train.setup import Setup, setup
 from jaxtune.train.step import TrainState
@@ -82,52 +84,80 @@ def run(config: Config, reporter: Reporter, *, fresh: bool = False) -> Run:
 
     """
     runtime.start()
-    config = adopt_adapter(config)
-    day = date.today() if fresh else first_day(config.run.dir)
-    parts = setup(config, reporter, day)
-    plans = (("data.train", parts.plan), ("data.eval", parts.eval_plan))
-    directory = RunDirectory(config, {key: plan.examples.digest for key, plan in plans if plan}, day, fresh)
-    try:
-        with jax.set_mesh(parts.mesh):
-            return _run(parts, directory.path, reporter)
-    finally:
-        directory.close()
+    with processes.ending_together():
+        config = adopt_adapter(config)
+        day = date.fromisoformat(processes.from_lead(lambda: _begun(config, fresh)))
+        parts = setup(config, reporter, day)
+        plans = (("data.train", parts.plan), ("data.eval", parts.eval_plan))
+        digests = {key: plan.examples.digest for key, plan in plans if plan}
+        processes.alike("configuration", dump(config))
+        processes.alike("training or evaluation data", str(digests))
+        directory = RunDirectory(config, digests, day, fresh) if processes.is_lead() else None
+        processes.together("run directory")
+        try:
+            with jax.set_mesh(parts.mesh):
+                return _run(parts, Path(config.run.dir), reporter, directory.keep_copy if directory else None)
+        finally:
+            if directory:
+                directory.close()
 
 
-def _run(parts: Setup, directory: Path, reporter: Reporter) -> Run:
+def _begun(config: Config, fresh: bool) -> str:
+    """The day the run began."""
+    if fresh:
+        return str(date.today())
+    recall(config)
+    return str(first_day(config.run.dir))
+
+
+def _run(parts: Setup, directory: Path, reporter: Reporter, keep_copy: Callable[[], None] | None) -> Run:
     config, total = parts.config, len(parts.plan)
-    write_json(directory / DATA_SUMMARY, _data_summary(parts))
-    checkpoints = Checkpoints(directory, config.checkpoint.keep)
-    state = parts.initial()
-    if checkpoints.latest is not None:
-        state = checkpoints.restore(state)
+    _write(write_json, directory / DATA_SUMMARY, _data_summary(parts))
+    checkpoints = Checkpoints(checkpoints_of(config), config.checkpoint.keep, reporter.say, keep_copy)
+    best = Best(checkpoints_of(config), config.checkpoint.best, reporter.say) if config.checkpoint.best else None
+    begins = checkpoints.latest is None
+    state = parts.initial() if begins else checkpoints.restore(parts.layout)
+    parts.release()
+    if not begins:
         reporter.say(f"Going on after step {int(state.step)} of {total} ({directory})")
-    log = MetricsLog(directory, int(state.step))
+    log = MetricsLog(directory, int(state.step)) if processes.is_lead() else NoLog()
     try:
         before = _measured(parts, state, log, directory, 0, reporter)
         samples = _samples_before(parts, state, directory)
-        on_the_way = _evaluation(parts, log, reporter)
+        on_the_way = _evaluation(parts, log, best, reporter)
         with reporter.task("Training", total, int(state.step)) as task:
             state = fit(parts, state, log, checkpoints, task, on_the_way)
         checkpoints.wait()
+        if best is not None and best.step not in (None, total):
+            reporter.say(f"The evaluation was best after step {best.step} ({best.metric} {best.value:.4f}): that state is taken")
+            state = best.restore(parts.layout)
         after = _measured(parts, state, log, directory, total, reporter)
     finally:
         log.close()
-        checkpoints.close()
+        for opened in (checkpoints, best):
+            if opened is not None:
+                opened.close()
     model = parts.model(state)
     for sample, text in zip(samples, _answers(parts, model, samples), strict=True):
         sample["after"] = text
-    write_jsonl(directory / SAMPLES, samples)
+    _write(write_jsonl, directory / SAMPLES, samples)
     del state  # the export loads the model again, and the optimizer's moments are not needed any more
     kind = output(config)
     reporter.say(
         f"Exporting the {'weights' if kind == MODEL else 'adapter'}, reloading {'them' if kind == MODEL else 'it'} and comparing logits"
     )
-    verification = export_trained(parts, model, directory / kind, replace=True)
-    write_json(directory / VERIFICATION, verification.as_dict())
-    write_report([directory], directory / REPORT)
+    with processes.own_place(directory / kind) as out:
+        verification = export_trained(parts, model, out, replace=True)
+    _write(write_json, directory / VERIFICATION, verification.as_dict())
+    _write(write_report, [directory], directory / REPORT)
     adapter, weights = (directory / name if kind == name else None for name in (ADAPTER, MODEL))
     return Run(directory, adapter, weights, before, after, verification)
+
+
+def _write(write: Callable[..., Any], *arguments: Any) -> None:
+    """Write what only one process of a run writes."""
+    if processes.is_lead():
+        write(*arguments)
 
 
 def _measured(
@@ -136,9 +166,9 @@ def _measured(
     """The evaluation before (step 0) or after training: from the log where an earlier call has it, else made and logged."""
     if parts.eval_plan is None:
         return None
-    found = [row for row in read_metrics(directory) if row["split"] == "eval" and row["step"] == step and "task" in row]
+    found = processes.from_lead(lambda: _logged(directory, step))
     if found:
-        return found[0]
+        return found
     with reporter.task("Evaluating before" if step == 0 else "Evaluating after", 1) as bar:
         model = parts.model(state)
         if parts.config.on_pairs:
@@ -150,8 +180,13 @@ def _measured(
     return row
 
 
-def _evaluation(parts: Setup, log: MetricsLog, reporter: Reporter) -> Callable[[TrainState, int], None]:
-    """The evaluation on the way: the loss."""
+def _logged(directory: Path, step: int) -> dict[str, Any] | None:
+    rows = (row for row in read_metrics(directory) if row["split"] == "eval" and row["step"] == step and "task" in row)
+    return next(rows, None)
+
+
+def _evaluation(parts: Setup, log: MetricsLog, best: Best | None, reporter: Reporter) -> Callable[[TrainState, int], None]:
+    """The evaluation on the way: the loss, by which the best state may be kept."""
     plan = parts.eval_plan
     if plan is None:
         return lambda state, step: None
@@ -161,6 +196,8 @@ def _evaluation(parts: Setup, log: MetricsLog, reporter: Reporter) -> Callable[[
         result = evaluator(state)
         log.write({"split": "eval", "step": step, "epoch": _epoch(parts, step), **result})
         reporter.say(f"step {step}: evaluation " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
+        if best is not None:
+            best.offer(state, result)
 
     return measure
 
@@ -202,12 +239,13 @@ def _asked(sample: dict[str, Any]) -> Conversation:
 
 def _samples_before(parts: Setup, state: TrainState, directory: Path) -> list[dict[str, Any]]:
     """Prompts with the answers wanted and the answers before training; read back where an earlier call wrote them."""
-    if (directory / SAMPLES).exists():
-        return read_jsonl(directory / SAMPLES)
+    found = processes.from_lead(lambda: read_jsonl(directory / SAMPLES) if (directory / SAMPLES).exists() else None)
+    if found is not None:
+        return found
     rows = _sample_rows(parts)
     for row, text in zip(rows, _answers(parts, parts.model(state), rows), strict=True):
         row["before"] = text
-    write_jsonl(directory / SAMPLES, rows)
+    _write(write_jsonl, directory / SAMPLES, rows)
     return rows
 
 

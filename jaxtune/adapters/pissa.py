@@ -19,6 +19,7 @@ from jaxtune.adapters.inject import adapted
 from jaxtune.adapters.lora import LoRALinear, LoRAParam, LoRAStart
 from jaxtune.core.axes import sharding
 from jaxtune.core.errors import UserError
+from jaxtune.core.processes import fetch
 from jaxtune.models.decoder import CausalLM
 
 _OVERSAMPLING, _ITERATIONS = 32, 8
@@ -85,7 +86,7 @@ def as_lora(model: CausalLM) -> CausalLM:
 
 def _joined(trained: Any, start: Any, ranks: tuple[int, ...]) -> np.ndarray:
     """[A; A0] of every layer, its own ranks first."""
-    trained, start = np.asarray(trained), np.asarray(start)
+    trained, start = fetch((trained, start))
     whole = np.zeros((*trained.shape[:-2], 2 * trained.shape[-2], trained.shape[-1]), np.float32)
     flat, first, second = (part.reshape(-1, *part.shape[-2:]) for part in (whole, trained, start))
     for layer, rank in enumerate(ranks):

@@ -1,6 +1,7 @@
 """The command line: one parser, one thin module a command, nothing heavy imported until a command runs."""
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "quickstart": "the main job, no arguments: real model, real data, report",
     "train": "train; continues a run directory that has checkpoints",
+    "plan": "does a run fit hardware that is not there, and what does it cost",
     "data": "what will be trained on: decoded rows, mask, lengths, packing",
     "eval": "loss, perplexity and task metrics of a model on a file",
     "generate": "the model's answers to prompts",
@@ -18,6 +20,7 @@ COMMANDS = {
     "config": "the resolved configuration, or its JSON schema",
 }
 INTERRUPTED = 128
+_COMPUTE = ("train", "eval", "generate", "export", "convert")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,9 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from jaxtune.core.errors import RunFailure, UserError
 
     if os.environ.get("JAXTUNE_DEBUG") == "1":
-        return options.run(options) or 0
+        return _run(options)
     try:
-        return options.run(options) or 0
+        return _run(options)
     except UserError as error:
         print(f"jaxtune: {error}", file=sys.stderr)
         return 2
@@ -41,6 +44,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         return _unexpected(error)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Run a command; one that computes runs in all processes that were started together, and the lead prints."""
+    if options.command not in _COMPUTE:
+        return options.run(options) or 0
+    from jaxtune.cli.options import cluster_of
+    from jaxtune.core import processes, runtime
+
+    runtime.start(cluster_of(options))
+    with processes.ending_together(), open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
+        if not processes.is_lead():
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        return options.run(options) or 0
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -66,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
             name, help=text, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, command=name)
     return parser
 
 
@@ -77,7 +94,7 @@ def _version() -> str:
 
 
 def _unexpected(error: Exception) -> int:
-    from jaxtune.train.interrupt import Interrupted
+    from jaxtune.core.errors import Interrupted
 
     if isinstance(error, Interrupted):
         print(f"jaxtune: {error}", file=sys.stderr)

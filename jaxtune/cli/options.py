@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxtune.config.schema import Config
+    from jaxtune.core.processes import Cluster
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,28 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", help="the same as model.source=...")
     parser.add_argument("--data", help="the same as data.train=...")
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """`--coordinator HOST:PORT --processes N --process I`."""
+    text = "of several processes: {}; found by itself on Cloud TPU, SLURM, Open MPI and GKE"
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help=text.format("where the first one is"))
+    parser.add_argument("--processes", type=int, metavar="N", help=text.format("how many there are"))
+    parser.add_argument("--process", type=int, metavar="I", help=text.format("which this is, from 0"))
+
+
+def cluster_of(options: argparse.Namespace) -> "Cluster | None":
+    """The processes that the arguments of `add_processes` say; None where they say nothing."""
+    from jaxtune.core.errors import UserError
+    from jaxtune.core.processes import given
+
+    said = [getattr(options, name, None) for name in ("coordinator", "processes", "process")]
+    if all(value is None for value in said):
+        return None
+    if any(value is None for value in said):
+        raise UserError("--coordinator, --processes and --process go together: give all three.")
+    address, total, number = said
+    return given(str(address), int(total or 0), int(number or 0))
 
 
 def config_of(options: argparse.Namespace) -> "Config":
@@ -59,6 +82,10 @@ def print_proof(path: Any, proof: Any, to: str, json_path: str | None) -> None:
 
 def write_json(path: str | None, value: Any) -> None:
     """What `--json` asks for."""
+    from jaxtune.core.processes import is_lead
+
+    if not is_lead():
+        return
     if path == "-":
         json.dump(value, sys.stdout, indent=2)
         print()

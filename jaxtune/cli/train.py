@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    from jaxtune.cli.options import add_config, add_json
+    from jaxtune.cli.options import add_config, add_json, add_processes
 
     add_config(parser)
     parser.add_argument(
         "--fresh", action="store_true", help="remove an earlier run in the same directory instead of going on with it"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress")
+    add_processes(parser)
     add_json(parser)
 
 

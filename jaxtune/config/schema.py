@@ -240,6 +240,10 @@ class CheckpointSection(Section):
     """Optimizer steps between checkpoints; the last step always has one."""
     keep: Count = 2
     """How many are kept."""
+    best: Literal["loss", "accuracy", "margin"] | None = None
+    """Also keep the state with the best evaluation (see train.eval_every), and export it; accuracy and margin are of preferences."""
+    dir: str | None = None
+    """Where they lie instead of the run directory: a directory that all processes share, or gs://bucket/folder, s3://bucket/folder."""
 
 
 class RunSection(Section):
@@ -247,6 +251,8 @@ class RunSection(Section):
 
     dir: str = "runs/my-run"
     """The run directory."""
+    watchdog: Positive | None = 1800
+    """Seconds without a step done after which the stacks of all threads are printed and the run ends; null: never."""
     trackers: Annotated[list[str], Field(max_length=0)] = []
     """Further places for the metrics."""
 
@@ -286,8 +292,14 @@ class Config(Section):
     @model_validator(mode="after")
     def _methods_fit(self) -> "Config":
         weights, optimizer = self.adapter.method == "none", self.optimizer
-        auto = optimizer.learning_rate == "auto"
+        auto, evaluated = optimizer.learning_rate == "auto", self.data.eval is not None or self.data.split is not None
         wrong = {
+            "checkpoint.best needs evaluations. Set train.eval_every, and data.eval or data.split": self.checkpoint.best
+            is not None
+            and not (self.train.eval_every and evaluated),
+            "checkpoint.best=accuracy and margin are for preferences. Set checkpoint.best=loss": self.checkpoint.best
+            in ("accuracy", "margin")
+            and not self.on_pairs,
             "trainable names weights, and adapter.method is an adapter. Set adapter.method=none": not weights
             and self.trainable != "all",
             "trainable=all leaves nothing frozen that model.dtype could quantise. Take float32 or bfloat16": weights

@@ -57,7 +57,9 @@ class Rules:
 RULES = Rules()
 
 
-def fitting(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules = RULES) -> PartitionSpec:
+def fitting(
+    mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules = RULES
+) -> PartitionSpec:
     """The partition of an array of this shape: of the mesh axes of a dimension as many, from the first, as divide it.
 
     Args:

@@ -18,6 +18,19 @@ class RunFailure(Exception):
     """
 
 
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved.
+
+    Attributes:
+        number: the signal's number.
+
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """A ' Did you mean X?' suffix for an unknown `name`, or '' when nothing is near.
 
@@ -35,3 +48,8 @@ def listed(names: Iterable[str], limit: int = 8) -> str:
     names = list(names)
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def status(error: BaseException) -> int:
+    """The exit status of a command that ends with this error."""
+    return 2 if isinstance(error, UserError) else 1

@@ -3,11 +3,14 @@
 import os
 from pathlib import Path
 
+from jaxtune.core import processes
+from jaxtune.core.processes import Cluster
 
-def start() -> None:
-    """Keep compiled programs between commands, so that a second start is quick; call before the first computation.
 
-    The folder is `JAX_COMPILATION_CACHE_DIR`, or `~/.cache/jaxtune/xla`.
+def start(cluster: Cluster | None = None) -> None:
+    """Join the other processes of the run, if any, and keep compiled programs between commands, so that a second start is quick.
+
+    Call it before the first computation. The folder of programs is `JAX_COMPILATION_CACHE_DIR`, or `~/.cache/jaxtune/xla`.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
     import jax
@@ -16,3 +19,4 @@ def start() -> None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "jaxtune" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    processes.start(cluster)

@@ -193,4 +193,6 @@ def check_divides(config: Config, mesh: Mesh) -> None:
     ):
         if number % (parts := ways(mesh, axis)):
             least = f", or {number // parts * parts}" if number > parts else ""
-            raise UserError(f"{name} = {number} does not divide over {parts} devices ({over}). Use {-(-number // parts) * parts}{least}.")
+            raise UserError(
+                f"{name} = {number} does not divide over {parts} devices ({over}). Use {-(-number // parts) * parts}{least}."
+            )

@@ -11,6 +11,7 @@ from flax import nnx
 
 from jaxtune.config.schema import DataSection
 from jaxtune.core.errors import UserError, listed
+from jaxtune.core.processes import fetch
 from jaxtune.data.chat import Tokeniser, prompt_ids
 from jaxtune.data.examples import Examples
 from jaxtune.data.formats import Conversation
@@ -93,7 +94,7 @@ def row_losses(model: CausalLM, examples: Examples, batch: int, progress: Any = 
     plan, done = Plan(examples, layout, 1), 0
     for index in range(len(plan)):
         rows, arrays = plan.rows(index), plan.batch(index)
-        found = np.asarray(_losses_by_row(graph, state, arrays))
+        found = fetch(_losses_by_row(graph, state, arrays))
         losses[done : done + len(rows)] = found[: len(rows)]
         weights[done : done + len(rows)] = arrays.weights.sum(axis=1)[: len(rows)]
         done += len(rows)

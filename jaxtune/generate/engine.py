@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxtune.core.errors import UserError
+from jaxtune.core.processes import fetch
 from jaxtune.generate.sampling import Sampling, choose
 from jaxtune.models.cache import Cache, make_cache
 from jaxtune.models.decoder import CausalLM
@@ -111,7 +112,7 @@ class Engine:
         # A count that is rounded up compiles once for many; what is too much is cut.
         start = (prefilled.cache, prefilled.lengths, prefilled.logits, keys, done)
         tokens, made = _decode(self.graph, self.stop_ids, sampling, _bucket(count), self.state, *start, jnp.asarray(count))
-        tokens, made = np.asarray(tokens), np.asarray(made)
+        tokens, made = fetch((tokens, made))
         return [tokens[row, : min(made[row], count)].tolist() for row in range(prefilled.rows)]
 
     def score(self, prefilled: Prefilled, continuations: Sequence[Sequence[int]]) -> np.ndarray:
@@ -122,7 +123,7 @@ class Engine:
         for row, tokens in enumerate(continuations):
             ids[row, : len(tokens)], counts[row] = tokens, len(tokens)
         sums = _score(self.graph, self.state, prefilled.cache, prefilled.lengths, prefilled.logits, ids, counts)
-        return np.asarray(sums)[: prefilled.rows]
+        return fetch(sums)[: prefilled.rows]
 
 
 # The structure of the model is static, so engines of the same model (before and after training) share what is compiled.

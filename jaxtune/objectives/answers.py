@@ -47,7 +47,10 @@ def answers(model: CausalLM, batch: Batch, how: Pass = PLAIN) -> Answers:
 
 
 def token_log_probs(
-    hidden: Float[Array, "batch seq embed"], head: Float[Array, "vocab embed"], targets: Int[Array, "batch seq"], cap: float | None
+    hidden: Float[Array, "batch seq embed"],
+    head: Float[Array, "vocab embed"],
+    targets: Int[Array, "batch seq"],
+    cap: float | None,
 ) -> Float[Array, "batch seq"]:
     """Log softmax(h W^T)[y] of every token, float32; logits exist for a chunk of tokens at a time, in the backward pass again."""
     chunks, head = Chunks(targets.shape), whole_head(head)

@@ -23,7 +23,7 @@ class Chunks:
 
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
     @property
     def groups(self) -> tuple[int, int]:

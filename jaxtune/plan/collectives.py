@@ -15,7 +15,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|called_computations)=\{?(%[\w.\-]+(?:, ?%[\w.\-]+)*)")
 _LOOP = re.compile(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _BETWEEN = re.compile(r"= (?P<shape>\(.*?\)) send\(.*_xla_megascale_transfer_type=\"(?P<kind>\w+)\"")
 _FUSED_SCATTER = "all-reduce-scatter"
 
@@ -102,7 +102,9 @@ def bodies(text: str) -> Iterator[tuple[str, int, str]]:
         if "fused" in name or "fusion" in name or name.startswith(_FUSED_SCATTER):
             continue
         for line in lines:
-            made = re.search(r"^\s+(?:ROOT )?%\S+ = ([a-z]\w*)\[([\d,]*)\]\S* (?!parameter|get-tuple-element|bitcast|constant)", line)
+            made = re.search(
+                r"^\s+(?:ROOT )?%\S+ = ([a-z]\w*)\[([\d,]*)\]\S* (?!parameter|get-tuple-element|bitcast|constant)", line
+            )
             if made and made[1] in _BYTES:
                 yield f"{made[1]}[{made[2]}]", _size(made[1], made[2]), line
 

@@ -9,7 +9,7 @@ from jaxtune.plan.target import Chip
 ASSUMPTIONS = (
     "products at the chip's bfloat16 peak; every frozen weight read from memory once in the forward pass and once or twice in the "
     "backward pass; collectives by rings at the data sheet's rate. The first time overlaps the three wholly, the second not at all; "
-    "attention and everything that is no matrix product cost extra"
+    "everything that is no matrix product costs extra"
 )
 
 

@@ -111,8 +111,13 @@ def plans(configs: Sequence[Config], on: str, parallel: int | None = None) -> li
 
     """
     target = parse(on)
-    with ThreadPoolExecutor(parallel or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(parallel or default_parallel()) as pool:
         return list(pool.map(lambda config: _planned(config, target), configs))
+
+
+def default_parallel() -> int:
+    """How many compilers run beside each other: one a core, each of which may take a few GB."""
+    return max(1, min(os.cpu_count() or 1, 8))
 
 
 def _planned(config: Config, target: Target) -> Plan | Exception:
@@ -188,7 +193,7 @@ def _cache_file(config: Config, target: Target) -> Path:
 
 @cache
 def _program() -> list[str]:
-    """This program's own files and the versions of what it compiles with."""
+    """A digest of the files of this package, and the versions of what it compiles with."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):

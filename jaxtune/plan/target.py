@@ -98,7 +98,12 @@ class Target:
             options |= {"chips_per_host_bounds": (1, 1, 1)} if self.devices == 1 else {}
         else:
             hosts, each = -(-self.devices // _GPUS_A_HOST), min(self.devices, _GPUS_A_HOST)
-            options = {"platform": "cuda", "topology_name": "", "target_config": _gpu(self.kind or ""), "topology": f"1x{hosts}x{each}"}
+            options = {
+                "platform": "cuda",
+                "topology_name": "",
+                "target_config": _gpu(self.kind or ""),
+                "topology": f"1x{hosts}x{each}",
+            }
         try:
             return list(topologies.get_topology_desc(**options).devices)
         except (RuntimeError, NotImplementedError, AssertionError, ValueError) as error:
@@ -121,7 +126,9 @@ def parse(name: str) -> Target:
     found = re.fullmatch(r"(?:(\d+)\*)?([a-z]\w+):(\d+(?:x\d+)*)", name.strip().lower())
     if found is None or found[2] not in CHIPS:
         known = ["here", "v5e:4x4", "v5p:4x4x4", "v6e:8x8", "2*v5e:4x4", "h100:16", "h200:8"]
-        raise UserError(f"--on {name}: no such target; there are {listed(CHIPS)}, as in {', '.join(known)}.{nearest(name, known)}")
+        raise UserError(
+            f"--on {name}: no such target; there are {listed(CHIPS)}, as in {', '.join(known)}.{nearest(name, known)}"
+        )
     slices, kind, sizes = int(found[1] or 1), found[2], [int(size) for size in found[3].split("x")]
     count = 1
     for size in sizes:

@@ -10,18 +10,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtune.core.errors import RunFailure
+from jaxtune.config.schema import Config
+from jaxtune.core.errors import Interrupted, RunFailure
 from jaxtune.core.memory import Memory
 from jaxtune.data.loader import Plan, batches, local_rows, on_devices
 from jaxtune.objectives.objective import Batch
 from jaxtune.train.checkpoint import Checkpoints
-from jaxtune.train.interrupt import Interrupted, StopRequest
+from jaxtune.train.interrupt import StopRequest
 from jaxtune.train.metrics import MetricsLog, flops_per_token, peak_flops, perplexity
 from jaxtune.train.optim import schedule
 from jaxtune.train.progress import Task, training_text
 from jaxtune.train.rundir import CONFIG
 from jaxtune.train.setup import Setup, parameters
 from jaxtune.train.step import StepMetrics, TrainState, eval_step, train_step
+from jaxtune.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def fit(
         log: gets a row a step.
         checkpoints: gets a checkpoint every `checkpoint.every` steps and at the end.
         task: the progress bar.
-        evaluate: called with the state every `train.eval_every` steps, the last step excepted.
+        evaluate: called with the state every `train.eval_every` steps; after the last step only where the best state is kept.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM came; the state is saved.
@@ -114,7 +116,7 @@ def fit(
     compiled = _Compiled(setup)
     recorder = Recorder(setup, log, task)
     pending: Pending | None = None
-    with StopRequest() as stop:
+    with StopRequest() as stop, Watchdog(config.run.watchdog) as watchdog:
         for loaded in batches(setup.plan, int(state.step), setup.cuts, setup.mesh):
             run, peak = compiled(state, loaded.batch)
             state, metrics = run(state, setup.frozen, loaded.batch)
@@ -122,21 +124,33 @@ def fit(
                 recorder.record(pending)
             pending = Pending(loaded.index, loaded.tokens, loaded.padding, peak, metrics)
             done = loaded.index + 1
-            evaluates = bool(config.train.eval_every) and done % (config.train.eval_every or 1) == 0 and done < total
+            evaluates = _evaluates(config, done, total)
             saves = done % config.checkpoint.every == 0 or done == total
-            if evaluates or saves or stop.number:
+            stopped = stop.after(done)
+            watchdog.alive(f"step {done + 1}")
+            if evaluates or saves or stopped:
                 recorder.record(pending)
                 pending = None
+                watchdog.rest()
                 if evaluates:
                     evaluate(state, done)
-                if saves or stop.number:
+                if saves or stopped:
                     log.sync()
                     checkpoints.save(state)
                 recorder.restart_clock()
-            if stop.number and done < total:
+                watchdog.alive(f"step {done + 1}")
+            if stopped and done < total:
                 checkpoints.wait()
-                raise Interrupted(stop.number, _how_to_go_on(setup, stop.number, done))
+                raise Interrupted(stopped, _how_to_go_on(setup, stopped, done))
     return state
+
+
+def _evaluates(config: Config, done: int, total: int) -> bool:
+    """Whether there is an evaluation on the way after so many steps."""
+    every = config.train.eval_every
+    if done == total:
+        return config.checkpoint.best is not None
+    return bool(every) and done % (every or 1) == 0
 
 
 class _Compiled:

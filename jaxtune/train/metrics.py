@@ -52,6 +52,22 @@ class MetricsLog:
         self._file.close()
 
 
+class NoLog(MetricsLog):
+    """What a process that does not write has for a log."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """All whole rows of a run's metrics; a last line cut short by a kill is left out."""
     path = directory / FILE

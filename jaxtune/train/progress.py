@@ -9,11 +9,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from jaxtune.core.processes import is_lead
+
 REPORTS = 20
 
 
 class Reporter:
-    """Messages and progress on stderr, so that stdout carries results alone.
+    """Messages and progress on stderr, so that stdout carries results alone. Of several processes only the lead says anything.
 
     Args:
         quiet: say nothing but errors.
@@ -21,7 +23,7 @@ class Reporter:
     """
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=True, quiet=quiet or not is_lead(), highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """One line, or several."""

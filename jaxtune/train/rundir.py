@@ -16,11 +16,13 @@ from jaxtune.config.schema import Config
 from jaxtune.core.errors import UserError, listed
 from jaxtune.core.files import read_json, write_json, write_text
 from jaxtune.train.checkpoint import DIRECTORY as CHECKPOINTS
+from jaxtune.train.checkpoint import checkpoints_of
 from jaxtune.train.metrics import FILE as METRICS
 
 CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, REPORT = "config.yaml", "env.json", "samples.jsonl", "adapter", "report.html"
 MODEL = "model"
 DATA_SUMMARY, VERIFICATION = "data.json", "verification.json"
+_RECORD = (CONFIG, ENVIRONMENT, METRICS, SAMPLES)
 _OWN = (CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, MODEL, REPORT, DATA_SUMMARY, VERIFICATION, METRICS, CHECKPOINTS)
 
 # What may change when a run is continued: it alters how the numbers are computed or kept, not which.
@@ -44,7 +46,7 @@ class RunDirectory:
     """
 
     def __init__(self, config: Config, data: dict[str, str], day: date, fresh: bool = False) -> None:
-        self.path = Path(config.run.dir)
+        self.path, self._elsewhere = Path(config.run.dir), _record(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
@@ -57,7 +59,8 @@ class RunDirectory:
                 f"{self.path}: another process is training in this run directory. Set run.dir to another one."
             ) from None
         if fresh:
-            self._clear()
+            self._clear(config)
+        recall(config)
         self._check(config, data)
         write_text(self.path / CONFIG, dump(config))
         write_json(self.path / ENVIRONMENT, {**environment(), "day": str(day), "data": data})
@@ -67,7 +70,19 @@ class RunDirectory:
         self._lock.close()
         (self.path / ".lock").unlink(missing_ok=True)
 
-    def _clear(self) -> None:
+    def keep_copy(self) -> None:
+        """Copy what tells of the run to where its checkpoints lie, if that is elsewhere, so that a new machine can go on."""
+        if self._elsewhere is None:
+            return
+        self._elsewhere.mkdir(parents=True, exist_ok=True)
+        for name in _RECORD:
+            if (self.path / name).exists():
+                (self._elsewhere / name).write_bytes((self.path / name).read_bytes())
+
+    def _clear(self, config: Config) -> None:
+        elsewhere = checkpoints_of(config)
+        if elsewhere.exists():
+            elsewhere.rmtree()
         for name in _OWN:
             entry = self.path / name
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
@@ -84,6 +99,22 @@ class RunDirectory:
         before = read_json(self.path / ENVIRONMENT).get("data", {}) if (self.path / ENVIRONMENT).exists() else {}
         if changed := [name for name in before if name in data and before[name] != data[name]]:
             raise UserError(f"{self.path}: the contents of {listed(changed)} changed since this run began. {advice}")
+
+
+def _record(config: Config) -> Any:
+    """Where the record is copied to, beside checkpoints that lie elsewhere; None where they lie in the run directory."""
+    return checkpoints_of(config) / "record" if config.checkpoint.dir else None
+
+
+def recall(config: Config) -> None:
+    """Bring back the record of a run whose directory is gone, from beside its checkpoints."""
+    directory, elsewhere = Path(config.run.dir), _record(config)
+    if elsewhere is None or (directory / CONFIG).exists() or not elsewhere.exists():
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in sorted(_RECORD, key=lambda name: name == CONFIG):  # last what says that the rest is there
+        if (elsewhere / name).exists():
+            (directory / name).write_bytes((elsewhere / name).read_bytes())
 
 
 def read_config(directory: Path) -> Config:

@@ -87,8 +87,15 @@ class Setup:
         """The state before the first step. Its leaves are copies: the step donates its state, and these are used again."""
         train, optimizer = self.config.train, self.optimizer
         places = jax.tree.map(lambda leaf: leaf.sharding, self.layout)
-        make = jax.jit(lambda leaves: init_state(jax.tree.map(jnp.copy, leaves), optimizer, train.seed, average=train.ema > 0), out_shardings=places)
+        make = jax.jit(
+            lambda leaves: init_state(jax.tree.map(jnp.copy, leaves), optimizer, train.seed, average=train.ema > 0),
+            out_shardings=places,
+        )
         return make(self.trainable)
+
+    def release(self) -> None:
+        """Let go of the leaves as training began, once there is a state."""
+        self.trainable = self.layout.trainable
 
     def best(self, state: TrainState) -> nnx.State:
         """The leaves to evaluate and export: those that train, or their average."""
@@ -187,4 +194,3 @@ def cuts_of(config: Config) -> int:
 def parameters(state: nnx.State) -> int:
     """Numbers in a state."""
     return sum(leaf.size for leaf in jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, Quantised)))
-

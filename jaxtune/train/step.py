@@ -111,12 +111,14 @@ def layout(
 
     Args:
         trainable: the leaves that train, as arrays or as shapes, with shardings.
-        optimizer, seed, average: see `init_state`.
+        optimizer: see `init_state`.
+        seed: likewise.
         mesh: the devices.
+        average: whether there is a moving average.
 
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
-    places = {path: leaf for path, leaf in jax.tree.leaves_with_path(trainable)}
+    places = dict(jax.tree.leaves_with_path(trainable))
     depths = sorted({len(path) for path in places}, reverse=True)
 
     def placed(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:

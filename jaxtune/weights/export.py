@@ -15,6 +15,7 @@ from jaxtune.adapters import pissa
 from jaxtune.adapters.lora import LoRAParam
 from jaxtune.core.errors import RunFailure
 from jaxtune.core.files import new_directory, write_text
+from jaxtune.core.processes import fetch
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.quantised import Quantised
 from jaxtune.weights.card import card
@@ -140,7 +141,7 @@ def _trained(model: CausalLM, base: Tensors) -> tuple[Tensors, list[np.dtype]]:
 def _slice(variable: nnx.Variable, place: tuple[Any, ...], shape: tuple[int, ...], index: Index) -> np.ndarray:
     """A part of one tensor of a leaf; beyond `shape` a leaf has padding."""
     leaf = jax.tree.map(lambda part: part[place], variable.get_value())
-    return np.asarray(leaf.astype(jnp.float32)[: shape[0]][index])
+    return fetch(leaf.astype(jnp.float32)[: shape[0]][index])
 
 
 def _rounded(model: CausalLM, dtypes: list[np.dtype]) -> CausalLM:

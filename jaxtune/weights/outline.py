@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtune.core.dtypes import DTYPES
-from jaxtune.core.errors import RunFailure, UserError
+from jaxtune.core.errors import RunFailure
 from jaxtune.core.files import read_json
 from jaxtune.models.decoder import abstract_model
 from jaxtune.models.families import from_hf
@@ -77,5 +77,6 @@ def outlined(model: str) -> Source:
         return resolve(model)
     if (known := PUBLISHED.get(model.partition("@")[0].removesuffix("-Instruct"))) is not None:
         return Outline(model, Path("config.json"), known)
-    found = hub.file(*model.partition("@")[::2], "config.json")
+    name, _, revision = model.partition("@")
+    found = hub.file(name, revision, "config.json")
     return Outline(model, found, read_json(found))

@@ -16,6 +16,7 @@ from jaxtune.adapters.lora import LoRAParam
 from jaxtune.core.axes import sharding
 from jaxtune.core.errors import UserError, listed
 from jaxtune.core.files import read_json, write_json
+from jaxtune.core.processes import fetch
 from jaxtune.models.decoder import CausalLM
 from jaxtune.weights.rows import rows
 from jaxtune.weights.safetensors_files import open_file
@@ -144,7 +145,7 @@ def _kept(variable: LoRAParam, value: np.ndarray, found: list["Entry"]) -> np.nd
     """The values of layers that the file has, and for a magnitude what it was in the others."""
     if not any(entry.magnitude for entry in found if entry.variable is variable):
         return value
-    return np.where(value == 0, np.asarray(variable[...]), value)
+    return np.where(value == 0, fetch(variable[...]), value)
 
 
 def write_adapter(directory: Path, model: CausalLM, base_name: str) -> None:
@@ -160,7 +161,7 @@ def write_adapter(directory: Path, model: CausalLM, base_name: str) -> None:
 
     tensors, whole = {}, {}
     for entry in entries(model):
-        value = whole.setdefault(id(entry.variable), np.asarray(entry.variable[...]))
+        value = whole.setdefault(id(entry.variable), fetch(entry.variable[...]))
         tensors[entry.name] = np.ascontiguousarray(value[entry.index])
     if model.adapter.copies:
         tensors |= {name: _base_tensor(model, name) for name in model.adapter.copies}
@@ -246,10 +247,7 @@ def _check(adapter: Adapter, shapes: dict[str, tuple[int, ...]], model: CausalLM
         leaf = where.get(plain)
         if leaf is not None and plain in ("model.embed_tokens.weight", "lm_head.weight"):
             leaf = leaf[: model.config.vocab_size]
-            if (
-                found[name].shape != leaf.shape
-                or (found[name].all().astype(np.float32) != np.asarray(leaf).astype(np.float32)).any()
-            ):
+            if found[name].shape != leaf.shape or (found[name].all().astype(np.float32) != fetch(leaf).astype(np.float32)).any():
                 raise UserError(
                     f"{adapter.path / WEIGHTS}: {name} differs from the base's {plain}. The adapter was trained on another base, or with "
                     "more tokens; give that base."
@@ -276,4 +274,4 @@ def _leaves(state: nnx.State) -> list[jax.Array]:
 def _base_tensor(model: CausalLM, name: str) -> np.ndarray:
     """A tensor of the base that the adapter's file repeats: the embedding or the head."""
     module = model.lm_head if "lm_head" in name and model.lm_head is not None else model.model.embed_tokens
-    return np.ascontiguousarray(np.asarray(module.weight[: model.config.vocab_size]))
+    return np.ascontiguousarray(fetch(module.weight[: model.config.vocab_size]))

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtune.core.errors import RunFailure
+from jaxtune.core.processes import fetch, several
 from jaxtune.models.decoder import CausalLM
 from jaxtune.weights.source import Source
 
@@ -95,7 +96,7 @@ def logits(model: CausalLM, texts: Texts) -> np.ndarray:
     out = jax.jit(lambda state, ids, segments: nnx.merge(graph, state)(ids, segment_ids=segments))(
         state, texts.ids, texts.segments
     )
-    return np.asarray(out)[texts.segments > 0]
+    return fetch(out)[texts.segments > 0]
 
 
 def why_not_torch(source: Source, *packages: str) -> str | None:
@@ -103,6 +104,8 @@ def why_not_torch(source: Source, *packages: str) -> str | None:
     missing = [name for name in ("torch", *packages) if importlib.util.find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing)} not installed"
+    if several():
+        return "the run has several processes"
     if source.transformers() is None:
         return "transformers does not read this format"
     import psutil

@@ -15,6 +15,7 @@ from jaxtune.train.checkpoint import steps_saved
 from jaxtune.train.methods import adopt_adapter
 from jaxtune.train.metrics import read_metrics
 from jaxtune.train.progress import Reporter
+from jaxtune.train.rundir import read_config
 from jaxtune.training import run
 from jaxtune.weights import export
 from jaxtune.weights.peft import write_adapter
@@ -78,7 +79,7 @@ def observe(overrides, directory, monkeypatch):
     config = load_config(overrides=[*overrides, f"run.dir={directory}"])
     result = run(config, Reporter(quiet=True))
     rows = [{key: value for key, value in row.items() if key not in TIMES} for row in read_metrics(directory)]
-    return rows, next((result.adapter or result.model).glob("*.safetensors")).read_bytes(), steps_saved(directory)
+    return rows, next((result.adapter or result.model).glob("*.safetensors")).read_bytes(), steps_saved(read_config(directory))
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, chat_model, rows, tmp_path
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert f"Go on with: jaxtune train {tmp_path / 'run'}/config.yaml" in err
-    (saved,) = steps_saved(tmp_path / "run")
+    (saved,) = steps_saved(read_config(tmp_path / "run"))
     assert saved == read_metrics(tmp_path / "run")[-1]["step"] >= 4
     assert not (tmp_path / "run" / "adapter").exists()
 
@@ -141,7 +141,7 @@ def test_a_nan_stops_the_run_names_the_step_and_keeps_the_checkpoint_before(chat
     last = read_metrics(tmp_path / "run")[-1]
     assert f"Step {last['step']}: the loss is" in err
     assert last["loss"] is None or last["grad_norm"] is None
-    assert steps_saved(tmp_path / "run")[-1] == last["step"] - 1
+    assert steps_saved(read_config(tmp_path / "run"))[-1] == last["step"] - 1
 
 
 def test_a_second_start_trains_nothing_again_and_another_config_is_refused(chat_model, rows, tmp_path):

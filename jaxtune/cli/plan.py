@@ -1,0 +1,44 @@
+"""Does a run fit hardware that is not there, and what does it cost: its step compiled for it, without weights, data or accelerator.
+
+jaxtune plan CONFIG.yaml --on v5e:4x4 [key=value ...]
+"""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    from jaxtune.cli.options import add_config, add_json
+
+    add_config(parser)
+    parser.add_argument(
+        "--on", required=True, metavar="TARGET", help="here, v5e:4x4, v5p:4x4x4, v6e:8x8, 2*v5e:4x4 (two slices), h100:16, h200:8"
+    )
+    parser.add_argument("--search", action="store_true", help="try meshes, micro-batches, remat and dtype, and show the best few")
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Plan."""
+    import dataclasses
+
+    from jaxtune.cli.options import config_of, write_json
+    from jaxtune.plan.plan import plan
+    from jaxtune.plan.show import plan_text, search_text
+    from jaxtune.train.progress import Reporter
+
+    config, quiet = config_of(options), options.json == "-"
+    if options.search:
+        from jaxtune.plan.search import search
+
+        with Reporter(quiet).task("Compiling", 1) as bar:
+            found = search(config, options.on, bar.update_of)
+        if not quiet:
+            print(search_text(found, options.on))
+        write_json(options.json, [{"set": one.keys, **dataclasses.asdict(one.plan)} for one in found])
+        return
+    Reporter(quiet).say(f"Compiling the step for {options.on}")
+    made = plan(config, options.on)
+    if not quiet:
+        print(plan_text(made))
+    write_json(options.json, dataclasses.asdict(made))
