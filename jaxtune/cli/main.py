@@ -95,9 +95,11 @@ def _version() -> str:
 
 def _unexpected(error: Exception) -> int:
     from jaxtune.core.errors import Interrupted
+    from jaxtune.core.processes import is_lead
 
     if isinstance(error, Interrupted):
-        print(f"jaxtune: {error}", file=sys.stderr)
+        if is_lead():
+            print(f"jaxtune: {error}", file=sys.stderr)
         return INTERRUPTED + error.number
     print(
         f"jaxtune: {type(error).__name__}: {error}\nThis is a defect of jaxtune. Set JAXTUNE_DEBUG=1 to see where.",

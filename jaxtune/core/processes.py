@@ -4,6 +4,8 @@ Every process runs the same program; what is printed and written is the first on
 which then end too; one that dies untold is missed by JAX's heartbeat, which ends them within `HEARTBEAT` seconds and a few more.
 """
 
+import atexit
+import contextlib
 import importlib.util
 import json
 import os
@@ -15,7 +17,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -28,7 +29,7 @@ from jaxtune.core.errors import Interrupted, UserError, status
 HEARTBEAT = 20
 _FAILURE, _SHOWN = "jaxtune/failure", "jaxtune/shown"
 _LONGEST = 24 * 3600 * 1000  # milliseconds that one process may let the others wait, say while it downloads a model
-_GRACE = 5.0
+_GRACE, _LOOK = 5.0, 1.0
 _numbers = count()  # every process asks in the same order, so the same number means the same question
 
 
@@ -137,7 +138,10 @@ def start(cluster: Cluster | None = None) -> None:
         reason = str(error).splitlines()[0]
         raise UserError(f"The processes of this run ({cluster.name}) did not find each other: {reason}") from None
     if jax.process_count() > 1:
-        threading.Thread(target=_watch, name="jaxtune-failures", daemon=True).start()
+        over = threading.Event()
+        watcher = threading.Thread(target=_watch, args=(over,), name="jaxtune-failures", daemon=True)
+        watcher.start()
+        atexit.register(lambda: (over.set(), watcher.join()))  # before JAX leaves the others
 
 
 def _has_tpu() -> bool:
@@ -202,7 +206,7 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
-@contextmanager
+@contextlib.contextmanager
 def own_place(target: Path) -> Iterator[Path]:
     """Where this process writes what only the lead keeps: `target`, for the others a place of their own that is removed.
 
@@ -218,7 +222,7 @@ def own_place(target: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def ending_together() -> Iterator[None]:
     """What fails in here ends all processes: the lead prints the first error, and each exits with its status.
 
@@ -261,22 +265,20 @@ def _report(error: BaseException) -> None:
     _leave(status(error))
 
 
-def _watch() -> None:
-    """Wait for a failure of any process, and end with it."""
+def _watch(over: threading.Event) -> None:
+    """Look for a failure of any process, and end with it."""
     import jax
 
     client = _client()
-    while True:
+    while not over.wait(_LOOK):
         try:
-            message = json.loads(client.blocking_key_value_get(_FAILURE, 3600 * 1000))
-        except jax.errors.JaxRuntimeError:
-            if not jax.distributed.is_initialized():
-                return
-            time.sleep(1)
+            message = json.loads(client.key_value_try_get(_FAILURE))
+        except jax.errors.JaxRuntimeError:  # there is none
             continue
         if is_lead():
             _show_and_leave(client)
-        time.sleep(_GRACE)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            client.blocking_key_value_get(_SHOWN, int(_GRACE * 1000))
         _leave(message["status"])
 
 

@@ -1,5 +1,6 @@
 """Process-wide settings of JAX that every command shares."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -15,6 +16,7 @@ def start(cluster: Cluster | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
     import jax
 
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what this program says itself
     if jax.config.values["jax_compilation_cache_dir"] is None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "jaxtune" / "xla"))
