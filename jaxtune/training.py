@@ -92,6 +92,7 @@ def run(config: Config, reporter: Reporter, *, fresh: bool = False) -> Run:
         digests = {key: plan.examples.digest for key, plan in plans if plan}
         processes.alike("configuration", dump(config))
         processes.alike("training or evaluation data", str(digests))
+        processes.together("agreed")
         directory = RunDirectory(config, digests, day, fresh) if processes.is_lead() else None
         processes.together("run directory")
         try:

@@ -83,6 +83,12 @@ def ways(mesh: Mesh | AbstractMesh, axis: str, rules: Rules = RULES) -> int:
     return math.prod(mesh.shape[name] for name in _names(getattr(rules, axis)))
 
 
+def even(axis: str, size: int) -> bool:
+    """Whether the current mesh cuts a logical axis of this size into equal parts."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and size % ways(mesh, axis) == 0
+
+
 def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Array:
     """Pin an activation's layout on the current mesh; without a mesh of several devices it is `x` itself."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
-from jaxtune.core.axes import constrain
+from jaxtune.core.axes import constrain, even
 from jaxtune.core.dtypes import precision
 from jaxtune.models.config import NormConfig
 from jaxtune.models.quantised import Quantised, product
@@ -126,6 +126,8 @@ class Embedding(nnx.Module):
         Where the table is cut over `embed`, each device looks up its part of the rows for all devices that share it, and what is
         exchanged are rows, not the table.
         """
+        if not even("batch", tokens.shape[0]):
+            return self.weight[...][tokens].astype(dtype)
         tokens = constrain(tokens, "lookup", "seq")
         return constrain(self.weight[...][tokens].astype(dtype), "lookup", "seq", "embed")
 
