@@ -58,12 +58,16 @@ class RunDirectory:
             raise UserError(
                 f"{self.path}: another process is training in this run directory. Set run.dir to another one."
             ) from None
-        if fresh:
-            self._clear(config)
-        recall(config)
-        self._check(config, data)
-        write_text(self.path / CONFIG, dump(config))
-        write_json(self.path / ENVIRONMENT, {**environment(), "day": str(day), "data": data})
+        try:
+            if fresh:
+                self._clear(config)
+            recall(config)
+            self._check(config, data)
+            write_text(self.path / CONFIG, dump(config))
+            write_json(self.path / ENVIRONMENT, {**environment(), "day": str(day), "data": data})
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Release the lock."""

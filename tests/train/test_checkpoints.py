@@ -1,9 +1,7 @@
 """Checkpoints that are damaged, kept elsewhere, the best of all, or cannot be written; and a step that hangs."""
 
 import json
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -116,13 +114,9 @@ def test_a_full_disk_is_a_clear_error_and_the_checkpoint_before_stays(chat_model
     for step in (6, 9):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
     before = {path: path.read_bytes() for path in (tmp_path / "run" / "checkpoints" / "3").rglob("*") if path.is_file()}
-    command = [sys.executable, "-m", "jaxtune.cli", "train", str(tmp_path / "run" / "config.yaml")]
+    command = f"ulimit -f 20; exec {sys.executable} -m jaxtune.cli train {tmp_path}/run/config.yaml"
     environment = tools.child_environment() | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    limit = (20_000, resource.RLIM_INFINITY)
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=300,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
-    )  # fmt: skip
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 1, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert "a checkpoint cannot be written" in last, done.stderr
@@ -134,7 +128,9 @@ def test_a_full_disk_is_a_clear_error_and_the_checkpoint_before_stays(chat_model
 
 
 def test_checkpoints_elsewhere_bring_the_record_to_a_new_machine(chat_model, rows, finished, tmp_path):
-    elsewhere = config(tmp_path / "run", chat_model, rows, checkpoint__dir=tmp_path / "bucket", train__eval_every=4, data__eval=rows)
+    elsewhere = config(
+        tmp_path / "run", chat_model, rows, checkpoint__dir=tmp_path / "bucket", train__eval_every=4, data__eval=rows
+    )
     stopping = elsewhere.model_copy(update={"train": elsewhere.train.model_copy(update={"steps": 9})})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jaxtune.training.export_trained", interrupted)
@@ -158,9 +154,10 @@ def interrupted(*arguments, **options):
 
 
 def test_the_state_with_the_best_evaluation_is_kept_and_exported(chat_model, rows, tmp_path, capsys):
-    """A learning rate that ruins the model after its first steps."""
-    held_out = tools.write_rows(tmp_path / "held_out.jsonl", tools.sums(16, seed=1))
-    further = {"checkpoint__best": "loss", "train__eval_every": 2, "data__eval": held_out, "optimizer__learning_rate": 0.3}
+    """The longer it trains on sums, the less it expects letters."""
+    letters = [tools.chat(row["messages"][0]["content"], "zq") for row in tools.sums(16, seed=1)]
+    held_out = tools.write_rows(tmp_path / "held_out.jsonl", letters)
+    further = {"checkpoint__best": "loss", "train__eval_every": 2, "data__eval": held_out, "optimizer__learning_rate": 5e-2}
     result = jaxtune.train(config(tmp_path / "run", chat_model, rows, **further))
     on_the_way = {row["step"]: row["loss"] for row in result.metrics if row["split"] == "eval" and "task" not in row}
     assert list(on_the_way) == [2, 4, 6, 8, 9]
@@ -204,7 +201,8 @@ def test_a_hung_run_prints_where_it_stands_and_ends(finished, tmp_path):
     for step in (6, 9):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
     code = (
-        "import time, jaxtune.train.loop as loop, jaxtune.cli.main as main\n"
+        "import importlib, time, jaxtune.cli.main as main\n"
+        "loop = importlib.import_module('jaxtune.train.loop')\n"
         "whole = loop.batches\n"
         "def hanging(*arguments):\n"
         "    for number, loaded in enumerate(whole(*arguments)):\n"
@@ -214,12 +212,13 @@ def test_a_hung_run_prints_where_it_stands_and_ends(finished, tmp_path):
         f"raise SystemExit(main.main(['train', r'{tmp_path / 'run' / 'config.yaml'}', 'run.watchdog=25']))\n"
     )
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], env=tools.child_environment(), capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=tools.child_environment(), capture_output=True, text=True, check=False, timeout=200
+    )
     assert done.returncode == 1, done.stderr
     assert time.monotonic() - began < 150
     assert "jaxtune: step 6 is not done after 25 s; every thread stands at:" in done.stderr
     assert "in hanging" in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("jaxtune: step 6 was not done after 25 s, so the run was ended")
-    assert signal.SIGTERM
     assert json.dumps(sorted(trained(tmp_path / "run"))) == "[1, 2, 3, 4]"
     np.testing.assert_equal(trained(tmp_path / "run")[4], trained(finished)[4])
