@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compiler for TPUs is installed, and none is there
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("JAXTUNE_CACHE", tempfile.mkdtemp(prefix="jaxtune-tests-"))
 # Child processes of the tests share the folder of compiled programs.

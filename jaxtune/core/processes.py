@@ -150,6 +150,12 @@ def _has_tpu() -> bool:
     )
 
 
+def only_compiles_for_tpu() -> bool:
+    """Whether the compiler for TPUs is installed (for plans), and neither a TPU nor JAX for another accelerator is there."""
+    others = any(importlib.util.find_spec(name) for name in ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin"))
+    return importlib.util.find_spec("libtpu") is not None and not _has_tpu() and not others
+
+
 def several() -> bool:
     """Whether there are other processes."""
     import jax

@@ -17,6 +17,8 @@ def start(cluster: Cluster | None = None) -> None:
     import jax
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what this program says itself
+    if os.environ.get("JAX_PLATFORMS") is None and processes.only_compiles_for_tpu():
+        jax.config.update("jax_platforms", "cpu")
     if jax.config.values["jax_compilation_cache_dir"] is None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "jaxtune" / "xla"))

@@ -104,7 +104,7 @@ def test_without_a_whole_checkpoint_there_is_advice(finished, tmp_path):
     here = copied(finished, tmp_path / "run")
     for step in (3, 6, 9):
         damage_truncated(tmp_path / "run" / "checkpoints" / str(step))
-    with pytest.raises(UserError, match="no checkpoint can be read. Start over with --fresh"):
+    with pytest.raises(UserError, match=r"no checkpoint can be read\. Start over with --fresh"):
         jaxtune.train(here, quiet=True)
 
 
@@ -145,7 +145,7 @@ def test_checkpoints_elsewhere_bring_the_record_to_a_new_machine(chat_model, row
     other = config(tmp_path / "other", chat_model, rows, checkpoint__dir=tmp_path / "bucket", adapter__rank=8)
     with pytest.raises(UserError, match=r"holds a run with another configuration: .*adapter.rank \(4 there, 8 now\)"):
         jaxtune.train(other, quiet=True)
-    with pytest.raises(UserError, match="gs://nowhere/x cannot be reached: .*gcsfs"):
+    with pytest.raises(UserError, match=r"gs://nowhere/x cannot be reached: .*gcsfs"):
         jaxtune.train(config(tmp_path / "cloud", chat_model, rows, checkpoint__dir="gs://nowhere/x"), quiet=True)
 
 
