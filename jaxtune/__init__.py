@@ -6,16 +6,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxtune.api import convert, evaluate, export, generate, load, train
+    from jaxtune.api import convert, evaluate, export, generate, load, plan, train
 
 __version__ = "0.1.0"
-__all__ = ["convert", "evaluate", "export", "generate", "load", "train"]
+__all__ = ["convert", "evaluate", "export", "generate", "load", "plan", "train"]
 
 
 class _Function:
     """A public function, imported when it is first used, so that `import jaxtune` is quick.
 
-    Two of them have the names of subpackages, and importing a subpackage sets an attribute of its name on this package: that is
+    Three of them have the names of subpackages, and importing a subpackage sets an attribute of its name on this package: that is
     let pass, so that `jaxtune.train` is the function whatever was imported before.
     """
 

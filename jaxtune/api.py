@@ -19,6 +19,8 @@ from jaxtune.exporting import export_run
 from jaxtune.generate.engine import Engine
 from jaxtune.generate.sampling import Sampling
 from jaxtune.models.decoder import CausalLM
+from jaxtune.plan.plan import Plan
+from jaxtune.plan.plan import plan as plan_run
 from jaxtune.train.progress import Reporter
 from jaxtune.train.rundir import ADAPTER, MODEL, is_run, read_config
 from jaxtune.training import Run, run
@@ -106,11 +108,7 @@ def train(config: Config | dict | str | Path, *, fresh: bool = False, quiet: boo
 
     """
     runtime.start()
-    if isinstance(config, dict):
-        config = validated(config)
-    elif not isinstance(config, Config):
-        config = load_config(Path(config))
-    return run(config, Reporter(quiet), fresh=fresh)
+    return run(_config(config), Reporter(quiet), fresh=fresh)
 
 
 def evaluate(
@@ -241,6 +239,27 @@ def converted(
         )
     _push(Path(out), push, reporter)
     return Path(out), proof
+
+
+def plan(config: Config | dict | str | Path, on: str) -> Plan:
+    """Does a run fit hardware that is not there, and what does it cost; see `plan.plan`.
+
+    Args:
+        config: a `Config`, nested keys, or a YAML file.
+        on: `here`, a TPU such as `v5e:4x4`, `v5p:4x4x4` or `2*v6e:8x8`, or GPUs such as `h100:16`.
+
+    Raises:
+        UserError: no such target or model, or a configuration that does not fit the mesh.
+        RunFailure: the compiler failed.
+
+    """
+    return plan_run(_config(config), on)
+
+
+def _config(config: Config | dict | str | Path) -> Config:
+    if isinstance(config, dict):
+        return validated(config)
+    return config if isinstance(config, Config) else load_config(Path(config))
 
 
 def _push(path: Path, name: str | None, reporter: Reporter) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxtune"
 LEVELS = {
     "config": 0, "core": 0, "models": 1, "adapters": 2, "weights": 2, "data": 2, "objectives": 2, "train": 3, "generate": 3,
-    "evals": 4, "report": 4, "training": 5, "exporting": 5, "api": 5, "cli": 5, "": 5,
+    "evals": 4, "plan": 4, "report": 4, "training": 5, "exporting": 5, "api": 5, "cli": 5, "": 5,
 }  # fmt: skip
 # Beside arrows that point down, and any level to level 0.
 SIDEWAYS = {
@@ -113,7 +113,7 @@ def test_no_pickle_no_remote_code_no_torch_at_import_time():
 def test_every_config_field_is_read():
     """Each key's name stands as an attribute (or in getattr by the adapter's table) in code other than the schema."""
     text = "\n".join(path.read_text() for path in sources() if path.name != "schema.py")
-    single = {"mesh.slices", "mesh.context", "run.trackers"}  # one value each: nothing to read
+    single = {"run.trackers"}  # one value: nothing to read
     unread = [key for key in keys() if key not in single and not re.search(rf"\.{key.rpartition('.')[2]}\b", text)]
     assert not unread
 
@@ -133,12 +133,13 @@ def test_keys_of_a_single_value_are_those_the_contract_keeps_for_later():
                 and "Literal" in str(inner.annotation)
             ):
                 found.append(f"{name}.{key}".rstrip("."))
-    assert found == ["mesh.slices", "mesh.context"]
+    assert found == []
 
 
 OPTIONS = {
     "quickstart": ["--dir", "--fresh", "--json"],
-    "train": ["--data", "--fresh", "--json", "--model", "--quiet", "arguments"],
+    "train": ["--coordinator", "--data", "--fresh", "--json", "--model", "--process", "--processes", "--quiet", "arguments"],
+    "plan": ["--data", "--json", "--model", "--on", "--search", "arguments"],
     "data": ["--data", "--json", "--model", "--rows", "arguments"],
     "eval": ["--adapter", "--batch-size", "--data", "--json", "--task", "model"],
     "generate": [

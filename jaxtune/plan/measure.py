@@ -157,7 +157,7 @@ def _advice(config: Config, found: dict[str, Any], lowered: Any) -> list[str]:
         advice.append("model.dtype=int8 or nf4 keeps the frozen weights in a half or a quarter of their bytes")
     if mesh["tensor"] == 1 and mesh["fsdp"] > 1:
         advice.append("mesh.tensor=2 or 4 cuts a layer's gathered weights, its activations and the head's logits")
-    if mesh["context"] == 1:
+    if mesh["context"] == 1 and found["devices"] > 1:
         advice.append("mesh.context=2 or more cuts each sequence, or a lower data.max_length shortens it")
     return advice
 
