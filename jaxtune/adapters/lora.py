@@ -93,7 +93,7 @@ class LoRALinear(Linear):
         """The adapted linear map; the adapter's input is dropped out only where `dropout` brings keys."""
         dropped = self._dropped(x, dropout)
         y = self.times_weight(x)
-        update = self._update(dropped, x).reshape(y.shape)
+        update = self._update(dropped, x)
         if self.lora_magnitude_vector is None:
             y = y + update
         else:
@@ -102,12 +102,12 @@ class LoRALinear(Linear):
             y = y + (stretch - 1) * base + stretch * update
         return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(y.dtype), PROJECTION)
 
-    def _update(self, dropped: Float[Array, "*batch in"], x: Float[Array, "*batch in"]) -> Float[Array, "tokens out"]:
+    def _update(self, dropped: Float[Array, "*batch in"], x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """The low-rank part of the map, less what it was at the start where that is subtracted from the base."""
-        update = low_rank(dropped.reshape(-1, x.shape[-1]), self.lora_A[...], self._scaled(self.lora_B[...]))
+        update = low_rank(dropped, self.lora_A[...], self._scaled(self.lora_B[...]))
         if self.start_A is None or self.start_B is None:
             return update
-        return update - low_rank(x.reshape(-1, x.shape[-1]), self.start_A[...], self._scaled(self.start_B[...]))
+        return update - low_rank(x, self.start_A[...], self._scaled(self.start_B[...]))
 
     def as_head(self, x: Float[Array, "*batch in"], dropout: Dropout | None) -> tuple[jax.Array, jax.Array]:
         """See Linear: [x, x A^T] and [W, scale B], so that the update is not rounded into the weight."""
@@ -152,7 +152,7 @@ class LoRAEmbedding(Embedding):
 
 
 @jax.custom_vjp
-def low_rank(x: Float[Array, "tokens in"], a: Float[Array, "rank in"], b: Float[Array, "out rank"]) -> Float[Array, "tokens out"]:
+def low_rank(x: Float[Array, "*batch in"], a: Float[Array, "rank in"], b: Float[Array, "out rank"]) -> Float[Array, "*batch out"]:
     """(x A^T) B^T, the products in x's dtype, the gradients of A and B in float32.
 
     The backward pass is written out so that the gradient of B is a product with the thin side transposed; derived, it would
@@ -172,9 +172,10 @@ def _low_rank_bwd(residuals, dy):
     return matmul(dlow, a.T), _over_tokens(dlow, x), _over_tokens(low, dy).T
 
 
-def _over_tokens(thin: Float[Array, "tokens rank"], wide: Float[Array, "tokens size"]) -> Float[Array, "rank size"]:
+def _over_tokens(thin: Float[Array, "*batch rank"], wide: Float[Array, "*batch size"]) -> Float[Array, "rank size"]:
+    tokens = tuple(range(thin.ndim - 1))  # not made one axis: rows and tokens may lie on different axes of the mesh
     return jax.lax.dot_general(
-        thin, wide, (((0,), (0,)), ((), ())), precision=precision(thin.dtype), preferred_element_type=jnp.float32
+        thin, wide, ((tokens, tokens), ((), ())), precision=precision(thin.dtype), preferred_element_type=jnp.float32
     )
 
 

@@ -1,5 +1,6 @@
 """Files that are either whole or not there: write under a temporary name, then rename."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -64,6 +65,21 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} does not exist.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}. Write or download the file again.") from None
+
+
+def cache_root() -> Path:
+    """Where what can be made again is kept: `JAXTUNE_CACHE`, or `~/.cache/jaxtune`."""
+    given = os.environ.get("JAXTUNE_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtune"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file at `path`, which no two processes or threads do at a time; who comes second waits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def refuse_existing(target: Path) -> None:

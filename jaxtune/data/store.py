@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jaxtune.core.errors import UserError
-from jaxtune.core.files import read_json
+from jaxtune.core.files import cache_root, read_json
 from jaxtune.data.chat import Document
 from jaxtune.data.row import Place
 from jaxtune.objectives.objective import CHOSEN, REJECTED
@@ -201,9 +201,8 @@ class Writer:
 
 
 def cache_directory() -> Path:
-    """Where stores are kept: `JAXTUNE_CACHE`, or `~/.cache/jaxtune`, in the folder `tokens`."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtune"
-    return Path(os.environ.get("JAXTUNE_CACHE") or root) / "tokens"
+    """Where stores are kept."""
+    return cache_root() / "tokens"
 
 
 def open_store(path: Path) -> Store | None:

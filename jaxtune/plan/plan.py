@@ -17,7 +17,7 @@ from typing import Any
 
 from jaxtune.config.schema import Config
 from jaxtune.core.errors import RunFailure, UserError
-from jaxtune.core.files import read_json, write_json
+from jaxtune.core.files import cache_root, locked, read_json, write_json
 from jaxtune.plan.target import Target, parse
 
 _TIMEOUT = 1800
@@ -125,11 +125,10 @@ def _planned(config: Config, target: Target) -> Plan | Exception:
         if target.kind is None:
             return _read(_here(config))
         place = _cache_file(config, target)
-        if place.exists():
-            return _read(read_json(place))
-        found = _in_child(config, target)
-        write_json(place, found)
-        return _read(found)
+        with locked(place.with_suffix(".lock")):
+            if not place.exists():
+                write_json(place, _in_child(config, target))
+        return _read(read_json(place))
     except (UserError, RunFailure) as error:
         return error
 
@@ -187,8 +186,7 @@ def _cache_file(config: Config, target: Target) -> Path:
         "program": _program(),
     }
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:32]
-    root = os.environ.get("JAXTUNE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtune"
-    return Path(root) / "plans" / f"{digest}.json"
+    return cache_root() / "plans" / f"{digest}.json"
 
 
 @cache

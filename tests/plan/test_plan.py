@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -11,14 +12,12 @@ import pytest
 import jaxtune
 from jaxtune.config.loading import load_config
 from jaxtune.core.errors import UserError
-from jaxtune.plan.plan import Plan, memory_wanted, plan, plans
+from jaxtune.plan.plan import Plan, memory_wanted, plan
 from jaxtune.plan.search import search
 from jaxtune.plan.show import plan_text, search_text
 from jaxtune.plan.target import CHIPS, parse
 from jaxtune.train.metrics import read_metrics
 from tests import tools
-
-pytestmark = pytest.mark.xdist_group("plan")  # what is compiled for one test serves the others
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GIB = 2**30
@@ -65,13 +64,16 @@ def made():
         "llama-3.1-405b": (shipped("llama-3.1-405b"), None, (16, 8, 16)),
         "too large": (shipped("llama-3.3-70b", "train.remat=dots"), "v5e:4x4", None),
     }
+    with ThreadPoolExecutor(2) as pool:
+        jobs = {name: pool.submit(plan, config, on or target_of(name)) for name, (config, on, _) in asked.items()}
     found = {}
-    for name, (config, on, counted) in asked.items():
-        model = "llama-3.1-8b" if name.startswith("8b") else "llama-3.3-70b" if name.startswith("70b") else name
-        result = plans([config], on or target_of(name))[0]
-        assert isinstance(result, Plan), result
-        found[name] = result, None if counted is None else arguments(model, *counted)
+    for name, (_, _, counted) in asked.items():
+        found[name] = jobs[name].result(), None if counted is None else arguments(model_of(name), *counted)
     return found
+
+
+def model_of(name):
+    return "llama-3.1-8b" if name.startswith("8b") else "llama-3.3-70b" if name.startswith("70b") else name
 
 
 FITTING = [
@@ -101,7 +103,7 @@ def test_every_shipped_configuration_fits_what_it_names(made, name):
 def test_arithmetic_is_that_of_the_step(made, name):
     """Each matrix of the blocks twice forward, twice backward, and all but the last of a layer twice again where layers are recomputed."""
     found, _ = made[name]
-    model = "llama-3.1-8b" if name.startswith("8b") else "llama-3.3-70b" if name.startswith("70b") else name
+    model = model_of(name)
     hidden, mlp, layers, heads, _ = SIZES[model]
     kv = hidden // heads * KV_HEADS
     blocks = layers * (2 * hidden * hidden + 2 * kv * hidden + 3 * mlp * hidden)

@@ -25,7 +25,7 @@ from jaxtune.train.progress import Reporter
 from jaxtune.train.setup import setup
 from tests import tools
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.xdist_group("meshes")]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 STEPS = 6
 MESHES = {
