@@ -37,6 +37,7 @@ CHANGES = {
     "optimizer.weight_decay": 0.5, "optimizer.clip_norm": 0.01,
     "train.epochs": 2, "train.steps": 2, "train.batch_size": 16, "train.micro_batch_size": 4, "train.remat": "full", "train.eval_every": 2,
     "train.neftune": 5, "train.ema": 0.5, "train.seed": 1, "mesh.data": 8, "mesh.fsdp": 2, "mesh.tensor": 2,
+    "mesh.slices": 2, "mesh.context": 2,
     "checkpoint.every": 100, "checkpoint.keep": 1,
 }  # fmt: skip
 PREFERENCES = {
@@ -51,9 +52,9 @@ DISTILLED = {"distill.top_k": 2, "distill.temperature": 2, "distill.share": 0.9}
 # Keys whose other values are files, or are refused, which is tested below or beside the thing itself.
 OTHERS = {
     "model.source", "adapter.init", "data.train", "data.eval", "data.split", "data.format", "data.columns", "data.on_error", "run.dir",
-    "trainable", "distill.teacher", "adapter.bias",
+    "trainable", "distill.teacher", "adapter.bias", "checkpoint.best", "checkpoint.dir", "run.watchdog",
 }  # fmt: skip
-SINGLE = {"mesh.slices", "mesh.context", "run.trackers"}
+SINGLE = {"run.trackers"}
 
 
 @pytest.fixture(scope="module")
