@@ -1,34 +1,22 @@
 #!/usr/bin/env python
-"""Memory of one training step by method, compiled for a TPU v5e chip that is not there.
+"""Memory of one training step, compiled for TPUs that are not there: by method, by model and mesh, and how many tokens fit.
 
-    .venv/bin/pip install -c scripts/lock.txt -e '.[plan]'
-    .venv/bin/python scripts/bench/memory.py [--models 1B,8B] [--micro 1] [--record]
+    scripts/test --version          # makes the environment, the compiler for TPUs among it
+    .venv/bin/python scripts/bench/memory.py methods|models|largest [--record]
 
-The step is the one that `jaxtune train` runs, lowered from shapes alone: Llama-3.2-1B's and Llama-3.1-8B's architectures, bfloat16 base,
-rank 16 on all linear maps, 4 rows of 2,048 tokens, whole layers recomputed. `sum` is what a chip holds at once by the safe reading:
-arguments + results - what they replace + temporaries. Each case is compiled in a process of its own, at the compiler's low effort.
-`--record` appends the table to RESULTS.md.
+It is `jaxtune plan` on many configurations: the step that `jaxtune train` runs, bfloat16 base, rank 16 on all linear maps, rows of 2,048
+tokens, whole layers recomputed, at the compiler's low effort. `sum` is what a chip holds at once by the safe reading (arguments + results -
+what they replace + temporaries), `peak` the compiler's own figure. `--record` appends the table to RESULTS.md.
 """
 
 import argparse
-import json
-import os
-import re
-import subprocess
-import sys
-from dataclasses import replace
 from pathlib import Path
 
-GIB, CHIP, ROWS, LENGTH = 2**30, 15.75, 4, 2048
-LLAMA = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "rope_theta": 500000.0, "rms_norm_eps": 1e-5,
-    "hidden_act": "silu", "max_position_embeddings": 131072, "torch_dtype": "bfloat16", "num_key_value_heads": 8, "num_attention_heads": 32,
-    "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
-}  # fmt: skip
-MODELS = {
-    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64, "tie_word_embeddings": True},
-    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "tie_word_embeddings": False},
-}  # fmt: skip
+from jaxtune.config.loading import load_config
+from jaxtune.plan.plan import Plan, plans
+
+GIB, LENGTH = 2**30, 2048
+NAMES = {"1B": "Llama-3.2-1B", "8B": "Llama-3.1-8B", "70B": "Llama-3.3-70B", "405B": "Llama-3.1-405B"}
 METHODS = {
     "full": ["adapter.method=none"],
     "last:4": ["adapter.method=none", "trainable=last:4"],
@@ -37,144 +25,91 @@ METHODS = {
     "QLoRA, int8": ["model.dtype=int8"],
     "QLoRA, nf4": ["model.dtype=nf4"],
 }
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0",
-}  # fmt: skip
+# Model, target, tensor, rows, further keys; the last column is google-tunix 0.1.7 at its best remat, peak / sum, from the project's notes.
+MODELS = [
+    ("1B", "v5e:1x1", 1, 4, [], "8.6 / 8.8"),
+    ("1B", "v5e:1x1", 1, 8, [], "13.6 / 13.6"),
+    ("8B", "v5e:2x2", 1, 4, [], "14.1 / 14.2"),
+    ("8B", "v5e:2x2", 1, 8, [], "does not fit"),
+    ("8B", "v5e:4x4", 4, 16, [], "5.7 / 5.8"),
+    ("8B", "v5e:4x4", 1, 16, [], "?"),
+    ("8B", "v5p:2x2x1", 1, 16, [], "21.8 / 22.0"),
+    ("8B", "2*v5e:4x4", 4, 32, [], "?"),
+    ("70B", "v5e:8x8", 8, 8, [], "?"),
+    ("70B", "v5p:2x2x2", 1, 16, [], "?"),
+    ("70B", "v5e:4x4", 4, 16, ["model.dtype=nf4"], "?"),
+    ("405B", "v5p:4x4x8", 8, 16, [], "?"),
+]
+LARGEST = [
+    ("1B", "v5e:1x1", [], "8"),
+    ("8B", "v5e:2x2", [], "4"),
+    ("8B", "v5e:1x1", ["model.dtype=nf4"], "2 (int4)"),
+    ("8B", "v5e:4x4", [], "?"),
+]
 
 
-def shapes(config, raw, mesh):
-    """The model of a configuration with shapes for numbers, as `load_model` and `inject` would make it."""
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-
-    from jaxtune.adapters.inject import inject
-    from jaxtune.adapters.selection import Selection
-    from jaxtune.models.decoder import abstract_model
-    from jaxtune.models.families import from_hf
-    from jaxtune.train.methods import _lora, selected
-    from jaxtune.weights.load import _block_matrices
-    from jaxtune.weights.quantise import to_int8, to_nf4
-    from jaxtune.weights.rows import rows
-
-    architecture = from_hf(raw, "config.json")
-    chosen = Selection(selected(config), architecture.num_layers)
-    plain = nnx.split(abstract_model(architecture, jnp.bfloat16, jnp.bfloat16))[1]
-    names = [name for row in rows(plain, architecture) for name in row.names]
-    architecture = replace(architecture, cuts=chosen.cuts(names))
-    graph, state = nnx.split(abstract_model(architecture, jnp.bfloat16, jnp.bfloat16))
-    matrices, leaves = _block_matrices(graph, state), dict(nnx.to_flat_state(state))
-    rounding = {"int8": to_int8, "nf4": to_nf4}.get(config.model.dtype)
-    for row in rows(state, architecture):
-        leaf = leaves[row.path]
-        if chosen.trains(row.names[0]):
-            value = jax.ShapeDtypeStruct((*row.stack, *row.shape), jnp.float32)
-            leaves[row.path] = nnx.Param(value, axes=leaf.get_metadata()["axes"], trained=True)
-        elif rounding and row.path in matrices:
-            one = jax.eval_shape(rounding, jax.ShapeDtypeStruct(row.shape, jnp.float32))
-            value = jax.tree.map(lambda part, stack=row.stack: jax.ShapeDtypeStruct((*stack, *part.shape), part.dtype), one)
-            leaves[row.path] = nnx.Param(value, axes=leaf.get_metadata()["axes"])
-    state = nnx.from_flat_state(leaves)
-    if config.adapter.method == "none":
-        return nnx.merge(graph, state)
-    made = []
-
-    def adapted(state):
-        model = nnx.merge(graph, state)
-        inject(model, _lora(config.adapter, None, model, None), 0, mesh)
-        made.append(nnx.split(model)[0])
-        return nnx.split(model)[1]
-
-    found = jax.eval_shape(adapted, state)
-    return nnx.merge(made[0], found)
+def config(model, rows, *keys, tensor=1, slices=1):
+    common = [f"model.source=meta-llama/{NAMES[model]}", f"data.max_length={LENGTH}", "train.remat=full", f"train.batch_size={rows}"]
+    return load_config(overrides=[*common, f"mesh.tensor={tensor}", f"mesh.slices={slices}", *keys])
 
 
-def measure(model, method, micro):
-    """Bytes of the compiled step on one chip."""
-    import jax
-    import numpy as np
-    from jax.experimental import topologies
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    from jaxtune.config.loading import load_config
-    from jaxtune.core.mesh import make_mesh
-    from jaxtune.objectives.objective import Batch
-    from jaxtune.train.setup import assembled
-    from jaxtune.train.step import init_state, train_step
-
-    options = {"chips_per_host_bounds": (1, 1, 1)}
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:1x1", **options).devices
-    mesh = make_mesh(devices=list(devices))
-    keys = [*METHODS[method], "adapter.rank=16", "train.remat=full", f"train.batch_size={ROWS}"]
-    config = load_config(overrides=keys)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def placed(tree):
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), tree)
-
-    with jax.set_mesh(mesh):
-        parts = assembled(config, shapes(config, LLAMA | MODELS[model], mesh), 1000)
-        state = placed(jax.eval_shape(lambda leaves: init_state(leaves, parts.optimizer, 0), parts.trainable))
-        cut = jax.ShapeDtypeStruct((ROWS // micro, micro, LENGTH), np.int32)
-        batch = placed(Batch(cut, cut, jax.ShapeDtypeStruct(cut.shape, np.float32), cut, cut))
-        lowered = (
-            train_step(parts.computation, parts.optimizer)
-            .trace(state, placed(parts.frozen), batch)
-            .lower(lowering_platforms=("tpu",))
-        )
-        found = lowered.compile().memory_analysis()
-    sizes = {name: getattr(found, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp")}
-    sizes["frozen"] = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts.frozen))
-    return sizes | {"peak": found.peak_memory_in_bytes}
+def cells(found):
+    if not isinstance(found, Plan):
+        raise found
+    if found.peak_bytes is None:
+        return f"the compiler wants {found.needed_bytes / GIB:.1f} | | no"
+    sizes = (found.argument_bytes, found.temp_bytes, found.compiler_peak_bytes, found.peak_bytes)
+    return " | ".join(f"{size / GIB:.2f}" for size in sizes) + f" | {'yes' if found.fits else 'no'}"
 
 
-def case(model, method, micro):
-    """The same in a process of its own; where it does not fit the GiB of temporaries that the compiler wanted."""
-    command = [sys.executable, __file__, "--one", model, method, str(micro)]
-    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    needed = re.search(r"RESOURCE_EXHAUSTED.*\((\d+\.\d+)G\) exceeds available HBM", done.stderr)
-    if needed is None:
-        sys.exit(done.stderr)
-    return {"temporaries": needed[1]}
+def methods():
+    lines = ["| model, method (v5e:1x1, 4 x 2,048) | arguments | temporaries | peak | sum | fits 15.75 |", "|---|---|---|---|---|---|"]
+    for model in ("1B", "8B"):
+        for name, found in zip(METHODS, plans([config(model, 4, *keys) for keys in METHODS.values()], "v5e:1x1"), strict=True):
+            lines.append(f"| {model}, {name} | {cells(found)} |")
+    return lines
 
 
-def table(models, micro):
-    lines = [f"| model, method | base | arguments | temporaries | peak | sum | fits {CHIP} |", "|---|---|---|---|---|---|---|"]
-    for model in models:
-        for method in METHODS:
-            found = case(model, method, micro)
-            print(model, method, found, file=sys.stderr, flush=True)
-            if "temporaries" in found:  # the compiler says no more than this
-                lines.append(f"| {model}, {method} | | | {found['temporaries']} | | | no |")
-                continue
-            total = found["argument"] + found["output"] - found["alias"] + found["temp"]
-            numbers = (found["frozen"], found["argument"], found["temp"], found["peak"], total)
-            cells = " | ".join(f"{number / GIB:.2f}" for number in numbers)
-            lines.append(
-                f"| {model}, {method} | {cells} | {'yes' if total / GIB <= CHIP else 'by peak' if found['peak'] / GIB <= CHIP else 'no'} |"
-            )
-    return "\n".join(lines) + "\n"
+def models():
+    head = "| model, target | mesh | rows | arguments | temporaries | peak | sum | fits | tunix, peak / sum |"
+    lines = [head, "|---|---|---|---|---|---|---|---|---|"]
+    for model, target, tensor, rows, keys, theirs in MODELS:
+        slices = int(target.partition("*")[0]) if "*" in target else 1
+        (found,) = plans([config(model, rows, *keys, tensor=tensor, slices=slices)], target)
+        mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items() if size > 1) or "one chip"
+        note = f", {keys[0].partition('=')[2]}" if keys else ""
+        lines.append(f"| {model}{note}, {target} | {mesh} | {rows} | {cells(found)} | {theirs} |")
+    return lines
+
+
+def largest():
+    lines = ["| model, target | largest batch that fits, rows of 2,048 | sum, GiB | next that does not | tunix |", "|---|---|---|---|---|"]
+    for model, target, keys, theirs in LARGEST:
+        step, rows, best, fits = {"v5e:1x1": 1, "v5e:2x2": 4, "v5e:4x4": 16}[target], 0, 0, None
+        step = max(step, 2) if model == "1B" else step
+        while True:
+            (found,) = plans([config(model, rows + step, *keys)], target)
+            if not isinstance(found, Plan) or not found.fits:
+                break
+            rows, best, fits = rows + step, rows + step, found
+        note = f", {keys[0].partition('=')[2]}" if keys else ""
+        size = f"{fits.peak_bytes / GIB:.1f}" if fits else ""
+        lines.append(f"| {model}{note}, {target} | {best} | {size} | {rows + step} | {theirs} |")
+    return lines
+
+
+TABLES = {"methods": methods, "models": models, "largest": largest}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="1B,8B")
-    parser.add_argument("--micro", type=int, default=ROWS, help="rows computed together (default: all 4)")
+    parser.add_argument("table", choices=TABLES)
     parser.add_argument("--record", action="store_true")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        model, method, micro = options.one
-        print(json.dumps(measure(model, method, int(micro))))
-        return
-    text = table(options.models.split(","), options.micro)
+    text = "\n".join(TABLES[options.table]()) + "\n"
     print(text)
     if options.record:
-        command = f"python scripts/bench/memory.py --micro {options.micro}"
-        heading = f"\n## Memory of a step by method\n\n`{command}`, v5e, GiB a chip, 4 x 2,048 tokens, {options.micro} rows at a time:\n\n"
+        heading = f"\n## Memory of a step: {options.table}\n\n`python scripts/bench/memory.py {options.table}`, GiB a chip:\n\n"
         with (Path(__file__).parent / "RESULTS.md").open("a") as file:
             file.write(heading + text)
 

@@ -17,7 +17,7 @@ GOOD = tools.chat("1+1?", "2")
 @pytest.fixture
 def cli(capsys, monkeypatch):
     """Runs a command; gives its exit status and what it wrote on stderr."""
-    monkeypatch.setattr("jaxtune.core.runtime.start", lambda: None)
+    monkeypatch.setattr("jaxtune.core.runtime.start", lambda *_: None)
 
     def call(*arguments):
         try:
@@ -101,7 +101,8 @@ CONFIGS = {
     "- a\n": "a configuration is a mapping of keys, not a list",
     "train: {seed: 1}\ntrain: {seed: 2}\n": ":2: train is given twice",
     "adapter: {method: lokr}\n": "adapter.method = 'lokr': input should be 'lora'",
-    "mesh: {context: 4}\n": "mesh.context = 4: input should be 1",
+    "mesh: {slices: 0}\n": "mesh.slices = 0: input should be greater than or equal to 1",
+    "checkpoint: {best: loss}\n": "checkpoint.best needs evaluations",
     "data:\n  train: [{sorce: x}]\n": ":2: unknown key 'data.train[0].sorce'.",
     "data:\n  train: [a.jsonl, {source: x, weight: 0}]\n": ":2: data.train[1].weight = 0: input should be greater than 0",
     "data: {split: 5%, eval: x}\n": "data.split and data.eval are both set",
@@ -142,7 +143,7 @@ def test_targets_and_mesh(cli, tmp_path, chat_model):
     )
     assert_refused(cli, tmp_path, chat_model, "needs 3 devices and there are 8", extra=["mesh.data=3", "mesh.fsdp=1"])
     assert_refused(
-        cli, tmp_path, chat_model, "train.batch_size = 6 rows do not divide over 8 devices", extra=["train.batch_size=6"]
+        cli, tmp_path, chat_model, "train.batch_size = 6 does not divide over 8 devices", extra=["train.batch_size=6"]
     )
 
 

@@ -76,7 +76,7 @@ def observe(overrides, directory, monkeypatch):
         monkeypatch.setattr(setup, "make_mesh", lambda *sizes: make_mesh(devices=jax.devices()[:1]))
     monkeypatch.setattr("jaxtune.training._answers", lambda parts, model, samples: [""] * len(samples))
     monkeypatch.setattr(export, "why_not_torch", lambda source, *packages: "not the subject here")
-    monkeypatch.setattr("jaxtune.core.runtime.start", lambda: None)
+    monkeypatch.setattr("jaxtune.core.runtime.start", lambda *_: None)
     config = load_config(overrides=[*overrides, f"run.dir={directory}"])
     result = run(config, Reporter(quiet=True))
     rows = [{key: value for key, value in row.items() if key not in TIMES} for row in read_metrics(directory)]

@@ -27,7 +27,7 @@ def train(tmp_path, monkeypatch, chat_model):
     """Trains two steps on one device; the run."""
     monkeypatch.setattr(setup, "make_mesh", lambda *sizes: make_mesh(devices=jax.devices()[:1]))
     monkeypatch.setattr(export, "why_not_torch", lambda source, *packages: "not the subject here")
-    monkeypatch.setattr("jaxtune.core.runtime.start", lambda: None)
+    monkeypatch.setattr("jaxtune.core.runtime.start", lambda *_: None)
 
     def call(*keys, model=chat_model):
         common = [

@@ -40,7 +40,7 @@ def wide(tmp_path_factory):
 def train(tmp_path, monkeypatch, chat_model):
     """Trains on one device; the run."""
     monkeypatch.setattr(setup, "make_mesh", lambda *sizes: make_mesh(devices=jax.devices()[:1]))
-    monkeypatch.setattr("jaxtune.core.runtime.start", lambda: None)
+    monkeypatch.setattr("jaxtune.core.runtime.start", lambda *_: None)
     rows = tools.write_rows(tmp_path / "chats.jsonl", tools.sums(24))
     pairs = tools.write_rows(tmp_path / "pairs.jsonl", PAIRS)
 
