@@ -14,6 +14,7 @@ _OPERATION = re.compile(rf"= (?P<shape>\(.*?\)|\S+) (?P<kind>{'|'.join(_KINDS)})
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|called_computations)=\{?(%[\w.\-]+(?:, ?%[\w.\-]+)*)")
 _LOOP = re.compile(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)")
+_KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _BETWEEN = re.compile(r"= (?P<shape>\(.*?\)) send\(.*_xla_megascale_transfer_type=\"(?P<kind>\w+)\"")
@@ -117,7 +118,8 @@ def _times(computations: dict[str, list[str]], entry: str) -> Counter[str]:
         times[name] += count
         for line in computations.get(name, []):
             if loop := _LOOP.search(line):
-                visit(loop[2], count * _trips(computations.get(loop[1], [])))
+                known = _KNOWN.search(line)
+                visit(loop[2], count * (int(known[1]) if known else _trips(computations.get(loop[1], []))))
                 continue
             for called in _CALLED.finditer(line):
                 for one in called[1].split(","):

@@ -49,7 +49,12 @@ LARGEST = [
 
 
 def config(model, rows, *keys, tensor=1, slices=1):
-    common = [f"model.source=meta-llama/{NAMES[model]}", f"data.max_length={LENGTH}", "train.remat=full", f"train.batch_size={rows}"]
+    common = [
+        f"model.source=meta-llama/{NAMES[model]}",
+        f"data.max_length={LENGTH}",
+        "train.remat=full",
+        f"train.batch_size={rows}",
+    ]
     return load_config(overrides=[*common, f"mesh.tensor={tensor}", f"mesh.slices={slices}", *keys])
 
 
@@ -63,7 +68,10 @@ def cells(found):
 
 
 def methods():
-    lines = ["| model, method (v5e:1x1, 4 x 2,048) | arguments | temporaries | peak | sum | fits 15.75 |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| model, method (v5e:1x1, 4 x 2,048) | arguments | temporaries | peak | sum | fits 15.75 |",
+        "|---|---|---|---|---|---|",
+    ]
     for model in ("1B", "8B"):
         for name, found in zip(METHODS, plans([config(model, 4, *keys) for keys in METHODS.values()], "v5e:1x1"), strict=True):
             lines.append(f"| {model}, {name} | {cells(found)} |")
@@ -83,7 +91,10 @@ def models():
 
 
 def largest():
-    lines = ["| model, target | largest batch that fits, rows of 2,048 | sum, GiB | next that does not | tunix |", "|---|---|---|---|---|"]
+    lines = [
+        "| model, target | largest batch that fits, rows of 2,048 | sum, GiB | next that does not | tunix |",
+        "|---|---|---|---|---|",
+    ]
     for model, target, keys, theirs in LARGEST:
         step, rows, best, fits = {"v5e:1x1": 1, "v5e:2x2": 4, "v5e:4x4": 16}[target], 0, 0, None
         step = max(step, 2) if model == "1B" else step

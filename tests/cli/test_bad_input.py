@@ -142,9 +142,7 @@ def test_targets_and_mesh(cli, tmp_path, chat_model):
         cli, tmp_path, chat_model, "'q_prj' matches no module", "Did you mean 'q_proj'?", extra=["adapter.targets=[q_prj]"]
     )
     assert_refused(cli, tmp_path, chat_model, "needs 3 devices and there are 8", extra=["mesh.data=3", "mesh.fsdp=1"])
-    assert_refused(
-        cli, tmp_path, chat_model, "train.batch_size = 6 does not divide over 8 devices", extra=["train.batch_size=6"]
-    )
+    assert_refused(cli, tmp_path, chat_model, "train.batch_size = 6 does not divide over 8 devices", extra=["train.batch_size=6"])
 
 
 def edit(path, change):

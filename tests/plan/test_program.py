@@ -110,6 +110,10 @@ TEXT = """HloModule jit_step
   ROOT %both = (s32[], bf16[8,16]) tuple(%i, %x)
 }
 
+%again (carry: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  ROOT %more = bf16[2,64]{1,0} all-gather(%x), channel_id=8, replica_groups=[2,4]<=[8], dimensions={1}
+}
+
 %condition (carry: (s32[], bf16[8,16])) -> pred[] {
   %bound = s32[] constant(3)
   ROOT %less = pred[] compare(%i, %bound), direction=LT
@@ -121,6 +125,7 @@ TEXT = """HloModule jit_step
 
 ENTRY %main (p: bf16[8,16]) -> f32[8,4] {
   %loop = (s32[], bf16[8,16]) while(%start), condition=%condition, body=%body
+  %known = (s32[], bf16[8,16]) while(%start), condition=%other, body=%again, backend_config={"known_trip_count":{"n":"7"}}
   %part = f32[8,4] fusion(%q), kind=kCustom, calls=%all-reduce-scatter.1
   %own = f32[4,4]{1,0} reduce-scatter(%w), channel_id=7, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}, to_apply=%add
   %moved = (f32[32]{0}, f32[32]{0}) collective-permute-start(%r), channel_id=3, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
@@ -139,6 +144,7 @@ def test_the_programs_text_is_read():
     }
     assert found == {
         "all-gather bf16[8,64]": Collective("all-gather", ("fsdp", "tensor"), "bf16[8,64]", 1024, 3, 4),
+        "all-gather bf16[2,64]": Collective("all-gather", ("fsdp", "tensor"), "bf16[2,64]", 256, 7, 4),
         "reduce-scatter f32[16,4]": Collective("reduce-scatter", ("slices",), "f32[16,4]", 256, 1, 2),
         "reduce-scatter f32[4,4]": Collective("reduce-scatter", ("fsdp", "tensor"), "f32[4,4]", 256, 1, 4),
         "collective-permute f32[32]": Collective("collective-permute", ("fsdp", "tensor"), "f32[32]", 128, 1, 2),
