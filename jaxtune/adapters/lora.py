@@ -11,6 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxtune.core.axes import spread
 from jaxtune.core.dtypes import precision
 from jaxtune.models.layers import Dropout, Embedding, Linear, matmul
 from jaxtune.models.remat import LOW, PROJECTION
@@ -173,7 +174,9 @@ def _low_rank_bwd(residuals, dy):
 
 
 def _over_tokens(thin: Float[Array, "*batch rank"], wide: Float[Array, "*batch size"]) -> Float[Array, "rank size"]:
-    tokens = tuple(range(thin.ndim - 1))  # not made one axis: rows and tokens may lie on different axes of the mesh
+    if not spread():
+        thin, wide = thin.reshape(-1, thin.shape[-1]), wide.reshape(-1, wide.shape[-1])
+    tokens = tuple(range(thin.ndim - 1))  # on a mesh not made one axis: rows and tokens may lie on different axes of it
     return jax.lax.dot_general(
         thin, wide, ((tokens, tokens), ((), ())), precision=precision(thin.dtype), preferred_element_type=jnp.float32
     )

@@ -83,6 +83,12 @@ def ways(mesh: Mesh | AbstractMesh, axis: str, rules: Rules = RULES) -> int:
     return math.prod(mesh.shape[name] for name in _names(getattr(rules, axis)))
 
 
+def spread() -> bool:
+    """Whether the current mesh has several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
 def even(axis: str, size: int) -> bool:
     """Whether the current mesh cuts a logical axis of this size into equal parts."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -91,9 +97,9 @@ def even(axis: str, size: int) -> bool:
 
 def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Array:
     """Pin an activation's layout on the current mesh; without a mesh of several devices it is `x` itself."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not spread():
         return x
+    mesh = jax.sharding.get_abstract_mesh()
     return jax.lax.with_sharding_constraint(x, fitting(mesh, axes, x.shape, rules))
 
 

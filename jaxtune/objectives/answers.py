@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxtune.core.axes import constrain
 from jaxtune.models.decoder import CausalLM
-from jaxtune.models.layers import matmul, softcap
-from jaxtune.objectives.cross_entropy import Chunks, at, whole_head
+from jaxtune.objectives.cross_entropy import Chunks, at, logits_of, whole_head
 from jaxtune.objectives.objective import PLAIN, Batch, Pass, read
 
 
@@ -53,12 +51,12 @@ def token_log_probs(
     cap: float | None,
 ) -> Float[Array, "batch seq"]:
     """Log softmax(h W^T)[y] of every token, float32; logits exist for a chunk of tokens at a time, in the backward pass again."""
-    chunks, head = Chunks(targets.shape), whole_head(head)
+    chunks, vocab, head = Chunks(targets.shape), head.shape[0], whole_head(head)
 
     @jax.checkpoint
     def turn(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         h, y = inputs
-        logits = constrain(softcap(matmul(h, head).astype(jnp.float32), cap), "tokens", None, "vocab")
+        logits = logits_of(h, head, vocab, cap)
         return at(logits, y) - jax.nn.logsumexp(logits, axis=-1)
 
     return chunks.join(jax.lax.map(turn, (chunks.cut(hidden), chunks.cut(targets))))

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxtune.core.axes import constrain, fitting
+from jaxtune.core.axes import constrain, fitting, ways
 from jaxtune.core.dtypes import precision
 from jaxtune.models.layers import matmul, softcap
 
 CHUNK = 256
+_NEVER = -1e9
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,24 @@ def _size(mesh: jax.sharding.AbstractMesh, entry: object) -> int:
     return math.prod(mesh.shape[name] for name in names)  # type: ignore[union-attr]
 
 
-def whole_head(head: Float[Array, "vocab embed"]) -> Float[Array, "vocab embed"]:
-    """The head as a loop over chunks needs it: cut over the vocabulary only, gathered once and not at every turn."""
-    return constrain(head, "vocab", None)
+def whole_head(head: Float[Array, "vocab embed"]) -> Float[Array, "rows embed"]:
+    """The head as a loop over chunks needs it: cut over the vocabulary only, gathered once and not at every turn.
+
+    Where the vocabulary does not divide over its mesh axis, rows of zeros are added; `logits_of` hides them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    missing = 0 if mesh.empty else -head.shape[0] % ways(mesh, "vocab")
+    return constrain(jnp.pad(head, ((0, missing), (0, 0))) if missing else head, "vocab", None)
+
+
+def logits_of(
+    hidden: Float[Array, "groups tokens embed"], head: Float[Array, "rows embed"], vocab: int, cap: float | None
+) -> Float[Array, "groups tokens rows"]:
+    """Float32 logits, those of rows beyond the vocabulary so low that they are never chosen."""
+    logits = softcap(matmul(hidden, head).astype(jnp.float32), cap)
+    if head.shape[0] != vocab:
+        logits = jnp.where(jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) < vocab, logits, _NEVER)
+    return constrain(logits, "tokens", None, "vocab")
 
 
 def at(values: Float[Array, "*tokens vocab"], targets: Int[Array, "*tokens"]) -> Float[Array, "*tokens"]:
@@ -103,12 +119,12 @@ def _primal(hidden, head, targets, weights, cap: float | None) -> jax.Array:
 
 
 def _forward(hidden, head, targets, weights, cap: float | None, *, hidden_gradient: bool, head_gradient: bool):
-    chunks, head = Chunks(targets.shape), whole_head(head)
+    chunks, vocab, head = Chunks(targets.shape), head.shape[0], whole_head(head)
 
     def step(carry, inputs):
         loss, head_sum = carry
         h, y, w = inputs
-        logits = constrain(softcap(matmul(h, head).astype(jnp.float32), cap), "tokens", None, "vocab")
+        logits = logits_of(h, head, vocab, cap)
         top = jnp.max(logits, axis=-1)
         # The barrier keeps one exponential for the sum and the gradient; fused into the sum it would be computed twice.
         exps = jax.lax.optimization_barrier(jnp.exp(logits - top[..., None]))
@@ -130,7 +146,7 @@ def _forward(hidden, head, targets, weights, cap: float | None, *, hidden_gradie
     head_sum = jnp.zeros(head.shape, jnp.float32) if head_gradient else None
     start = (jnp.zeros((), jnp.float32), head_sum)
     (loss, head_sum), gradient = jax.lax.scan(step, start, tuple(map(chunks.cut, (hidden, targets, weights))))
-    return loss, None if gradient is None else chunks.join(gradient), head_sum
+    return loss, None if gradient is None else chunks.join(gradient), None if head_sum is None else head_sum[:vocab]
 
 
 def _fwd(hidden, head, targets, weights, cap):

@@ -5,8 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune.models.layers import matmul, softcap
-from jaxtune.objectives.cross_entropy import Chunks, at, whole_head
+from jaxtune.objectives.cross_entropy import Chunks, at, logits_of, whole_head
 from jaxtune.objectives.objective import PLAIN, Batch, Networks, Objective, Pass, Sums, read
 
 
@@ -21,13 +20,14 @@ def distill(top_k: int, temperature: float, share: float) -> Objective:
         assert networks.teacher is not None
         student, teacher = networks.policy, networks.teacher
         ours, theirs = read(student, batch, how), jax.lax.stop_gradient(read(teacher, batch, PLAIN))
-        chunks, head, guide = Chunks(batch.weights.shape), whole_head(ours[1]), whole_head(theirs[1])
+        chunks, vocab = Chunks(batch.weights.shape), ours[1].shape[0]
+        head, guide = whole_head(ours[1]), whole_head(theirs[1])
 
         @jax.checkpoint
         def turn(inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
             h, g, y, w = inputs
-            logits = softcap(matmul(h, head).astype(jnp.float32), student.config.logit_softcap)
-            wanted = softcap(matmul(g, guide).astype(jnp.float32), teacher.config.logit_softcap)
+            logits = logits_of(h, head, vocab, student.config.logit_softcap)
+            wanted = logits_of(g, guide, vocab, teacher.config.logit_softcap)
             plain = at(logits, y) - jax.nn.logsumexp(logits, axis=-1)
             distance = _divergence(logits / temperature, wanted / temperature, top_k)
             losses = share * temperature**2 * distance - (1 - share) * plain
