@@ -89,6 +89,12 @@ def spread() -> bool:
     return not mesh.empty and mesh.size > 1
 
 
+def cuts(axis: str, size: int) -> int:
+    """Into how many parts the current mesh cuts a logical axis of this size."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in _names(_dividing(mesh, getattr(RULES, axis), size)))
+
+
 def even(axis: str, size: int) -> bool:
     """Whether the current mesh cuts a logical axis of this size into equal parts."""
     mesh = jax.sharding.get_abstract_mesh()

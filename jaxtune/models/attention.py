@@ -5,7 +5,7 @@ Shape letters: B batch, T queries, S keys, K key/value heads, G query heads per 
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +71,9 @@ def attend(
     k_BSKH, v_BSKH = (_repeated(part, q_BTNH.shape[2], ways(mesh, "act_heads")) for part in (k_BSKH, v_BSKH))
     split = k_BSKH.shape[2] % ways(mesh, "act_heads") == 0
     queries, keys = (_layout(mesh, seq, part, split) for seq, part in (("seq", q_BTNH), (None, k_BSKH)))
-    rows_q, rows_k = PartitionSpec(*queries[:2]), PartitionSpec(*keys[:2])
-    masks = Mask(rows_q, rows_k, rows_q, rows_k, None if mask.window is None else PartitionSpec())  # type: ignore[arg-type]
+    rows: Any = PartitionSpec(*queries[:2]), PartitionSpec(*keys[:2])
+    window: Any = None if mask.window is None else PartitionSpec()
+    masks = Mask(rows[0], rows[1], rows[0], rows[1], window)
     over = jax.shard_map(local, mesh=mesh, in_specs=(queries, keys, keys, masks), out_specs=queries, check_vma=False)
     return over(q_BTNH, k_BSKH, v_BSKH, mask)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxtune.core.axes import constrain, fitting, ways
+from jaxtune.core.axes import constrain, cuts, ways
 from jaxtune.core.dtypes import precision
 from jaxtune.models.layers import matmul, softcap
 
@@ -29,11 +29,7 @@ class Chunks:
     @property
     def groups(self) -> tuple[int, int]:
         """Into how many parts the mesh cuts the rows, and each row's tokens."""
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or mesh.size == 1:
-            return 1, 1
-        rows, tokens = fitting(mesh, ("batch", "seq"), self.shape)
-        return _size(mesh, rows), _size(mesh, tokens)
+        return cuts("batch", self.shape[0]), cuts("seq", self.shape[1])
 
     def cut(self, part: Float[Array, "batch seq *rest"]) -> Float[Array, "turns groups tokens *rest"]:
         """The turns' tokens, the last ones filled with zeros."""
@@ -52,11 +48,6 @@ class Chunks:
         lines = jnp.moveaxis(turns, 0, 1).reshape(rows * tokens, -1, *rest)[:, : math.prod(here)]
         split = lines.reshape(rows, tokens, *here, *rest)
         return constrain(jnp.moveaxis(split, 1, 2).reshape(*self.shape, *rest), "batch", "seq", *((None,) * len(rest)))
-
-
-def _size(mesh: jax.sharding.AbstractMesh, entry: object) -> int:
-    names = (entry,) if isinstance(entry, str) else entry or ()
-    return math.prod(mesh.shape[name] for name in names)  # type: ignore[union-attr]
 
 
 def whole_head(head: Float[Array, "vocab embed"]) -> Float[Array, "rows embed"]:

@@ -37,8 +37,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self._ocp, self._warn, self._before, self.path = ocp, warn, before, epath.Path(directory)
-        finished = ocp.AsyncOptions(post_finalization_callback=self._note_sizes)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, async_options=finished)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=ocp.StandardCheckpointHandler())
 
     @property
@@ -59,6 +58,7 @@ class Checkpoints:
         try:
             if self._before:
                 self._before()
+            self._note_sizes()
             self._manager.save(step, args=self._ocp.args.StandardSave(_flatten(state)))
         except Exception as error:
             raise self._unwritten(error) from error
@@ -135,16 +135,20 @@ class Checkpoints:
             if kept.exists():
                 kept.rmtree()
             place.rename(kept)
+            (self.path / _SIZES / f"{step}.json").unlink(missing_ok=True)  # not those of the one that will take its place
         processes.together("put aside")
         self._manager.reload()
 
     def _note_sizes(self) -> None:
-        """Of the checkpoints that are there note the sizes of their files, and of no others."""
+        """Of the checkpoints that are whole note the sizes of their files, and of no others.
+
+        Orbax's callback after a checkpoint comes before it has its name, so this is done when the next one begins and at the end.
+        """
         if not processes.is_lead():
             return
         folder = self.path / _SIZES
         folder.mkdir(parents=True, exist_ok=True)
-        steps = {entry.name for entry in self.path.iterdir() if entry.name.isdigit()}
+        steps = set(map(str, steps_in(self.path)))
         for step in steps:
             note = folder / f"{step}.json"
             if not note.exists():
@@ -162,6 +166,7 @@ class Checkpoints:
         """
         try:
             self._manager.wait_until_finished()
+            self._note_sizes()
         except Exception as error:
             raise self._unwritten(error) from error
 

@@ -98,6 +98,12 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(finished, damage, tmp_pa
     assert (tmp_path / "run" / "checkpoints" / "bad" / "9").is_dir()
     files = [directory / "adapter" / "adapter_model.safetensors" for directory in (result.dir, finished)]
     assert files[0].read_bytes() == files[1].read_bytes()
+    noted = json.loads((tmp_path / "run" / "checkpoints" / "sizes" / "9.json").read_text())
+    assert noted == {
+        str(path.relative_to(tmp_path / "run" / "checkpoints" / "9")): path.stat().st_size
+        for path in (tmp_path / "run" / "checkpoints" / "9").rglob("*")
+        if path.is_file()
+    }
 
 
 def test_without_a_whole_checkpoint_there_is_advice(finished, tmp_path):
