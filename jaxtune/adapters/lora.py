@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxtune.core.axes import spread
-from jaxtune.core.dtypes import precision
-from jaxtune.models.layers import Dropout, Embedding, Linear, matmul
+from jaxtune.models.contractions import over_tokens
+from jaxtune.models.layers import Dropout, Embedding, Linear, matmul, matmul_back
+from jaxtune.models.quantised import Quantised
 from jaxtune.models.remat import LOW, PROJECTION
 
 
@@ -93,6 +94,10 @@ class LoRALinear(Linear):
     def __call__(self, x: Float[Array, "*batch in"], dropout: Dropout | None = None) -> Float[Array, "*batch out"]:
         """The adapted linear map; the adapter's input is dropped out only where `dropout` brings keys."""
         dropped = self._dropped(x, dropout)
+        if dropped is x and self.lora_magnitude_vector is None and self.start_A is None:
+            axes = self.weight.get_metadata()["axes"]
+            y = adapted(axes, x, self.weight[...], self.lora_A[...], self._scaled(self.lora_B[...]))
+            return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(y.dtype), PROJECTION)
         y = self.times_weight(x)
         update = self._update(dropped, x)
         if self.lora_magnitude_vector is None:
@@ -168,18 +173,45 @@ def _low_rank_fwd(x, a, b):
 
 
 def _low_rank_bwd(residuals, dy):
-    x, low, a, b = residuals
-    dlow = matmul(dy, b.T)
-    return matmul(dlow, a.T), _over_tokens(dlow, x), _over_tokens(low, dy).T
+    dlow, da, db = _factors_back(residuals, dy)
+    return matmul_back(dlow, residuals[2]), da, db
 
 
-def _over_tokens(thin: Float[Array, "*batch rank"], wide: Float[Array, "*batch size"]) -> Float[Array, "rank size"]:
-    if not spread():
-        thin, wide = thin.reshape(-1, thin.shape[-1]), wide.reshape(-1, wide.shape[-1])
-    tokens = tuple(range(thin.ndim - 1))  # on a mesh not made one axis: rows and tokens may lie on different axes of it
-    return jax.lax.dot_general(
-        thin, wide, ((tokens, tokens), ((), ())), precision=precision(thin.dtype), preferred_element_type=jnp.float32
-    )
+def _factors_back(residuals: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, low, _, b = residuals
+    dlow = matmul_back(dy, b)
+    return dlow, over_tokens(dlow, x), over_tokens(low, dy).T
 
 
 low_rank.defvjp(_low_rank_fwd, _low_rank_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def adapted(
+    axes: tuple[str | None, ...],
+    x: Float[Array, "*batch in"],
+    weight: Float[Array, "out in"] | Quantised,
+    a: Float[Array, "rank in"],
+    b: Float[Array, "out rank"],
+) -> Float[Array, "*batch out"]:
+    """X W^T + (x A^T) B^T with a frozen W of logical `axes`.
+
+    The backward pass is through with x before it makes x's gradient, so that these two, which may be the widest arrays of a layer, are
+    not there at the same time.
+    """
+    return matmul(x, weight, axes) + low_rank(x, a, b)
+
+
+def _adapted_fwd(axes, x, weight, a, b):
+    update, residuals = _low_rank_fwd(x, a, b)
+    return matmul(x, weight, axes) + update, (weight, *residuals)
+
+
+def _adapted_bwd(axes, residuals, dy):
+    weight, *rest = residuals
+    dlow, da, db = _factors_back(tuple(rest), dy)
+    dlow, da, dy = jax.lax.optimization_barrier((dlow, da, dy))
+    return matmul_back(dy, weight, axes) + matmul_back(dlow, rest[2]), None, da, db
+
+
+adapted.defvjp(_adapted_fwd, _adapted_bwd)

@@ -1,43 +1,41 @@
 """Grouped-query attention over packed segments or over a cache; the one place where its kernel is chosen.
 
-Shape letters: B batch, T queries, S keys, K key/value heads, G query heads per key/value head, H head size.
+Shape letters: B batch, T queries, S keys, N query heads, K key/value heads, H head size.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from jaxtune.core.axes import fitting, ways
-from jaxtune.core.dtypes import precision
-from jaxtune.models.layers import softcap
-from jaxtune.models.remat import ATTENTION
+from jaxtune.core.axes import fitting, spread, ways
+from jaxtune.core.platforms import platform
+from jaxtune.models import cudnn
+from jaxtune.models.blockwise import blockwise
+from jaxtune.models.mask import Mask
+from jaxtune.models.splash import Splash, splashes
+
+Windows = tuple[int | None, ...]
 
 
-class Mask(NamedTuple):
-    """Which key a query may see: one of its own segment at its own position or before, within the window where there is one.
+class Kernel(NamedTuple):
+    """A way to compute attention on one device.
 
-    Rotary positions serve as the order, so a packed row needs no other information than its segments and positions.
+    Attributes:
+        run: a function of (arrays, q, k, v, mask).
+        arrays: what it brings along.
+        specs: the partition of these over a mesh, by the axes that cut the queries.
+
     """
 
-    query_positions: Int[Array, "B T"]
-    key_positions: Int[Array, "B S"]
-    query_segments: Int[Array, "B T"]
-    key_segments: Int[Array, "B S"]
-    window: Int[Array, ""] | None = None
-
-    def allowed(self) -> Bool[Array, "B T S"]:
-        """The mask as booleans."""
-        distance = self.query_positions[:, :, None] - self.key_positions[:, None, :]
-        near = distance >= 0
-        if self.window is not None:
-            near &= distance < self.window
-        return near & (self.key_segments[:, None, :] == self.query_segments[:, :, None])
+    run: Callable[..., Float[Array, "B T N H"]]
+    arrays: Any = ()
+    specs: Callable[[AbstractMesh, Any], Any] = lambda mesh, seq: ()
 
 
 def attend(
@@ -47,13 +45,13 @@ def attend(
     mask: Mask,
     scale: float,
     cap: float | None = None,
+    windows: Windows | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(cap(scale q k^T) + mask) v, the softmax in float32 (Vaswani et al. 2017; grouped: Ainslie et al. 2023).
 
-    Keys and values are not repeated: the G query heads of a key/value head are rows of one product.
-
-    On a mesh every device attends for its rows, its heads and its part of the queries; of the sequence it sees all keys and values,
-    gathered over the context axis (Llama Team 2024, section 3.3.2).
+    Keys and values are not repeated, and the scores of a row never exist at once. On a mesh every device attends for its rows, its
+    heads and its part of the queries; of the sequence it sees all keys and values, gathered over the context axis (Llama Team 2024,
+    section 3.3.2).
 
     Args:
         q_BTNH: queries.
@@ -62,20 +60,38 @@ def attend(
         mask: which query sees which key.
         scale: of the scores, 1 / sqrt(H) in most families.
         cap: c in c tanh(x / c) on the scores (Gemma 2); None: no cap.
+        windows: the values that `mask.window` may have, where queries and keys are the same tokens and positions rise by one within a
+            segment, which the kernels of TPUs and GPUs rely on; None where that is not so.
 
     """
-    local = partial(_attend_here, scale=scale, cap=cap)
+    if not spread():
+        kernel = _kernel(q_BTNH, k_BSKH, scale, cap, windows)
+        return kernel.run(kernel.arrays, q_BTNH, k_BSKH, v_BSKH, mask)
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return local(q_BTNH, k_BSKH, v_BSKH, mask)
     k_BSKH, v_BSKH = (_repeated(part, q_BTNH.shape[2], ways(mesh, "act_heads")) for part in (k_BSKH, v_BSKH))
     split = k_BSKH.shape[2] % ways(mesh, "act_heads") == 0
     queries, keys = (_layout(mesh, seq, part, split) for seq, part in (("seq", q_BTNH), (None, k_BSKH)))
     rows: Any = PartitionSpec(*queries[:2]), PartitionSpec(*keys[:2])
     window: Any = None if mask.window is None else PartitionSpec()
     masks = Mask(rows[0], rows[1], rows[0], rows[1], window)
-    over = jax.shard_map(local, mesh=mesh, in_specs=(queries, keys, keys, masks), out_specs=queries, check_vma=False)
-    return over(q_BTNH, k_BSKH, v_BSKH, mask)
+    shards = 1 if queries[1] is None else ways(mesh, "seq")
+    kernel = _kernel(q_BTNH, k_BSKH, scale, cap, windows, shards)
+    places = (kernel.specs(mesh, queries[1]), queries, keys, keys, masks)
+    over = jax.shard_map(kernel.run, mesh=mesh, in_specs=places, out_specs=queries, check_vma=False)
+    return over(kernel.arrays, q_BTNH, k_BSKH, v_BSKH, mask)
+
+
+def _kernel(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, scale: float, cap: float | None, windows: Windows | None, shards: int = 1
+) -> Kernel:
+    """The kernel for these arrays and the platform; `shards` is into how many parts the queries are cut."""
+    groups = q_BTNH.shape[2] // k_BSKH.shape[2]
+    if windows and platform() == "tpu" and splashes(q_BTNH, shards):
+        kernel = Splash(q_BTNH.shape[1], groups, windows, cap, shards)
+        return Kernel(partial(kernel, scale=scale), kernel.arrays, kernel.specs)
+    if windows and platform() == "gpu" and cudnn.suits(q_BTNH, cap):
+        return Kernel(lambda _, q, k, v, mask: cudnn.attend(q, k, v, mask, scale=scale, causal=shards == 1))
+    return Kernel(lambda _, q, k, v, mask: blockwise(q, k, v, mask, scale=scale, cap=cap))
 
 
 def _layout(mesh: AbstractMesh, seq: str | None, part: jax.Array, split: bool) -> PartitionSpec:
@@ -87,80 +103,3 @@ def _repeated(part_BSKH: Float[Array, "B S K H"], heads: int, devices: int) -> F
     kv_heads = part_BSKH.shape[2]
     times = math.lcm(kv_heads, devices) // kv_heads
     return part_BSKH if times == 1 or heads % (kv_heads * times) else jnp.repeat(part_BSKH, times, axis=2)
-
-
-def _attend_here(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
-    mask: Mask,
-    *,
-    scale: float,
-    cap: float | None,
-) -> Float[Array, "B T N H"]:
-    """What one device computes."""
-    batch, queries, heads, size = q_BTNH.shape
-    groups = heads // k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(batch, queries, -1, groups, size) * jnp.asarray(scale, q_BTNH.dtype)
-    q_BKRH = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(batch, -1, groups * queries, size)
-    bias_BTS = jnp.where(mask.allowed(), 0.0, jnp.finfo(jnp.float32).min).astype(jnp.float32)
-    out_BKRH = _attend(cap, q_BKRH, k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3), bias_BTS)
-    out_BKGTH = out_BKRH.reshape(batch, -1, groups, queries, size)
-    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, size)
-
-
-def _attention(
-    cap: float | None,
-    q_BKRH: Float[Array, "B K R H"],
-    k_BKSH: Float[Array, "B K S H"],
-    v_BKSH: Float[Array, "B K S H"],
-    bias_BTS: Float[Array, "B T S"],
-) -> Float[Array, "B K R H"]:
-    """Attention with rows R = G x T; the probabilities are computed again in the backward pass, not kept."""
-    return _attend_fwd(cap, q_BKRH, k_BKSH, v_BKSH, bias_BTS)[0]
-
-
-def _scores(cap: float | None, q_BKRH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
-    return softcap(_product("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, jnp.float32), cap)
-
-
-def _masked(scores: jax.Array, bias_BTS: jax.Array) -> jax.Array:
-    batch, kv_heads, rows, keys = scores.shape
-    queries = bias_BTS.shape[1]
-    biased = scores.reshape(batch, kv_heads, rows // queries, queries, keys) + bias_BTS[:, None, None]
-    return biased.reshape(scores.shape)
-
-
-def _attend_fwd(cap, q_BKRH, k_BKSH, v_BKSH, bias_BTS):
-    scores = _masked(_scores(cap, q_BKRH, k_BKSH), bias_BTS)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    # One exponential for the sum and the product: fused into the sum it would be computed twice.
-    exps = jax.lax.optimization_barrier(jnp.exp(scores - top))
-    total = jnp.sum(exps, axis=-1, keepdims=True)
-    out = _product("BKRS,BKSH->BKRH", exps.astype(q_BKRH.dtype), v_BKSH, jnp.float32) / total
-    out = checkpoint_name(out.astype(q_BKRH.dtype), ATTENTION)
-    return out, (q_BKRH, k_BKSH, v_BKSH, bias_BTS, out, checkpoint_name(top + jnp.log(total), ATTENTION))
-
-
-def _attend_bwd(cap, residuals, dout):
-    """Gradients from recomputed probabilities P: dV = P^T dO, dS = P (dO V^T - rowsum(dO O)) (Dao et al. 2022, appendix B)."""
-    q, k, v, bias, out, normaliser = residuals
-    scores = _scores(cap, q, k)
-    probs = jnp.exp(_masked(scores, bias) - normaliser)
-    mean = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    dscores = probs * (_product("BKRH,BKSH->BKRS", dout, v, jnp.float32) - mean)
-    if cap is not None:
-        dscores *= 1 - jnp.square(scores / cap)
-    dscores = dscores.astype(q.dtype)
-    dv = _product("BKRS,BKRH->BKSH", probs.astype(q.dtype), dout, q.dtype)
-    dq = _product("BKRS,BKSH->BKRH", dscores, k, q.dtype)
-    dk = _product("BKRS,BKRH->BKSH", dscores, q, q.dtype)
-    return dq, dk, dv, None
-
-
-_attend = jax.custom_vjp(_attention, nondiff_argnums=(0,))
-_attend.defvjp(_attend_fwd, _attend_bwd)
-
-
-def _product(equation: str, left: jax.Array, right: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    return jnp.einsum(equation, left, right, precision=precision(left.dtype), preferred_element_type=dtype)

@@ -141,6 +141,11 @@ class ModelConfig:
         return len(self.layers)
 
     @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding windows that layers have, each once; None is a layer that sees everything before."""
+        return tuple(dict.fromkeys(layer.window for layer in self.layers))
+
+    @property
     def segments(self) -> tuple[range, ...]:
         """Runs of layers of one structure, each of which is a stack of arrays and one compiled layer."""
         layers = self.layers

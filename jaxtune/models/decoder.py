@@ -11,11 +11,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxtune.core.axes import constrain
-from jaxtune.models.attention import Mask, attend
+from jaxtune.models.attention import attend
 from jaxtune.models.cache import Cache
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.experts import SparseMLP
 from jaxtune.models.layers import ACTIVATIONS, Dropout, Embedding, Linear, RMSNorm, matmul, softcap
+from jaxtune.models.mask import Mask
 from jaxtune.models.remat import remat
 from jaxtune.models.rope import Rope, no_rotation, phases, rotate, segment_lengths
 
@@ -76,12 +77,13 @@ class Attention(nnx.Module):
         """The attention output, and the cache with this pass's keys and values where one was given."""
         q, k, v = self._project(x, context.dropout)
         q, k = rotate(q, context.rope), rotate(k, context.rope)
+        config, windows = self.config, self.config.windows
         if cache is not None:
+            windows = None
             cache = cache.write(context.layer, k, v, context.mask.query_positions)
             k, v = cache.keys[context.layer].astype(q.dtype), cache.values[context.layer].astype(q.dtype)
-        config = self.config
         q = constrain(q, "batch", "seq", "act_heads", None)
-        out = attend(q, k, v, context.mask, config.attention_scale, config.attention_softcap)
+        out = attend(q, k, v, context.mask, config.attention_scale, config.attention_softcap, windows)
         return self.o_proj(out.reshape(*x.shape[:2], -1), context.dropout), cache
 
     def _project(self, x: jax.Array, dropout: Dropout | None) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -241,7 +243,8 @@ class CausalLM(nnx.Module):
         Args:
             input_ids: tokens.
             segment_ids: the example a token belongs to; tokens of different examples do not see each other. Default: one a row.
-            positions: position in the segment; with a cache, negative for padding. Default: 0, 1, 2 ... in every row.
+            positions: position in the segment, rising by one from token to token; with a cache, negative for padding. Default: 0, 1, 2
+                ... in every row.
             cache: keys and values of earlier tokens; slot s holds position s. Excludes `segment_ids`.
             dropout: keys of the random numbers in training; None in evaluation.
             noise: alpha of NEFTune (Jain et al. 2023): uniform noise within alpha / sqrt(tokens of the example x embed) on the

@@ -2,18 +2,20 @@
 
 import zlib
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, Key
 
 from jaxtune.core.axes import constrain, even
-from jaxtune.core.dtypes import precision
 from jaxtune.models.config import NormConfig
-from jaxtune.models.quantised import Quantised, product
+from jaxtune.models.contractions import contract, over_tokens
+from jaxtune.models.quantised import Quantised, product, product_back
 from jaxtune.models.remat import PROJECTION
 
 INIT_STD = 0.02
@@ -33,7 +35,10 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def matmul(x: jax.Array, weight: jax.Array | Quantised, axes: tuple[str | None, ...] = (None, None)) -> jax.Array:
+Axes = tuple[str | None, ...]
+
+
+def matmul(x: jax.Array, weight: jax.Array | Quantised, axes: Axes = (None, None)) -> jax.Array:
     """X W^T in x's dtype, with W of Hugging Face's layout [out, in]; float32 means float32 on every platform.
 
     Args:
@@ -42,10 +47,32 @@ def matmul(x: jax.Array, weight: jax.Array | Quantised, axes: tuple[str | None, 
         axes: logical names of out and in, for a quantised W.
 
     """
-    if isinstance(weight, Quantised):
-        return product(x, weight, axes)
-    contract = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
-    return jax.lax.dot_general(x, weight.astype(x.dtype), contract, precision=precision(x.dtype))
+    return product(x, weight, axes) if isinstance(weight, Quantised) else _matmul(x, weight)
+
+
+def matmul_back(dy: jax.Array, weight: jax.Array | Quantised, axes: Axes = (None, None)) -> jax.Array:
+    """Dy W, the gradient of `matmul` with respect to x."""
+    return product_back(dy, weight, axes) if isinstance(weight, Quantised) else contract(dy, weight, 0)
+
+
+def _plain(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return contract(x, weight, 1)
+
+
+def _matmul_fwd(x: Any, weight: Any) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array]]:
+    """What the backward pass needs: x only where the weight trains."""
+    return _plain(x.value, weight.value), (x.value if weight.perturbed else None, weight.value)
+
+
+def _matmul_bwd(residuals: tuple[jax.Array | None, jax.Array], dy: Any) -> tuple[jax.Array | None, jax.Array | None]:
+    x, weight = residuals
+    if isinstance(dy, SymbolicZero):
+        return None, None
+    return contract(dy, weight, 0), None if x is None else over_tokens(dy, x).astype(weight.dtype)
+
+
+_matmul = jax.custom_vjp(_plain)
+_matmul.defvjp(_matmul_fwd, _matmul_bwd, symbolic_zeros=True)
 
 
 class Dropout:

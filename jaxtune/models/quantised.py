@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int8, UInt8
 
 from jaxtune.core.axes import RULES, constrain
-from jaxtune.core.dtypes import precision
+from jaxtune.core.platforms import platform
+from jaxtune.models.contractions import contract
 
 BLOCK, SCALES = 64, 256
 """Numbers that share a scale in NF4, and scales that share one of their own (Dettmers et al. 2023, section 3)."""
@@ -88,8 +89,7 @@ class NF4(Quantised):
 
     def astype(self, dtype: Any) -> Float[Array, "*stack out in"]:
         """See Quantised."""
-        halves = [half.reshape(*self.scales.shape, BLOCK // 2) for half in self.halves(dtype)]
-        return jnp.concatenate(halves, axis=-1).reshape(self.shape)
+        return joined(*self.halves(dtype))
 
     def gathered(self, axes: Axes) -> "NF4":
         """See Quantised."""
@@ -97,12 +97,14 @@ class NF4(Quantised):
         return NF4(codes, scales, self.wide, self.offset)
 
     def halves(self, dtype: Any) -> tuple[Float[Array, "*stack out half"], Float[Array, "*stack out half"]]:
-        """De-quantised, the first halves of all blocks and the second ones: to interleave them would cost copies of the matrix."""
+        """De-quantised, the first numbers of all bytes and the second ones: to interleave them would cost copies of the matrix."""
         blocks, stack = self.scales.shape, self.scales.shape[:-2]
         groups = jnp.repeat(self.wide, SCALES, axis=-1)[..., : blocks[-2] * blocks[-1]].reshape(blocks)
         scale = dynamic_value(self.scales) * groups + self.offset.reshape(*stack, 1, 1)
-        spread = jnp.repeat(scale, BLOCK // 2, axis=-1)
-        first, second = ((nf4_value(part) * spread).astype(dtype) for part in (self.codes >> 4, self.codes & 15))
+        # A one that the compiler does not know: else it would keep every number of the code book as an array of the matrix's size.
+        one = jnp.where(self.offset == self.offset, 1.0, 0.0).reshape(*stack, 1, 1)
+        spread = _repeated(scale, BLOCK // 2)
+        first, second = ((nf4_value(part, one) * spread).astype(dtype) for part in (self.codes >> 4, self.codes & 15))
         return first, second
 
 
@@ -128,13 +130,39 @@ class Int8Rows(Quantised):
         return Int8Rows(constrain(self.codes, *axes, rules=GATHERED), constrain(self.scales, axes[0], rules=GATHERED))
 
 
-def nf4_value(codes: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
-    """The number that each code stands for, by a tree of selects over its bits: on TPU a table look-up moves 280 times the bytes."""
-    level = [jnp.float32(value) for value in NF4_CODES]
+def nf4_value(codes: UInt8[Array, "*shape"], one: float | Float[Array, "..."] = 1.0) -> Float32[Array, "*shape"]:
+    """The number that each code stands for, by a tree of selects over its bits: on TPU a table look-up moves 280 times the bytes.
+
+    Args:
+        codes: 0 to 15.
+        one: 1, which numbers are multiplied with.
+
+    """
+    level = [jnp.float32(value) * one for value in NF4_CODES]
     for bit in range(4):
         upper = (codes & (1 << bit)) != 0
         level = [jnp.where(upper, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
     return level[0]
+
+
+def split(x: Float[Array, "*batch in"]) -> tuple[Float[Array, "*batch half"], Float[Array, "*batch half"]]:
+    """The columns that meet the first numbers of the bytes, and those that meet the second."""
+    first, second = jnp.moveaxis(x.reshape(*x.shape[:-1], -1, 2, BLOCK // 2), -2, 0)
+    return first.reshape(*x.shape[:-1], -1), second.reshape(*x.shape[:-1], -1)
+
+
+def joined(first: Float[Array, "*batch half"], second: Float[Array, "*batch half"]) -> Float[Array, "*batch in"]:
+    """The inverse of `split`."""
+    parts = [part.reshape(*part.shape[:-1], -1, BLOCK // 2) for part in (first, second)]
+    return jnp.stack(parts, axis=-2).reshape(*first.shape[:-1], 2 * first.shape[-1])
+
+
+def _repeated(scale: Float32[Array, "*stack out blocks"], times: int) -> Float32[Array, "*stack out half"]:
+    """Each scale so many times. On TPU by a product with zeros and ones: a repetition along the lanes would have the codes transposed."""
+    if platform() != "tpu":
+        return jnp.repeat(scale, times, axis=-1)
+    places = jnp.repeat(jnp.eye(scale.shape[-1], dtype=jnp.float32), times, axis=-1)
+    return jnp.matmul(scale, places, precision=jax.lax.Precision.HIGHEST)
 
 
 def dynamic_value(codes: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
@@ -158,37 +186,32 @@ def product(x: Float[Array, "*batch in"], weight: Quantised, axes: Axes) -> Floa
     return _forward(x, weight, axes)[0]
 
 
+def product_back(dy: Float[Array, "*batch out"], stored: Quantised, axes: Axes) -> Float[Array, "*batch in"]:
+    """Dy W, the gradient of `product` with respect to x."""
+    weight = stored.gathered(axes)
+    if isinstance(weight, Int8Rows):
+        return contract(dy * weight.scales.astype(dy.dtype), weight.codes, 0)
+    return contract(_laid(dy, axes[0]), weight.astype(dy.dtype), 0)
+
+
 def _forward(x: jax.Array, stored: Quantised, axes: Axes) -> tuple[jax.Array, Quantised]:
     weight = stored.gathered(axes)
     if isinstance(weight, Int8Rows):
-        return _contract(x, weight.codes.astype(x.dtype), 1) * weight.scales.astype(x.dtype), stored
+        return contract(x, weight.codes, 1) * weight.scales.astype(x.dtype), stored
     if isinstance(weight, NF4):
         first, second = weight.halves(x.dtype)
-        blocks = x.reshape(*x.shape[:-1], -1, 2, BLOCK // 2)
-        low, high = (_laid(blocks[..., half, :].reshape(*x.shape[:-1], -1), axes[1]) for half in (0, 1))
-        return _contract(low, first, 1) + _contract(high, second, 1), stored
-    return _contract(x, weight.astype(x.dtype), 1), stored
+        low, high = (_laid(half, axes[1]) for half in split(x))
+        return contract(low, first, 1) + contract(high, second, 1), stored
+    return contract(x, weight.astype(x.dtype), 1), stored
 
 
 def _backward(axes: Axes, stored: Quantised, dy: jax.Array) -> tuple[jax.Array, None]:
-    weight = stored.gathered(axes)
-    if isinstance(weight, Int8Rows):
-        return _contract(dy * weight.scales.astype(dy.dtype), weight.codes.astype(dy.dtype), 0), None
-    if isinstance(weight, NF4):
-        dy = _laid(dy, axes[0])
-        parts = [_contract(dy, half, 0) for half in weight.halves(dy.dtype)]
-        blocks = jnp.stack([part.reshape(*part.shape[:-1], -1, BLOCK // 2) for part in parts], axis=-2)
-        return blocks.reshape(*dy.shape[:-1], -1), None
-    return _contract(dy, weight.astype(dy.dtype), 0), None
+    return product_back(dy, stored, axes), None
 
 
 def _laid(x: Float[Array, "batch seq size"], axis: str | None) -> Float[Array, "batch seq size"]:
     """An activation where the side of the matrix that it meets lies; left to itself the compiler gathers the matrix instead."""
     return constrain(x, "batch", "seq", axis, rules=GATHERED) if x.ndim == len(("batch", "seq", axis)) else x
-
-
-def _contract(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
-    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (axis,)), ((), ())), precision=precision(x.dtype))
 
 
 product.defvjp(_forward, _backward)

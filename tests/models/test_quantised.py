@@ -92,11 +92,12 @@ def test_int8_is_the_nearest_of_127_steps():
     assert (np.abs(found - matrix) <= step / 2 * 1.0001).all()
 
 
+@pytest.mark.parametrize("columns", [128, 512])
 @pytest.mark.parametrize("quantise", [to_nf4, to_int8])
-def test_products_and_their_gradients_are_those_of_the_dequantised_matrix(quantise):
+def test_products_and_their_gradients_are_those_of_the_dequantised_matrix(quantise, columns):
     random = np.random.default_rng(0)
-    weight = quantise(random.normal(0, 0.02, (96, 128)).astype(np.float32))
-    x, dy = (random.normal(size=size).astype(np.float32) for size in ((3, 5, 128), (3, 5, 96)))
+    weight = quantise(random.normal(0, 0.02, (96, columns)).astype(np.float32))
+    x, dy = (random.normal(size=size).astype(np.float32) for size in ((3, 5, columns), (3, 5, 96)))
     wide = np.asarray(weight.astype(jnp.float32))
     y, back = jax.vjp(lambda x: matmul(x, weight), x)
     np.testing.assert_allclose(y, x @ wide.T, atol=1e-5)

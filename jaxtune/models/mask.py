@@ -1,0 +1,26 @@
+"""Which tokens see which."""
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Bool, Int
+
+
+class Mask(NamedTuple):
+    """Which key a query may see: one of its own segment at its own position or before, within the window where there is one.
+
+    Rotary positions serve as the order, so a packed row needs no other information than its segments and positions.
+    """
+
+    query_positions: Int[Array, "B T"]
+    key_positions: Int[Array, "B S"]
+    query_segments: Int[Array, "B T"]
+    key_segments: Int[Array, "B S"]
+    window: Int[Array, ""] | None = None
+
+    def allowed(self) -> Bool[Array, "B T S"]:
+        """The mask as booleans."""
+        distance = self.query_positions[:, :, None] - self.key_positions[:, None, :]
+        near = distance >= 0
+        if self.window is not None:
+            near &= distance < self.window
+        return near & (self.key_segments[:, None, :] == self.query_segments[:, :, None])
