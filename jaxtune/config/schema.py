@@ -176,8 +176,9 @@ class TrainSection(Section):
     """Rows (packed rows when packing) per optimizer step, over all devices."""
     micro_batch_size: Count | None = None
     """Rows per accumulation step, over all devices; null is the whole batch."""
-    remat: Literal["none", "full", "dots", "auto"] = "auto"
-    """What the backward pass recomputes: nothing, whole layers, or all but the matrix products."""
+    remat: Literal["none", "full", "dots", "offload", "auto"] = "auto"
+    """What the backward pass recomputes: nothing, whole layers, or all but the matrix products; offload: whole layers, their inputs
+    kept in the host's memory; auto: the first of dots, full and offload that the memory of a device seems to allow."""
     neftune: Annotated[float, Field(ge=0)] = 0.0
     """Noise on the embeddings in training (NEFTune); the paper proposes 5."""
     ema: Beta = 0.0

@@ -1,7 +1,13 @@
 """What a compiled program takes of a device's memory."""
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import jax
+
+_UNKNOWN = 8 * 2**30
 
 
 @dataclass(frozen=True)
@@ -34,3 +40,25 @@ class Memory:
     def peak(self) -> int:
         """Bytes at most: arguments, results that do not replace them, and temporaries, as if all were there at once."""
         return self.argument + self.output - self.alias + self.temp
+
+
+def bytes_here(tree: Any) -> int:
+    """Bytes of a tree of arrays, or of shapes with shardings, on one device."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
+        key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        total += math.prod(shape) * (8 if key else leaf.dtype.itemsize)
+    return total
+
+
+def capacity() -> int:
+    """Bytes that a device of this machine has for programs; CPU devices share the machine's."""
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit:
+        return int(limit)
+    info = Path("/proc/meminfo")
+    lines = dict(line.split(":") for line in info.read_text().splitlines()) if info.exists() else {}
+    whole = int(lines["MemTotal"].split()[0]) * 1024 if "MemTotal" in lines else _UNKNOWN
+    return whole // jax.local_device_count()

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxtune.core.axes import constrain
@@ -17,7 +18,7 @@ from jaxtune.models.config import ModelConfig
 from jaxtune.models.experts import SparseMLP
 from jaxtune.models.layers import ACTIVATIONS, Dropout, Embedding, Linear, RMSNorm, matmul, softcap
 from jaxtune.models.mask import Mask
-from jaxtune.models.remat import remat
+from jaxtune.models.remat import LAYER, remat
 from jaxtune.models.rope import Rope, no_rotation, phases, rotate, segment_lengths
 
 
@@ -186,7 +187,8 @@ class Decoder(nnx.Module):
 
             def layer(carry: tuple, step: tuple, graph: nnx.GraphDef = graph) -> tuple[tuple, None]:
                 weights, numbers = step
-                return nnx.merge(graph, weights)(carry[0], context.at(numbers), carry[1]), None
+                x, cache = checkpoint_name(carry[0], LAYER), carry[1]
+                return nnx.merge(graph, weights)(x, context.at(numbers), cache), None
 
             (x, cache), _ = jax.lax.scan(remat(layer, policy), (x, cache), (stacked, _steps(self.config, part)))
         return constrain(self.norm(x), "batch", "seq", "act_embed"), cache

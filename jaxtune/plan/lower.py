@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from jaxtune.config.schema import Config
 from jaxtune.core.axes import ways
+from jaxtune.core.memory import bytes_here
 from jaxtune.core.mesh import make_mesh
 from jaxtune.data.loader import batch_shapes, check_divides
 from jaxtune.train.methods import adopt_adapter, trained_model
@@ -29,12 +30,13 @@ class Lowered:
         tokens: positions of a global batch.
         trainable, frozen: numbers that train and that do not.
         frozen_bytes, state_bytes: of what does not change and of what does, on one device.
+        remat: the policy, where the configuration leaves it open the one that is taken.
         passes: how often the frozen weights are read in a step.
         shares: into how many parts the rows of a batch and a sequence are cut.
 
     """
 
-    def __init__(self, config: Config, devices: list[Any] | None) -> None:
+    def __init__(self, config: Config, devices: list[Any] | None, capacity: int | None = None) -> None:
         config = adopt_adapter(config)
         sizes = config.mesh
         self.mesh: Mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sizes.context, sizes.slices, devices)
@@ -51,28 +53,18 @@ class Lowered:
         shape = (train.batch_size, config.data.max_length * (2 if config.on_pairs else 1))
         self.tokens = shape[0] * shape[1]
         with jax.set_mesh(self.mesh):
-            parts = assembled(config, model, _STEPS, guide)
+            parts = assembled(config, model, _STEPS, guide, self.mesh, capacity)
             state = layout(parts.trainable, parts.optimizer, train.seed, self.mesh, average=train.ema > 0)
             batch = batch_shapes(shape, cuts_of(config), self.mesh, 2 * _ANSWERS if config.on_pairs else 0)
             step = train_step(parts.computation, parts.optimizer, train.ema, state)
             self.traced = step.trace(state, parts.frozen, batch)
         self.trainable, self.frozen = parameters(parts.trainable), parameters(parts.frozen.base)
-        self.frozen_bytes, self.state_bytes = _bytes(parts.frozen), _bytes(state)
-        self.passes = cuts_of(config) * (3 if parts.computation.remat == "full" else 2)
+        self.frozen_bytes, self.state_bytes = bytes_here(parts.frozen), bytes_here(state)
+        self.remat = parts.computation.remat
+        self.passes = cuts_of(config) * (3 if parts.computation.remat in ("full", "offload") else 2)
         self.shares = {axis: ways(self.mesh, axis) for axis in ("batch", "seq")}
 
     def compile(self, platform: str | None = None) -> Any:
         """The compiled program, for a platform or for this machine."""
         with jax.set_mesh(self.mesh):
             return self.traced.lower(lowering_platforms=(platform,) if platform else None).compile()
-
-
-def _bytes(tree: Any) -> int:
-    """Bytes of a tree of shapes on one device."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        here, size = leaf.sharding.shard_shape(leaf.shape), 1
-        for part in here:
-            size *= part
-        total += size * (leaf.dtype.itemsize if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else 8)
-    return total

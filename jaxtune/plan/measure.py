@@ -34,7 +34,7 @@ def measured(config: Config, target: Target) -> dict[str, Any]:
     if chip is not None and config.model.compute_dtype == "auto":
         config = config.model_copy(update={"model": config.model.model_copy(update={"compute_dtype": "bfloat16"})})
     devices = target.find() if chip else None
-    lowered = Lowered(config, devices)
+    lowered = Lowered(config, devices, chip.memory if chip else None)
     mesh, size = dict(lowered.mesh.shape), lowered.mesh.size
     flops = count(lowered.traced.jaxpr.jaxpr)
     found: dict[str, Any] = {
@@ -47,6 +47,7 @@ def measured(config: Config, target: Target) -> dict[str, Any]:
         "trainable_parameters": lowered.trainable,
         "frozen_parameters": lowered.frozen,
         "tokens_per_step": lowered.tokens,
+        "remat": lowered.remat,
         "flops_per_step": flops,
         "flops_per_token": flops / lowered.tokens,
     }
@@ -147,8 +148,10 @@ def _advice(config: Config, found: dict[str, Any], lowered: Any) -> list[str]:
         )
     if mesh["data"] > 1 or mesh["slices"] > 1:
         advice.append("mesh.data copies the weights: give its devices to mesh.fsdp")
-    if train.remat != "full":
+    if lowered.remat not in ("full", "offload"):
         advice.append("train.remat=full keeps only each layer's input")
+    if lowered.remat != "offload":
+        advice.append("train.remat=offload keeps the layers' inputs in the host's memory")
     rows = train.micro_batch_size or train.batch_size
     least = lowered.shares["batch"]
     if rows > least:

@@ -21,7 +21,7 @@ from jaxtune.core.files import cache_root, locked, read_json, write_json
 from jaxtune.plan.target import Target, parse
 
 _TIMEOUT = 1800
-_SCHEMA = 1
+_SCHEMA = 2
 _FULL = re.compile(r"([\d.]+)([KMGT])\)? exceeds available HBM \(?([\d.]+)([KMGT])")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -41,6 +41,7 @@ class Plan:
         compiler_peak_bytes: the compiler's own figure, which counts what is not there at the same time once.
         argument_bytes, output_bytes, alias_bytes, temp_bytes: its parts.
         weight_bytes, state_bytes: of the arguments the frozen weights, and what trains with the optimizer's moments.
+        remat: the remat policy, as given or as taken for train.remat=auto.
         tokens_per_step: positions of a global batch.
         flops_per_step, flops_per_token: of the matrix products, layers and recomputation counted, over all devices.
         collectives: bytes sent by one device and their number, by mesh axes and kind.
@@ -71,6 +72,7 @@ class Plan:
     trainable_parameters: int = 0
     frozen_parameters: int = 0
     tokens_per_step: int = 0
+    remat: str = ""
     flops_per_step: int = 0
     flops_per_token: float = 0.0
     collectives: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)

@@ -86,6 +86,7 @@ def _ladder(config: Config, mesh: dict[str, int]) -> Iterator[dict[str, Any]]:
     """Ever less memory: more recomputation, fewer rows at a time, fewer bits a weight."""
     yield {"train.remat": "dots"}
     yield {"train.remat": "full"}
+    yield {"train.remat": "offload"}
     rows, least = config.train.batch_size, mesh["slices"] * mesh["data"] * mesh["fsdp"]
     while rows > least and rows % 2 == 0 and (rows // 2) % least == 0:
         rows //= 2

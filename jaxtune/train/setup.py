@@ -13,7 +13,9 @@ from jax.sharding import Mesh
 
 from jaxtune.adapters.inject import split_trainable
 from jaxtune.config.schema import Config
+from jaxtune.core import processes
 from jaxtune.core.files import shown
+from jaxtune.core.memory import bytes_here, capacity
 from jaxtune.core.mesh import make_mesh
 from jaxtune.data.loader import Plan, check_divides
 from jaxtune.models.decoder import CausalLM
@@ -22,12 +24,13 @@ from jaxtune.train.inputs import account, read_inputs
 from jaxtune.train.methods import described, objective, trained_model
 from jaxtune.train.optim import auto_rate, evaluated, leaves_of, optimizer
 from jaxtune.train.progress import Reporter
+from jaxtune.train.recompute import Room, chosen
 from jaxtune.train.step import Computation, Frozen, TrainState, init_state, layout
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import Source
 from jaxtune.weights.vocabulary import Grown
 
-AUTO_REMAT = "dots"
+_COPIES = 4  # of what trains: itself, two moments, a gradient
 
 
 class Assembled(NamedTuple):
@@ -130,14 +133,23 @@ def setup(config: Config, reporter: Reporter, day: date | None = None) -> Setup:
     if inputs.teacher is not None:
         reporter.say(f"Loading {shown(inputs.teacher.name)}, the teacher")
         teacher = load_model(inputs.teacher, mesh, compute=config.model.compute_dtype)
-    parts = assembled(config, model, len(inputs.plan), teacher)
+    parts = assembled(config, model, len(inputs.plan), teacher, mesh)
+    if config.train.remat == "auto" and parts.computation.remat != "dots":
+        reporter.say(f"train.remat=auto: {parts.computation.remat}, since more seems not to fit")
     reporter.say(described(config, model, parameters(parts.trainable), parameters(parts.frozen.base), mesh))
     if isinstance(source, Grown) and inputs.adapter is None:
         _announce_tokens(source, config, reporter)
     return Setup(config, mesh, source, inputs.tokenizer, *parts, inputs.plan, inputs.eval_plan)
 
 
-def assembled(config: Config, model: CausalLM, steps: int, teacher: CausalLM | None = None) -> Assembled:
+def assembled(
+    config: Config,
+    model: CausalLM,
+    steps: int,
+    teacher: CausalLM | None = None,
+    mesh: Mesh | None = None,
+    memory: int | None = None,
+) -> Assembled:
     """What the step is made of.
 
     Args:
@@ -145,6 +157,8 @@ def assembled(config: Config, model: CausalLM, steps: int, teacher: CausalLM | N
         model: as training begins; see `methods.trained_model`.
         steps: optimizer steps of the whole run.
         teacher: for distillation.
+        mesh: the devices; one by default.
+        memory: bytes that each has, by which train.remat=auto goes; by default those of this machine's.
 
     Raises:
         UserError: see `optim.optimizer`.
@@ -153,10 +167,15 @@ def assembled(config: Config, model: CausalLM, steps: int, teacher: CausalLM | N
     train, found = config.train, objective(config)
     graph, trainable, base = split_trainable(model)
     structure, leaves = (None, None) if teacher is None else nnx.split(teacher)
+    policy = train.remat
+    if policy == "auto":
+        fixed = bytes_here((base, leaves)) + _COPIES * bytes_here(trainable)
+        room = Room(capacity() if memory is None else memory, fixed)
+        policy = processes.from_lead(lambda: chosen(config, model, mesh, room))
     computation = Computation(
         graph,
         found,
-        AUTO_REMAT if train.remat == "auto" else train.remat,
+        policy,
         random=config.adapter.dropout > 0 or train.neftune > 0,
         noise=train.neftune,
         teacher=structure,
