@@ -28,6 +28,9 @@ class ModelSection(Section):
     """Storage of the frozen weights; auto keeps what the file has, int8 and nf4 quantise the blocks' matrices as they are read."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Activations and matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU."""
+    products: Literal["auto", "int8"] = "auto"
+    """Products with the frozen matrices in training: auto is the compute dtype; int8, with dtype int8, rounds activations and their
+    gradients to eight bits a token, which is faster where a device has more integer than float arithmetic."""
     new_tokens: list[str] = []
     """Special tokens to add to the vocabulary; their rows begin at the mean of the others."""
 
@@ -254,6 +257,8 @@ class RunSection(Section):
     """The run directory."""
     watchdog: Positive | None = 1800
     """Seconds without a step done after which the stacks of all threads are printed and the run ends; null: never."""
+    profile: Annotated[int, Field(ge=0)] = 0
+    """Steps to record with JAX's profiler, the first two apart; the recording lies in profile/ of the run."""
     trackers: Annotated[list[str], Field(max_length=0)] = []
     """Further places for the metrics."""
 
@@ -306,6 +311,8 @@ class Config(Section):
             "trainable=all leaves nothing frozen that model.dtype could quantise. Take float32 or bfloat16": weights
             and self.trainable == "all"
             and self.model.dtype in ("int8", "nf4"),
+            "model.products=int8 multiplies the codes of model.dtype=int8. Set that too": self.model.products == "int8"
+            and self.model.dtype != "int8",
             "adapter.init is for adapters, and adapter.method is none": weights and self.adapter.init is not None,
             "adapter.train_tokens is for adapters. With adapter.method=none name embeddings in trainable": weights
             and self.adapter.train_tokens != "none",

@@ -1,6 +1,8 @@
 """What a compiled program takes of a device's memory."""
 
+import ctypes
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,13 @@ def bytes_here(tree: Any) -> int:
         key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         total += math.prod(shape) * (8 if key else leaf.dtype.itemsize)
     return total
+
+
+def give_back() -> None:
+    """Return to the system what was freed, such as a compiler's memory, where the C library keeps it otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def capacity() -> int:

@@ -4,7 +4,6 @@ Shape letters: B batch, T queries, S keys, K key/value heads, G query heads per 
 product; n, m number of blocks of queries and of keys, whose T and S are those of a block.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax

@@ -1,5 +1,7 @@
 """Attention by cuDNN on NVIDIA GPUs, through JAX."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -27,11 +29,12 @@ def attend(
     *,
     scale: float,
     causal: bool,
-    implementation: str = "cudnn",
+    implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> Float[Array, "B T N H"]:
     """As `blockwise`; `causal` says that queries and keys begin at the same token, so that blocks of the future are passed over."""
     allowed = mask.allowed()[:, None]
-    out = jax.nn.dot_product_attention(
-        q_BTNH, k_BSKH, v_BSKH, mask=allowed, scale=scale, is_causal=causal, implementation=implementation
-    )
+    with jax.numpy_dtype_promotion("standard"):  # JAX's function raises bfloat16 to float32
+        out = jax.nn.dot_product_attention(
+            q_BTNH, k_BSKH, v_BSKH, mask=allowed, scale=scale, is_causal=causal, implementation=implementation
+        )
     return checkpoint_name(out, ATTENTION)

@@ -5,7 +5,7 @@ the wide matrix.
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
 
@@ -111,10 +111,19 @@ class NF4(Quantised):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Int8Rows(Quantised):
-    """Eight bits a number: W = code * scale of its row, the scale being the row's largest absolute number over 127."""
+    """Eight bits a number: W = code * scale of its row, the scale being the row's largest absolute number over 127.
+
+    Attributes:
+        codes: the numbers, from -127 to 127.
+        scales: of the rows.
+        integer: whether products are taken between integers, the other side rounded to eight bits a token (Dettmers et al. 2022,
+            LLM.int8(), without its outliers).
+
+    """
 
     codes: Int8[Array, "*stack out in"]
     scales: Float32[Array, "*stack out"]
+    integer: bool = field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -127,7 +136,18 @@ class Int8Rows(Quantised):
 
     def gathered(self, axes: Axes) -> "Int8Rows":
         """See Quantised."""
-        return Int8Rows(constrain(self.codes, *axes, rules=GATHERED), constrain(self.scales, axes[0], rules=GATHERED))
+        codes, scales = constrain(self.codes, *axes, rules=GATHERED), constrain(self.scales, axes[0], rules=GATHERED)
+        return replace(self, codes=codes, scales=scales)
+
+    def times(self, x: Float[Array, "*batch size"], axis: int) -> Float[Array, "*batch other"]:
+        """X contracted with an axis of the codes, in x's dtype."""
+        if not self.integer:
+            return contract(x, self.codes, axis)
+        step = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True) / 127
+        rounded = jnp.round(x.astype(jnp.float32) / jnp.where(step == 0, 1.0, step)).astype(jnp.int8)
+        dims = (((x.ndim - 1,), (axis,)), ((), ()))
+        product = jax.lax.dot_general(rounded, self.codes, dims, preferred_element_type=jnp.int32)
+        return (product.astype(jnp.float32) * step).astype(x.dtype)
 
 
 def nf4_value(codes: UInt8[Array, "*shape"], one: float | Float[Array, "..."] = 1.0) -> Float32[Array, "*shape"]:
@@ -180,6 +200,15 @@ def dynamic_value(codes: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
     return jnp.where(codes == 255, 1.0, jnp.where(signed < 0, -found, found))
 
 
+def with_integer_products(tree: Any) -> Any:
+    """A tree whose matrices of eight bits are multiplied as integers."""
+
+    def changed(leaf: Any) -> Any:
+        return replace(leaf, integer=True) if isinstance(leaf, Int8Rows) else leaf
+
+    return jax.tree.map(changed, tree, is_leaf=lambda leaf: isinstance(leaf, Int8Rows))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: Float[Array, "*batch in"], weight: Quantised, axes: Axes) -> Float[Array, "*batch out"]:
     """X W^T in x's dtype; `axes` are the logical names of W's out and in."""
@@ -190,14 +219,14 @@ def product_back(dy: Float[Array, "*batch out"], stored: Quantised, axes: Axes) 
     """Dy W, the gradient of `product` with respect to x."""
     weight = stored.gathered(axes)
     if isinstance(weight, Int8Rows):
-        return contract(dy * weight.scales.astype(dy.dtype), weight.codes, 0)
+        return weight.times(dy * weight.scales.astype(dy.dtype), 0)
     return contract(_laid(dy, axes[0]), weight.astype(dy.dtype), 0)
 
 
 def _forward(x: jax.Array, stored: Quantised, axes: Axes) -> tuple[jax.Array, Quantised]:
     weight = stored.gathered(axes)
     if isinstance(weight, Int8Rows):
-        return contract(x, weight.codes, 1) * weight.scales.astype(x.dtype), stored
+        return weight.times(x, 1) * weight.scales.astype(x.dtype), stored
     if isinstance(weight, NF4):
         first, second = weight.halves(x.dtype)
         low, high = (_laid(half, axes[1]) for half in split(x))

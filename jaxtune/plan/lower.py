@@ -25,6 +25,7 @@ class Lowered:
     """A step ready to be compiled.
 
     Attributes:
+        config, model: what it was made from, the model as shapes.
         traced: JAX's trace of it.
         mesh: the devices.
         tokens: positions of a global batch.
@@ -58,6 +59,7 @@ class Lowered:
             batch = batch_shapes(shape, cuts_of(config), self.mesh, 2 * _ANSWERS if config.on_pairs else 0)
             step = train_step(parts.computation, parts.optimizer, train.ema, state)
             self.traced = step.trace(state, parts.frozen, batch)
+        self.config, self.model = config, model
         self.trainable, self.frozen = parameters(parts.trainable), parameters(parts.frozen.base)
         self.frozen_bytes, self.state_bytes = bytes_here(parts.frozen), bytes_here(state)
         self.remat = parts.computation.remat

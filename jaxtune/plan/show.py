@@ -15,8 +15,8 @@ def plan_text(made: Plan) -> str:
     """What a step takes of one device, what it sends, and how fast it can be at best."""
     mesh = " x ".join(f"{name} {size}" for name, size in made.mesh.items() if size > 1) or "one device"
     lines = [
-        f"{made.target}: {made.devices} {'device' if made.devices == 1 else 'devices'}, mesh {mesh}; {made.tokens_per_step:,} tokens a step, remat {made.remat}; "
-        f"{made.trainable_parameters:,} parameters train, {made.frozen_parameters:,} are frozen",
+        f"{made.target}: {made.devices} {'device' if made.devices == 1 else 'devices'}, mesh {mesh}; {made.tokens_per_step:,} tokens a step, "
+        f"remat {made.remat}; {made.trainable_parameters:,} parameters train, {made.frozen_parameters:,} are frozen",
         "",
         _verdict(made),
         "",

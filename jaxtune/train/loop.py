@@ -4,6 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,14 @@ import numpy as np
 
 from jaxtune.config.schema import Config
 from jaxtune.core.errors import Interrupted, RunFailure
-from jaxtune.core.memory import Memory
+from jaxtune.core.memory import Memory, give_back
 from jaxtune.data.loader import Plan, batches, local_rows, on_devices
 from jaxtune.objectives.objective import Batch
 from jaxtune.train.checkpoint import Checkpoints
 from jaxtune.train.interrupt import StopRequest
 from jaxtune.train.metrics import MetricsLog, flops_per_token, peak_flops, perplexity
 from jaxtune.train.optim import schedule
+from jaxtune.train.profile import Profile
 from jaxtune.train.progress import Task, training_text
 from jaxtune.train.rundir import CONFIG
 from jaxtune.train.setup import Setup, parameters
@@ -42,7 +44,8 @@ class Recorder:
 
     def __init__(self, setup: Setup, log: MetricsLog, task: Task) -> None:
         self.setup, self.log, self.task = setup, log, task
-        self._rate = schedule(setup.config.optimizer, len(setup.plan))
+        rates = jax.jit(jax.vmap(schedule(setup.config.optimizer, len(setup.plan))))(np.arange(len(setup.plan)))
+        self._rates = np.asarray(rates)  # all at once: asked for at every step, a device would have to finish the step first
         self._flops = flops_per_token(parameters(setup.frozen.base), parameters(setup.trainable))
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak = peak * setup.mesh.size if peak else None
@@ -59,7 +62,8 @@ class Recorder:
             RunFailure: the loss or the gradient is not finite.
 
         """
-        loss, norm, supervised = (float(value) for value in pending.metrics[:3])
+        metrics = jax.device_get(pending.metrics)
+        loss, norm, supervised = (float(value) for value in metrics[:3])
         now = time.monotonic()
         seconds, self._since = now - self._since, now
         step = pending.index + 1
@@ -70,7 +74,7 @@ class Recorder:
             "epoch": round(self.setup.plan.epoch(pending.index), 6),
             "loss": loss,
             "grad_norm": norm,
-            "learning_rate": float(np.asarray(self._rate(pending.index))),
+            "learning_rate": float(self._rates[pending.index]),
             "supervised_tokens": supervised,
             "tokens": pending.tokens,
             "padding": pending.padding,
@@ -78,7 +82,7 @@ class Recorder:
             "tokens_per_second": round(rate, 1),
             "mfu": round(rate * self._flops / self._peak, 4) if self._peak else None,
             "peak_bytes": pending.peak_bytes,
-            **{name: float(value) for name, value in pending.metrics.figures.items()},
+            **{name: float(value) for name, value in metrics.figures.items()},
         }
         self.log.write(row)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -116,10 +120,13 @@ def fit(
     compiled = _Compiled(setup)
     recorder = Recorder(setup, log, task)
     pending: Pending | None = None
-    with StopRequest() as stop, Watchdog(config.run.watchdog) as watchdog:
+    profile = Profile(config.run.dir, config.run.profile)
+    with StopRequest() as stop, Watchdog(config.run.watchdog) as watchdog, closing(profile):
         for loaded in batches(setup.plan, int(state.step), setup.cuts, setup.mesh):
             run, peak = compiled(state, loaded.batch)
+            profile.before()
             state, metrics = run(state, setup.frozen, loaded.batch)
+            profile.after(metrics)
             if pending:
                 recorder.record(pending)
             pending = Pending(loaded.index, loaded.tokens, loaded.padding, peak, metrics)
@@ -165,6 +172,7 @@ class _Compiled:
         shape = batch.input_ids.shape
         if shape not in self._programs:
             program = self._step.lower(state, self._frozen, batch).compile()
+            give_back()
             found = Memory.of(program)
             self._programs[shape] = program, found and found.peak
         return self._programs[shape]

@@ -7,10 +7,15 @@ from jax.sharding import Mesh
 from jaxtune.config.schema import Config
 from jaxtune.core.axes import ways
 from jaxtune.core.platforms import platform
+from jaxtune.models.blockwise import BLOCK
 from jaxtune.models.decoder import CausalLM
 
 _SHARE = 0.9  # of the memory that an estimate may fill
-_WIDE, _NARROW = 10, 12  # arrays of the MLP's and of the model's width that one layer's backward pass holds at once, by compiled steps
+_WIDE, _NARROW = (
+    10,
+    12,
+)  # arrays of the MLP's and of the model's width that one layer's backward pass holds at once, by compiled steps
+_SCORES = 4  # blocks of attention's scores at once
 _CHUNKS = 3 * 256  # rows of float32 logits
 
 
@@ -48,10 +53,18 @@ def needed(config: Config, model: CausalLM, mesh: Mesh | None, policy: str) -> i
     train, shape, item = config.train, model.config, model.compute_dtype.itemsize
     rows = (train.micro_batch_size or train.batch_size) * (2 if config.on_pairs else 1)
     tokens = -(-rows * config.data.max_length // (parts["batch"] * parts["seq"]))
-    wide = (shape.experts.size if shape.experts else shape.intermediate_size) * (shape.experts.chosen if shape.experts else 1) // parts["act_mlp"]
+    wide = (
+        (shape.experts.size if shape.experts else shape.intermediate_size)
+        * (shape.experts.chosen if shape.experts else 1)
+        // parts["act_mlp"]
+    )
     heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim // parts["act_mlp"]
     inputs = shape.hidden_size * parts["seq"] // parts["kept_seq"]
-    kept = {"offload": 2 * inputs / shape.num_layers, "full": inputs, "dots": inputs + heads + shape.hidden_size + 2 * wide}[policy]
+    kept = {"offload": 2 * inputs / shape.num_layers, "full": inputs, "dots": inputs + heads + shape.hidden_size + 2 * wide}[
+        policy
+    ]
     work = _WIDE * wide + _NARROW * shape.hidden_size
     logits = _CHUNKS * (shape.vocab_size // parts["vocab"]) * 4
-    return int(tokens * item * (kept * shape.num_layers + work) + logits)
+    square = min(BLOCK, config.data.max_length) ** 2
+    scores = _SCORES * -(-rows // parts["batch"]) * (shape.num_heads // parts["act_mlp"] or 1) * square * 4
+    return int(tokens * item * (kept * shape.num_layers + work) + logits + scores)

@@ -176,6 +176,7 @@ def assembled(
         graph,
         found,
         policy,
+        config.model.products == "int8",
         random=config.adapter.dropout > 0 or train.neftune > 0,
         noise=train.neftune,
         teacher=structure,

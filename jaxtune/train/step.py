@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune.models.layers import Dropout
+from jaxtune.models.quantised import with_integer_products
 from jaxtune.objectives.objective import PLAIN, Batch, Networks, Objective, Pass
 
 _AVERAGE_WARMUP = 10.0
@@ -58,6 +59,7 @@ class Computation:
         graph: the model's structure.
         objective: what is minimised.
         remat: the remat policy's name.
+        integer: whether training multiplies a base of eight bits as integers.
         random: whether training needs random numbers.
         noise: NEFTune's alpha.
         teacher: the teacher's structure.
@@ -67,6 +69,7 @@ class Computation:
     graph: nnx.GraphDef
     objective: Objective
     remat: str = "none"
+    integer: bool = False
     random: bool = False
     noise: float = 0.0
     teacher: nnx.GraphDef | None = None
@@ -148,6 +151,8 @@ def train_step(
     """
 
     def loss_sum(trainable: nnx.State, frozen: Frozen, shared: Any, batch: Batch, keys: jax.Array | None):
+        if computation.integer:
+            frozen = frozen._replace(base=with_integer_products(frozen.base))
         how = Pass(None if keys is None else Dropout(keys), computation.noise, computation.remat)
         loss, weight, figures = computation.objective.loss(computation.networks(trainable, frozen), batch, how, shared)
         return loss, (weight, figures)

@@ -53,6 +53,7 @@ DISTILLED = {"distill.top_k": 2, "distill.temperature": 2, "distill.share": 0.9}
 OTHERS = {
     "model.source", "adapter.init", "data.train", "data.eval", "data.split", "data.format", "data.columns", "data.on_error", "run.dir",
     "trainable", "distill.teacher", "adapter.bias", "checkpoint.best", "checkpoint.dir", "run.watchdog",
+    "model.products", "run.profile",
 }  # fmt: skip
 SINGLE = {"run.trackers"}
 

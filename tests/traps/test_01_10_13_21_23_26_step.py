@@ -57,7 +57,7 @@ def test_trap13_trainable_leaves_and_moments_are_float32_and_tiny_updates_last(k
             assert 0 < moved.max() < 2e-6, name
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full", "offload"])
 def test_trap21_every_b_learns_under_every_remat_policy(remat, chat_model, one_device):
     run = Steps(chat_model, one_device, f"train.remat={remat}")
     found = train(run)

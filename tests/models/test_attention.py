@@ -1,0 +1,134 @@
+"""Every kernel of attention against the plain formula: outputs and gradients, packed segments, windows, caps, grouped heads, shards."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtune.core.mesh import make_mesh
+from jaxtune.models import attention, blockwise, cudnn
+from jaxtune.models.attention import attend
+from jaxtune.models.mask import Mask
+from jaxtune.models.splash import Splash
+
+BATCH, TOKENS, HEADS, KV_HEADS, SIZE, SCALE = 2, 256, 4, 2, 32, 0.2
+EVERYTHING = np.iinfo(np.int32).max
+
+
+def formula(q, k, v, mask, cap):
+    groups = q.shape[2] // k.shape[2]
+    q, k, v = (part.astype(jnp.float32) for part in (q, jnp.repeat(k, groups, 2), jnp.repeat(v, groups, 2)))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k, precision="highest") * SCALE
+    scores = scores if cap is None else cap * jnp.tanh(scores / cap)
+    probs = jax.nn.softmax(jnp.where(mask.allowed()[:, None], scores, -1e30))
+    return jnp.einsum("bnts,bsnh->btnh", probs, v, precision="highest")
+
+
+def packed(window=None, tokens=TOKENS):
+    """Rows of several segments, the borders of which lie within blocks."""
+    lengths = [[100, 60, tokens - 160], [30, 200, tokens - 230]]
+    segments = jnp.asarray([np.repeat([1, 2, 3], row) for row in lengths], jnp.int32)
+    positions = jnp.asarray([np.concatenate([np.arange(size) for size in row]) for row in lengths], jnp.int32)
+    return Mask(positions, positions, segments, segments, None if window is None else jnp.int32(window))
+
+
+def arrays(dtype=jnp.float32, tokens=TOKENS):
+    random = np.random.default_rng(0)
+    sizes = [(BATCH, tokens, heads, SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+    return [jnp.asarray(random.normal(size=size), jnp.float32).astype(dtype) for size in sizes]
+
+
+def compare(run, mask, cap, dtype, tolerance):
+    *parts, dout = arrays(dtype, mask.query_positions.shape[1])
+
+    def of(function):
+        value = lambda *parts: jnp.sum(function(*parts).astype(jnp.float32) * dout.astype(jnp.float32))  # noqa: E731
+        return jax.jit(function)(*parts), jax.jit(jax.grad(value, (0, 1, 2)))(*parts)
+
+    found, wanted = of(run), of(lambda q, k, v: formula(q, k, v, mask, cap))
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(np.asarray(ours, np.float32), np.asarray(theirs, np.float32), atol=tolerance)
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("block", [64, 100, 256])
+def test_blockwise(block, window, cap, monkeypatch):
+    monkeypatch.setattr(blockwise, "BLOCK", block)
+    mask = packed(window)
+    compare(lambda q, k, v: blockwise.blockwise(q, k, v, mask, scale=SCALE, cap=cap), mask, cap, jnp.float32, 1e-5)
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize(("windows", "window"), [((None,), None), ((50,), 50), ((None, 50), 50), ((None, 50), EVERYTHING)])
+def test_splash(windows, window, cap):
+    mask = packed(window)
+    kernel = Splash(TOKENS, HEADS // KV_HEADS, windows, cap, interpret=True)
+    compare(partial(attended, kernel, mask), mask, cap, jnp.bfloat16, 0.04)
+
+
+def attended(kernel, mask, q, k, v):
+    return kernel(kernel.arrays, q, k, v, mask, scale=SCALE)
+
+
+@pytest.mark.parametrize("sizes", [{"context": 2, "fsdp": 2}, {"tensor": 2, "data": 2}, {"context": 4, "fsdp": 1}])
+def test_splash_on_a_mesh(sizes, monkeypatch):
+    """As the decoder calls it on TPUs: each device has its queries' part of the mask, its heads, and all keys."""
+    monkeypatch.setattr(attention, "platform", lambda: "tpu")
+    monkeypatch.setattr(attention, "Splash", partial(Splash, interpret=True))
+    mask, mesh = packed(tokens=512), make_mesh(devices=jax.devices()[:4], **sizes)
+    with jax.set_mesh(mesh):
+        compare(lambda q, k, v: attend(q, k, v, mask, SCALE, windows=(None,)), mask, None, jnp.bfloat16, 0.04)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_what_cudnn_is_asked_for(window):
+    """The same call in XLA: which query sees which key, and the scale."""
+    mask = packed(window)
+    run = partial(cudnn.attend, mask=mask, scale=SCALE, causal=True, implementation="xla")
+    with jax.numpy_dtype_promotion("standard"):
+        compare(run, mask, None, jnp.bfloat16, 0.06)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="no NVIDIA GPU here")
+@pytest.mark.parametrize("window", [None, 50])
+def test_cudnn(window):
+    mask = packed(window)
+    compare(partial(cudnn.attend, mask=mask, scale=SCALE, causal=True), mask, None, jnp.bfloat16, 0.06)
+
+
+def test_one_query_over_a_cache():
+    """Decoding: slots that hold nothing yet are positions beyond the query's."""
+    q, k, v, _ = arrays()
+    positions, slots = (
+        jnp.asarray([[17], [200]], jnp.int32),
+        jnp.broadcast_to(jnp.arange(TOKENS, dtype=jnp.int32), (BATCH, TOKENS)),
+    )
+    mask = Mask(positions, slots, jnp.ones_like(positions), jnp.ones_like(slots))
+    found = attend(q[:, :1], k, v, mask, SCALE)
+    np.testing.assert_allclose(found, formula(q[:, :1], k, v, mask, None), atol=1e-5)
+
+
+def test_blocks_that_nobody_sees_are_not_computed(monkeypatch):
+    """A NaN in a block of another segment, or of the future, would spread through a product with zero."""
+    monkeypatch.setattr(blockwise, "BLOCK", 64)
+    segments = jnp.asarray([np.repeat([1, 2], [64, 192])] * BATCH, jnp.int32)
+    positions = jnp.asarray([[*range(64), *range(192)]] * BATCH, jnp.int32)
+    mask = Mask(positions, positions, segments, segments)
+    q, k, v, _ = arrays()
+    hidden = v.at[:, :64].set(jnp.nan)
+    assert np.isfinite(attend(q, k, hidden, mask, SCALE)[:, 64:]).all()
+    last = v.at[:, 192:].set(jnp.nan)
+    assert np.isfinite(attend(q, k, last, mask, SCALE)[:, :192]).all()
+
+
+def test_the_scores_of_a_row_never_exist_at_once():
+    tokens = 4096
+    shape = lambda heads: jax.ShapeDtypeStruct((1, tokens, heads, SIZE), jnp.float32)  # noqa: E731
+    ids = jnp.zeros((1, tokens), jnp.int32)
+    mask = Mask(jnp.arange(tokens, dtype=jnp.int32)[None], jnp.arange(tokens, dtype=jnp.int32)[None], ids, ids)
+    run = jax.jit(jax.grad(lambda q, k, v: jnp.sum(attend(q, k, v, mask, SCALE)), (0, 1, 2)))
+    memory = run.lower(shape(HEADS), shape(KV_HEADS), shape(KV_HEADS)).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < HEADS * tokens * tokens * 4 / 8
