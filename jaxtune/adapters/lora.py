@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,19 +95,24 @@ class LoRALinear(Linear):
     def __call__(self, x: Float[Array, "*batch in"], dropout: Dropout | None = None) -> Float[Array, "*batch out"]:
         """The adapted linear map; the adapter's input is dropped out only where `dropout` brings keys."""
         dropped = self._dropped(x, dropout)
-        if dropped is x and self.lora_magnitude_vector is None and self.start_A is None:
-            axes = self.weight.get_metadata()["axes"]
-            y = adapted(axes, x, self.weight[...], self.lora_A[...], self._scaled(self.lora_B[...]))
-            return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(y.dtype), PROJECTION)
-        y = self.times_weight(x)
-        update = self._update(dropped, x)
-        if self.lora_magnitude_vector is None:
-            y = y + update
-        else:
-            stretch = self._stretch().astype(y.dtype)
-            base = y if dropped is x else self.times_weight(dropped)
-            y = y + (stretch - 1) * base + stretch * update
+        y = self._plain(x) if dropped is x and self._is_plain else self._composed(x, dropped)
         return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(y.dtype), PROJECTION)
+
+    @property
+    def _is_plain(self) -> bool:
+        return self.lora_magnitude_vector is None and self.start_A is None
+
+    def _plain(self, x: Float[Array, "*batch in"]) -> Any:
+        axes = self.weight.get_metadata()["axes"]
+        return adapted(axes, x, self.weight[...], self.lora_A[...], self._scaled(self.lora_B[...]))
+
+    def _composed(self, x: Float[Array, "*batch in"], dropped: Float[Array, "*batch in"]) -> Any:
+        y, update = self.times_weight(x), self._update(dropped, x)
+        if self.lora_magnitude_vector is None:
+            return y + update
+        stretch = self._stretch().astype(y.dtype)
+        base = y if dropped is x else self.times_weight(dropped)
+        return y + (stretch - 1) * base + stretch * update
 
     def _update(self, dropped: Float[Array, "*batch in"], x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """The low-rank part of the map, less what it was at the start where that is subtracted from the base."""

@@ -44,7 +44,7 @@ class Recorder:
 
     def __init__(self, setup: Setup, log: MetricsLog, task: Task) -> None:
         self.setup, self.log, self.task = setup, log, task
-        rates = jax.jit(jax.vmap(schedule(setup.config.optimizer, len(setup.plan))))(np.arange(len(setup.plan)))
+        rates = jax.vmap(schedule(setup.config.optimizer, len(setup.plan)))(np.arange(len(setup.plan)))
         self._rates = np.asarray(rates)  # all at once: asked for at every step, a device would have to finish the step first
         self._flops = flops_per_token(parameters(setup.frozen.base), parameters(setup.trainable))
         peak = peak_flops(jax.devices()[0].device_kind)
