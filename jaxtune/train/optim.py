@@ -62,11 +62,11 @@ def schedule(config: OptimizerSection, steps: int) -> optax.Schedule:
 
     def rate(index):
         index = jnp.asarray(index, jnp.float32)
-        after = jnp.clip((index - warmup) / rest, 0.0, 1.0)
+        left = jnp.clip((warmup + rest - index) / rest, 0.0, 1.0)
         shape = {
-            "cosine": jnp.square(jnp.sin(0.5 * jnp.pi * (1 - after))),  # = (1 + cos(pi after)) / 2, exact near zero
-            "linear": 1 - after,
-            "constant": jnp.ones_like(after),
+            "cosine": jnp.square(jnp.sin(0.5 * jnp.pi * left)),  # = (1 + cos(pi (1 - left))) / 2, exact near zero
+            "linear": left,
+            "constant": jnp.ones_like(left),
             "wsd": jnp.clip((steps - index) / decay, 0.0, 1.0),
         }[config.schedule]
         return peak * jnp.where(index < warmup, (index + 1) / max(warmup, 1), shape)
