@@ -90,7 +90,7 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
     for line in text.splitlines():
         if begin := _COMPUTATION.match(line):
             name, lines = begin[1], []
-        elif line.startswith("}") and name is not None:
+        elif re.match(r"\}(?!\})", line) and name is not None:  # two of them end the description of a kernel
             yield name, lines
             name = None
         elif name is not None:

@@ -1,0 +1,388 @@
+#!/usr/bin/env python
+"""The sides of a comparison: each is a process of its own that makes a step when it is its turn, so that what else the machine does
+falls on all alike. `scripts/bench/run` asks them; run as a program, this file is one of them.
+
+The model is SmolLM2-135M (packaged) or the directory in BENCH_MODEL, LoRA r=16 on all linear layers of the blocks, AdamW, clipping at 1.
+Of `random` data a batch is 4 x 256 tokens (BENCH_ROWS x BENCH_LENGTH), every one supervised; of `news` it is what the quickstart trains
+on: peers pad eight rows a step, as their users do, jaxtune packs rows of 512.
+"""
+
+import argparse
+import json
+import os
+import resource
+import select
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROWS, LENGTH = (int(os.environ.get(f"BENCH_{name}", size)) for name, size in (("ROWS", 4), ("LENGTH", 256)))
+RANK, ALPHA = 16, 32.0
+NEWS_ROWS, PACKED_ROWS, PACKED_LENGTH = 8, 2, 512
+WARM_UP = 2  # the first step compiles, the second may do so again for its own results' layout
+LIMIT = 240  # seconds to warm up; a dtype that the processor emulates may need far longer
+PAUSE = 0.5  # seconds between turns, in which the other sides' idle threads stop spinning
+
+
+def random_ids(rows=ROWS, length=LENGTH):
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, 49152, (rows, length + 1)).astype(np.int32)
+
+
+def model_path():
+    from jaxtune.weights.packaged import smollm2
+
+    return Path(os.environ.get("BENCH_MODEL") or smollm2())
+
+
+def torch_model(dtype, **options):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = model_path()
+    place, options = (path.parent, options | {"gguf_file": path.name}) if path.is_file() else (path, options)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), **options).to(device), device
+
+
+def news():
+    """The quickstart's rows: `(ids, supervised)` each."""
+    from jaxtune.cli.news import write_news
+    from jaxtune.config.schema import DataSection
+    from jaxtune.data.prepare import prepare
+    from jaxtune.weights.packaged import smollm2
+    from jaxtune.weights.source import resolve
+
+    with tempfile.TemporaryDirectory() as folder:
+        trained, _ = write_news(Path(folder))
+        found = prepare(DataSection(train=str(trained), max_length=PACKED_LENGTH), resolve(str(smollm2())).tokenizer())
+        return found, [(list(item.ids), list(item.supervised)) for item in found.items[:]]
+
+
+class Jaxtune:
+    """The step of `jaxtune train`, with the state laid out as there."""
+
+    def __init__(self, dtype, data, remat="auto"):
+        import jax
+        import numpy as np
+
+        from jaxtune.config.loading import load_config
+        from jaxtune.core.mesh import make_mesh
+        from jaxtune.data.loader import Plan, on_devices
+        from jaxtune.data.packing import Layout
+        from jaxtune.objectives.objective import Batch
+        from jaxtune.train.methods import trained_model
+        from jaxtune.train.setup import assembled
+        from jaxtune.train.step import init_state, train_step
+        from jaxtune.weights.source import resolve
+
+        self.mesh, source = make_mesh(), resolve(str(model_path()))
+        plain = [f"model.dtype={dtype}", f"model.compute_dtype={dtype}"]
+        keys = {"int8": ["model.dtype=int8", "model.products=int8"], "nf4": ["model.dtype=nf4"]}.get(dtype, plain)
+        shape = [f"data.max_length={LENGTH}", f"train.batch_size={ROWS}"]
+        config = load_config(
+            overrides=[*keys, *shape, f"adapter.rank={RANK}", f"adapter.alpha={ALPHA}", f"train.remat={remat}"]
+        )
+        computation, trainable, self.frozen, update = assembled(config, trained_model(config, source, None, self.mesh), 1000)
+        self.run = train_step(computation, update)
+        self.state = init_state(trainable, update, 0)
+        if data == "random":
+            ids, ones = random_ids(), np.ones((ROWS, LENGTH), np.int32)
+            batch = Batch(ids[:, :-1], ids[:, 1:], ones.astype(np.float32), ones, np.cumsum(ones, axis=1, dtype=np.int32) - 1)
+            self.batches = [(on_devices(batch, 1, self.mesh), ROWS * LENGTH)]
+        else:
+            plan = Plan(news()[0], Layout(PACKED_ROWS, PACKED_LENGTH, True, True, 0), 1)
+            self.batches = [(on_devices(plan.batch(k), 1, self.mesh), plan.tokens(k)) for k in range(len(plan) - 1)]
+        self.ready = jax.block_until_ready
+        self.compiled = False
+
+    def __call__(self, number):
+        batch, tokens = self.batches[number % len(self.batches)]
+        self.state, metrics = self.run(self.state, self.frozen, batch)
+        self.ready(metrics)
+        if not self.compiled:
+            from jaxtune.core.memory import give_back
+
+            give_back()  # as the loop does after it compiled
+            self.compiled = True
+        return tokens
+
+
+class Peft:
+    """transformers + PEFT, its loss its own, attention by PyTorch's kernels."""
+
+    kernels = None
+
+    def __init__(self, dtype, data):
+        import torch
+        from peft import LoraConfig, get_peft_model
+
+        model, self.device = torch_model(dtype, attn_implementation="sdpa")
+        if self.kernels == "liger":
+            from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+            _apply_liger_kernel_to_instance(model=model)
+        lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+        self.torch, self.model = torch, get_peft_model(model, lora)
+        if self.kernels == "compile":
+            self.model = torch.compile(self.model)
+        self.update = torch.optim.AdamW([leaf for leaf in self.model.parameters() if leaf.requires_grad], lr=2e-4)
+        if data == "random":
+            ids = torch.as_tensor(random_ids()[:, :-1]).long().to(self.device)
+            self.batches = [({"input_ids": ids, "labels": ids}, ROWS * LENGTH)]
+        else:
+            rows = news()[1]
+            groups = [rows[k : k + NEWS_ROWS] for k in range(0, len(rows) - NEWS_ROWS + 1, NEWS_ROWS)]
+            self.batches = [(self.padded(group), sum(len(ids) for ids, _ in group)) for group in groups]
+
+    def padded(self, rows):
+        longest = max(len(ids) for ids, _ in rows)
+        whole = {"input_ids": 2, "labels": -100, "attention_mask": 0}
+        found = {name: self.torch.full((len(rows), longest), fill) for name, fill in whole.items()}
+        for number, (ids, supervised) in enumerate(rows):
+            found["input_ids"][number, : len(ids)] = self.torch.as_tensor(ids)
+            found["attention_mask"][number, : len(ids)] = 1
+            kept = [token if wanted else -100 for token, wanted in zip(ids, supervised, strict=True)]
+            found["labels"][number, : len(ids)] = self.torch.as_tensor(kept)
+        return found
+
+    def __call__(self, number):
+        batch, tokens = self.batches[number % len(self.batches)]
+        self.model(**batch).loss.backward()
+        self.torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.update.step()
+        self.update.zero_grad()
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
+        return tokens
+
+
+class Compiled(Peft):
+    """The same through torch.compile."""
+
+    kernels = "compile"
+
+
+class Liger(Peft):
+    """The same with Liger's kernels."""
+
+    kernels = "liger"
+
+
+class Tunix:
+    """google-tunix: its Llama of this shape with random weights, its loss and its trainer's step; an environment of its own runs it."""
+
+    def __init__(self, dtype, data):
+        import jax
+        import jax.numpy as jnp
+        import optax
+        import qwix
+        from flax import nnx
+        from tunix.models.llama3 import model as llama3
+        from tunix.sft import peft_trainer
+
+        assert data == "random"
+        config = llama3.ModelConfig(
+            num_layers=30, vocab_size=49152, embed_dim=576, hidden_dim=1536, num_heads=9, head_dim=64, num_kv_heads=3,
+            rope_theta=100_000, norm_eps=1e-5, weight_tying=True,
+        )  # fmt: skip
+        model = llama3.Llama3(config, rngs=nnx.Rngs(0))
+        module = ".*q_proj|.*k_proj|.*v_proj|.*o_proj|.*gate_proj|.*up_proj|.*down_proj"
+        provider = qwix.LoraProvider(module_path=module, rank=RANK, alpha=ALPHA)
+        model = qwix.apply_lora_to_model(model, provider, **model.get_model_input())
+        update = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(2e-4))
+        trainer = peft_trainer.PeftTrainer(model, update, peft_trainer.TrainingConfig(eval_every_n_steps=1000, max_steps=1000))
+
+        def inputs(tokens):
+            size = tokens.shape[1]
+            places = jnp.broadcast_to(jnp.arange(size), tokens.shape)
+            seen = jnp.broadcast_to(jnp.tril(jnp.ones((size, size), bool)), (tokens.shape[0], size, size))
+            return {"input_tokens": tokens, "input_mask": jnp.ones_like(tokens), "positions": places, "attention_mask": seen}
+
+        trainer = trainer.with_gen_model_input_fn(inputs)
+        self.step, _ = trainer.jit_train_and_eval_step()
+        self.ids, self.ready = jnp.asarray(random_ids()[:, :-1]), jax.block_until_ready
+
+    def __call__(self, number):
+        self.ready(self.step(self.ids))
+        return ROWS * LENGTH
+
+
+class Floor:
+    """The products with frozen matrices that a step cannot do without, alone: 4 FLOP a parameter and token."""
+
+    def __init__(self, dtype, data):
+        import jax
+        import jax.numpy as jnp
+        from transformers import AutoConfig
+
+        assert data == "random"
+        kind, tokens = jnp.dtype(dtype), ROWS * LENGTH
+        raw = AutoConfig.from_pretrained(model_path()) if model_path().is_dir() else None
+        width, mlp, layers, vocab = (576, 1536, 30, 49152) if raw is None else (
+            raw.hidden_size, raw.intermediate_size, raw.num_hidden_layers, raw.vocab_size
+        )  # fmt: skip
+        heads = 192 if raw is None else raw.num_key_value_heads * raw.head_dim
+        shapes = [
+            (width, width, 2 * layers), (heads, width, 2 * layers), (mlp, width, 2 * layers), (width, mlp, layers), (vocab, width, 1)
+        ]  # fmt: skip
+        wide = jnp.float32 if jax.default_backend() == "cpu" else None  # the form of a product that is fastest there
+
+        def forward(x, w):
+            return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=wide)
+
+        def backward(y, w):
+            return jax.lax.dot_general(y, w, (((1,), (0,)), ((), ())), preferred_element_type=wide)
+
+        self.work = []
+        for out, width, count in shapes:
+            x, y, w = (jnp.ones(size, kind) for size in ((tokens, width), (tokens, out), (out, width)))
+            self.work += [(jax.jit(forward), (x, w), count), (jax.jit(backward), (y, w), count)]
+
+    def __call__(self, number):
+        for run, arrays, count in self.work:
+            for _ in range(count):
+                run(*arrays).block_until_ready()
+        return ROWS * LENGTH
+
+
+class Tokens:
+    """Greedy generation, 64 tokens after each of `rows` prompts of 32 tokens; a step counts the new tokens."""
+
+    def __init__(self, name, rows):
+        self.rows, prompts = rows, random_ids(rows, 32)[:, :-1]
+        if name == "jaxtune":
+            from jaxtune.core.mesh import make_mesh
+            from jaxtune.generate.engine import Engine
+            from jaxtune.weights.load import load_model
+            from jaxtune.weights.source import resolve
+
+            engine = Engine(load_model(resolve(str(model_path())), make_mesh()), [], batch=rows)
+            self.step = lambda: engine.generate([list(map(int, row)) for row in prompts], 64)
+        else:
+            import torch
+
+            model, device = torch_model("float32")
+            ids = torch.as_tensor(prompts).long().to(device)
+            self.step = lambda: model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, min_new_tokens=64, do_sample=False
+            )
+
+    def __call__(self, number):
+        self.step()
+        return self.rows * 64
+
+
+WORKERS = {"jaxtune": Jaxtune, "peft": Peft, "peft-compile": Compiled, "peft-liger": Liger, "tunix": Tunix, "floor": Floor}
+
+
+def peak_bytes():
+    """Of this process: the accelerator's memory where it has used one, else the machine's."""
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        return sys.modules["torch"].cuda.max_memory_allocated()
+    if "jax" in sys.modules:
+        stats = sys.modules["jax"].local_devices()[0].memory_stats() or {}
+        if stats.get("peak_bytes_in_use"):
+            return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Side:
+    """A side's process.
+
+    Args:
+        name: a key of `WORKERS`.
+        dtype: of its computation; for generation the number of rows.
+        data: `random`, `news` or `generate`.
+        python: the interpreter, where it is not this one.
+
+    """
+
+    def __init__(self, name, dtype, data="random", python=sys.executable):
+        command = [python, __file__, name, dtype, data]
+        quiet = subprocess.DEVNULL if "BENCH_DEBUG" not in os.environ else None
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=quiet, text=True)
+        self.name, self.dtype, self.seconds, self.tokens, self.peak = name, dtype, [], [], None
+
+    def line(self):
+        """The next line of its output; None where it takes longer than the limit or has ended."""
+        ready, _, _ = select.select([self.process.stdout], [], [], LIMIT)
+        return (self.process.stdout.readline() if ready else None) or None
+
+    def step(self):
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        seconds, tokens = json.loads(self.line())
+        self.seconds.append(seconds)
+        self.tokens.append(tokens)
+
+    @property
+    def rates(self):
+        return [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True)]
+
+    @property
+    def rate(self):
+        """Tokens of all its steps over their seconds, the slowest and the fastest step left out."""
+        order = sorted(range(len(self.seconds)), key=lambda k: self.rates[k])
+        kept = order[1:-1] if len(order) > 4 else order
+        return sum(self.tokens[k] for k in kept) / sum(self.seconds[k] for k in kept)
+
+    def close(self):
+        self.process.stdin.close()
+        self.peak = int(self.line())
+        self.process.wait()
+
+
+def by_turns(sides, steps):
+    """Let the sides make their steps; those that did not get through their warm-up are left without seconds."""
+    alive = []
+    for side in sides:
+        if side.line() == "ready\n":
+            alive.append(side)
+        else:
+            side.process.kill()
+            print(f"{side.name} {side.dtype}: no step within {LIMIT} s, or it ended", file=sys.stderr)
+    for number in range(steps):
+        for side in alive if number % 2 else reversed(alive):
+            time.sleep(PAUSE)
+            side.step()
+        print(f"  turn {number + 1}/{steps}", file=sys.stderr, flush=True)
+    for side in alive:
+        side.close()
+    return alive
+
+
+def spread(values):
+    """The middle and the outer quarters' borders."""
+    values = sorted(values)
+    return statistics.median(values), values[len(values) // 4], values[-1 - len(values) // 4]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=WORKERS)
+    parser.add_argument("dtype")
+    parser.add_argument("data", choices=("random", "news", "generate"))
+    options = parser.parse_args()
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    generates = options.data == "generate"
+    worker = (
+        Tokens(options.name, int(options.dtype)) if generates else WORKERS[options.name](options.dtype, options.data)
+    )
+    for number in range(WARM_UP):
+        worker(number)
+    print("ready", file=out, flush=True)
+    for number, _ in enumerate(sys.stdin):
+        began = time.perf_counter()
+        tokens = worker(number)
+        print(json.dumps([time.perf_counter() - began, int(tokens)]), file=out, flush=True)
+    print(peak_bytes(), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()
