@@ -71,6 +71,7 @@ class Jaxtune:
         import numpy as np
 
         from jaxtune.config.loading import load_config
+        from jaxtune.core.memory import give_back
         from jaxtune.core.mesh import make_mesh
         from jaxtune.data.loader import Plan, on_devices
         from jaxtune.data.packing import Layout
@@ -84,9 +85,7 @@ class Jaxtune:
         plain = [f"model.dtype={dtype}", f"model.compute_dtype={dtype}"]
         keys = {"int8": ["model.dtype=int8", "model.products=int8"], "nf4": ["model.dtype=nf4"]}.get(dtype, plain)
         shape = [f"data.max_length={LENGTH}", f"train.batch_size={ROWS}"]
-        config = load_config(
-            overrides=[*keys, *shape, f"adapter.rank={RANK}", f"adapter.alpha={ALPHA}", f"train.remat={remat}"]
-        )
+        config = load_config(overrides=[*keys, *shape, f"adapter.rank={RANK}", f"adapter.alpha={ALPHA}", f"train.remat={remat}"])
         computation, trainable, self.frozen, update = assembled(config, trained_model(config, source, None, self.mesh), 1000)
         self.run = train_step(computation, update)
         self.state = init_state(trainable, update, 0)
@@ -97,18 +96,17 @@ class Jaxtune:
         else:
             plan = Plan(news()[0], Layout(PACKED_ROWS, PACKED_LENGTH, True, True, 0), 1)
             self.batches = [(on_devices(plan.batch(k), 1, self.mesh), plan.tokens(k)) for k in range(len(plan) - 1)]
-        self.ready = jax.block_until_ready
-        self.compiled = False
+        self.ready, self.give_back = jax.block_until_ready, give_back
+        self.programs = {}
 
     def __call__(self, number):
         batch, tokens = self.batches[number % len(self.batches)]
-        self.state, metrics = self.run(self.state, self.frozen, batch)
+        shape = batch.input_ids.shape
+        if shape not in self.programs:  # as the loop does
+            self.programs[shape] = self.run.lower(self.state, self.frozen, batch).compile()
+            self.give_back()
+        self.state, metrics = self.programs[shape](self.state, self.frozen, batch)
         self.ready(metrics)
-        if not self.compiled:
-            from jaxtune.core.memory import give_back
-
-            give_back()  # as the loop does after it compiled
-            self.compiled = True
         return tokens
 
 
@@ -371,9 +369,7 @@ def main():
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     generates = options.data == "generate"
-    worker = (
-        Tokens(options.name, int(options.dtype)) if generates else WORKERS[options.name](options.dtype, options.data)
-    )
+    worker = Tokens(options.name, int(options.dtype)) if generates else WORKERS[options.name](options.dtype, options.data)
     for number in range(WARM_UP):
         worker(number)
     print("ready", file=out, flush=True)
