@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxtune.models.contractions import over_tokens
 from jaxtune.models.layers import Dropout, Embedding, Linear, matmul, matmul_back
 from jaxtune.models.quantised import Quantised
-from jaxtune.models.remat import LOW, PROJECTION
+from jaxtune.models.remat import LOW, PROJECTION, named
 
 
 class LoRAParam(nnx.Param):
@@ -96,7 +95,7 @@ class LoRALinear(Linear):
         """The adapted linear map; the adapter's input is dropped out only where `dropout` brings keys."""
         dropped = self._dropped(x, dropout)
         y = self._plain(x) if dropped is x and self._is_plain else self._composed(x, dropped)
-        return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(y.dtype), PROJECTION)
+        return named(y if self.bias is None else y + self.bias[...].astype(y.dtype), PROJECTION)
 
     @property
     def _is_plain(self) -> bool:
@@ -174,7 +173,7 @@ def low_rank(x: Float[Array, "*batch in"], a: Float[Array, "rank in"], b: Float[
 
 
 def _low_rank_fwd(x, a, b):
-    low = checkpoint_name(matmul(x, a), LOW)
+    low = named(matmul(x, a), LOW)
     return matmul(low, b), (x, low, a, b)
 
 

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtune.core.dtypes import precision
 from jaxtune.core.platforms import platform
 from jaxtune.models.mask import Mask
-from jaxtune.models.remat import ATTENTION
+from jaxtune.models.remat import ATTENTION, named
 
 BLOCK = 256
 _FEW = 16  # queries that look at all keys at once: a loop would cost more than their scores
@@ -105,7 +104,7 @@ def _forward(form: _Form, q_nBKRH, k_mBKSH, v_mBKSH, here: _Places, there: _Plac
         return None, ((acc / total).astype(q_BKRH.dtype), top + jnp.log(total))
 
     _, (out, normaliser) = jax.lax.scan(rows, None, (q_nBKRH, here))
-    out, normaliser = checkpoint_name(out, ATTENTION), checkpoint_name(normaliser, ATTENTION)
+    out, normaliser = named(out, ATTENTION), named(normaliser, ATTENTION)
     return out, (q_nBKRH, k_mBKSH, v_mBKSH, here, there, window, out, normaliser)
 
 

@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxtune.core.axes import constrain
+from jaxtune.core.platforms import platform
 from jaxtune.models.attention import attend
 from jaxtune.models.cache import Cache
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.experts import SparseMLP
 from jaxtune.models.layers import ACTIVATIONS, Dropout, Embedding, Linear, RMSNorm, matmul, softcap
 from jaxtune.models.mask import Mask
-from jaxtune.models.remat import LAYER, remat
+from jaxtune.models.remat import LAYER, as_bits, as_float, named, remat
 from jaxtune.models.rope import Rope, no_rotation, phases, rotate, segment_lengths
 
 
@@ -184,14 +184,37 @@ class Decoder(nnx.Module):
         """Hidden states after the final norm, and the updated cache; each segment is one compiled layer, scanned."""
         for part, segment in zip(self.config.segments, self.layers, strict=True):
             graph, stacked = nnx.split(segment)
+            stacked = _stored(stacked)
 
             def layer(carry: tuple, step: tuple, graph: nnx.GraphDef = graph) -> tuple[tuple, None]:
                 weights, numbers = step
-                x, cache = checkpoint_name(carry[0], LAYER), carry[1]
-                return nnx.merge(graph, weights)(x, context.at(numbers), cache), None
+                x, cache = named(carry[0], LAYER), carry[1]
+                return nnx.merge(graph, _restored(weights))(x, context.at(numbers), cache), None
 
             (x, cache), _ = jax.lax.scan(remat(layer, policy), (x, cache), (stacked, _steps(self.config, part)))
         return constrain(self.norm(x), "batch", "seq", "act_embed"), cache
+
+
+def _stored(stacked: nnx.State) -> nnx.State:
+    """The stacks as they enter the scan: on CPU bfloat16 as bits, since XLA would take all layers to float32 to cut one out."""
+    if platform() != "cpu":
+        return stacked
+    return jax.tree.map(lambda leaf: _frozen_bits(leaf) if leaf.dtype == jnp.bfloat16 else leaf, stacked)
+
+
+def _restored(weights: nnx.State) -> nnx.State:
+    """The inverse of `_stored`; there are no other weights of sixteen-bit integers."""
+    return jax.tree.map(lambda leaf: as_float(leaf) if leaf.dtype == jnp.uint16 else leaf, weights)
+
+
+def _frozen_bits_fwd(x: Any) -> tuple[jax.Array, None]:
+    if x.perturbed:
+        raise TypeError("Gradients of bfloat16 weights are not computed on CPU. Load what shall train in float32.")
+    return as_bits(x.value), None
+
+
+_frozen_bits = jax.custom_vjp(as_bits)
+_frozen_bits.defvjp(_frozen_bits_fwd, lambda _, dy: (None,), symbolic_zeros=True)
 
 
 def _steps(config: ModelConfig, part: range) -> LayerStep:

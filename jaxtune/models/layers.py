@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, Key
 
@@ -16,7 +15,7 @@ from jaxtune.core.axes import constrain, even
 from jaxtune.models.config import NormConfig
 from jaxtune.models.contractions import contract, over_tokens
 from jaxtune.models.quantised import Quantised, product, product_back
-from jaxtune.models.remat import PROJECTION
+from jaxtune.models.remat import PROJECTION, named
 
 INIT_STD = 0.02
 
@@ -112,7 +111,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch in"], dropout: Dropout | None = None) -> Float[Array, "*batch out"]:
         """The linear map; `dropout` is for adapters that wrap it."""
-        return checkpoint_name(self.product(x), PROJECTION)
+        return named(self.product(x), PROJECTION)
 
     def times_weight(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """X W^T."""

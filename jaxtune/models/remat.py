@@ -3,6 +3,9 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, UInt16
 
 from jaxtune.core.platforms import platform
 
@@ -14,6 +17,32 @@ LAYER = "layer"
 """Name of a layer's input."""
 ATTENTION = "attention"
 """Name of the attention's output and of its softmax's normaliser."""
+
+
+def named(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
+    """X, which a policy may keep by this name.
+
+    On CPU a bfloat16 array is kept as integers of sixteen bits: XLA would take it to float32 and back to put it in its place.
+    """
+    return _kept(name, x) if x.dtype == jnp.bfloat16 and platform() == "cpu" else checkpoint_name(x, name)
+
+
+def _kept_plain(name: str, x: jax.Array) -> jax.Array:
+    return as_float(checkpoint_name(as_bits(x), name))
+
+
+_kept = jax.custom_vjp(_kept_plain, nondiff_argnums=(0,))
+_kept.defvjp(lambda name, x: (_kept_plain(name, x), None), lambda name, _, dy: (dy,))
+
+
+def as_bits(x: Float[Array, "*shape"]) -> UInt16[Array, "*shape"]:
+    """The bits of bfloat16 numbers."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16)
+
+
+def as_float(bits: UInt16[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The inverse of `as_bits`."""
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
 def remat(function: Callable, policy: str) -> Callable:
@@ -31,7 +60,7 @@ def remat(function: Callable, policy: str) -> Callable:
     names = jax.checkpoint_policies
     keep = {
         "full": names.nothing_saveable,
-        "dots": names.save_only_these_names(PROJECTION, LOW, ATTENTION),
+        "dots": names.save_only_these_names(PROJECTION, LOW, ATTENTION, *((LAYER,) if platform() == "cpu" else ())),
         "offload": names.save_and_offload_only_these_names(
             names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER], offload_src="device", offload_dst="pinned_host"
         ),
