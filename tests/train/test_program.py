@@ -8,11 +8,15 @@ from itertools import pairwise
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxtune.config.loading import load_config
 from jaxtune.core.memory import Memory
+from jaxtune.core.mesh import make_mesh
 from jaxtune.plan.lower import Lowered
 from jaxtune.train.recompute import Room, chosen, needed
+from jaxtune.weights.load import load_model
+from jaxtune.weights.source import resolve
 from tests.steps import Steps, ragged_batch
 
 recompute = importlib.import_module("jaxtune.train.recompute")  # `jaxtune.train` is the function
@@ -99,3 +103,17 @@ def test_auto_takes_what_there_is_room_for(gigabytes, policy, lowered, monkeypat
 def test_the_estimate_is_near_what_the_compiler_says(policy, lowered):
     made = lowered(512, 16, f"train.remat={policy}")
     assert 0.7 < needed(made.config, made.model, None, policy) / temporaries(made) < 2.0
+
+
+def test_on_cpu_bfloat16_weights_and_what_is_kept_are_not_taken_to_float32_as_stacks(lowered):
+    keys = ["model.dtype=bfloat16", "model.compute_dtype=bfloat16", "train.remat=dots"]
+    text = lowered(512, 3, *keys).compile().as_text()
+    wide = set(re.findall(r"f32\[(3,[\d,]+)\]", text))
+    assert not wide & {f"3,{MLP},{HIDDEN}", f"3,{HIDDEN},{MLP}", f"3,{HIDDEN},{HIDDEN}", f"3,{ROWS},{LENGTH},{MLP}"}
+
+
+def test_gradients_of_bfloat16_weights_are_refused_on_cpu(chat_model):
+    model = load_model(resolve(str(chat_model)), make_mesh(devices=jax.devices()[:1]), dtype="bfloat16", compute="bfloat16")
+    graph, leaves = nnx.split(model)
+    with pytest.raises(TypeError, match="in float32"):
+        jax.grad(lambda leaves: nnx.merge(graph, leaves)(np.ones((1, 8), np.int32)).sum())(leaves)
