@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxtune.models.contractions import over_tokens
 from jaxtune.models.layers import Dropout, Embedding, Linear, matmul, matmul_back
-from jaxtune.models.quantised import Quantised
+from jaxtune.models.quantised import Axes, Quantised
 from jaxtune.models.remat import LOW, PROJECTION, named
 
 
@@ -103,7 +103,7 @@ class LoRALinear(Linear):
 
     def _plain(self, x: Float[Array, "*batch in"]) -> Any:
         axes = self.weight.get_metadata()["axes"]
-        return adapted(axes, x, self.weight[...], self.lora_A[...], self._scaled(self.lora_B[...]))
+        return adapted_product(axes, x, self.weight[...], self.lora_A[...], self._scaled(self.lora_B[...]))
 
     def _composed(self, x: Float[Array, "*batch in"], dropped: Float[Array, "*batch in"]) -> Any:
         y, update = self.times_weight(x), self._update(dropped, x)
@@ -192,8 +192,8 @@ low_rank.defvjp(_low_rank_fwd, _low_rank_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def adapted(
-    axes: tuple[str | None, ...],
+def adapted_product(
+    axes: Axes,
     x: Float[Array, "*batch in"],
     weight: Float[Array, "out in"] | Quantised,
     a: Float[Array, "rank in"],
@@ -219,4 +219,4 @@ def _adapted_bwd(axes, residuals, dy):
     return matmul_back(dy, weight, axes) + matmul_back(dlow, rest[2]), None, da, db
 
 
-adapted.defvjp(_adapted_fwd, _adapted_bwd)
+adapted_product.defvjp(_adapted_fwd, _adapted_bwd)

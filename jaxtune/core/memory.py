@@ -1,4 +1,4 @@
-"""What a compiled program takes of a device's memory."""
+"""Memory of a device: what it has, what a compiled program and what arrays take of it."""
 
 import ctypes
 import math

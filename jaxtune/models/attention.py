@@ -87,8 +87,8 @@ def _kernel(
     """The kernel for these arrays and the platform; `shards` is into how many parts the queries are cut."""
     groups = q_BTNH.shape[2] // k_BSKH.shape[2]
     if windows and platform() == "tpu" and splashes(q_BTNH, shards):
-        kernel = Splash(q_BTNH.shape[1], groups, windows, cap, shards)
-        return Kernel(partial(kernel, scale=scale), kernel.arrays, kernel.specs)
+        splash = Splash(q_BTNH.shape[1], groups, windows, cap, shards)
+        return Kernel(partial(splash, scale=scale), splash.kernels, splash.specs)
     if windows and platform() == "gpu" and cudnn.suits(q_BTNH, cap):
         return Kernel(lambda _, q, k, v, mask: cudnn.attend(q, k, v, mask, scale=scale, causal=shards == 1))
     return Kernel(lambda _, q, k, v, mask: blockwise(q, k, v, mask, scale=scale, cap=cap))

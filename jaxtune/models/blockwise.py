@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxtune.core.dtypes import precision
 from jaxtune.core.platforms import platform
+from jaxtune.models.layers import softcap
 from jaxtune.models.mask import Mask
 from jaxtune.models.remat import ATTENTION, named
 
@@ -87,7 +88,7 @@ def _forward(form: _Form, q_nBKRH, k_mBKSH, v_mBKSH, here: _Places, there: _Plac
 
             def look(carry):
                 acc, top, total = carry
-                scores = _masked(_capped(_scores(q_BKRH, k_BKSH), form.cap), allowed)
+                scores = _masked(softcap(_scores(q_BKRH, k_BKSH), form.cap), allowed)
                 new = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
                 # One exponential for the sum and the product: fused into the sum it would be computed twice.
                 exps = jax.lax.optimization_barrier(jnp.exp(scores - new))
@@ -123,7 +124,7 @@ def _backward(form: _Form, residuals, dout_nBKRH):
 
             def look(carry):
                 dq, dk, dv = carry
-                scores = _capped(_scores(q_BKRH, k_BKSH), form.cap)
+                scores = softcap(_scores(q_BKRH, k_BKSH), form.cap)
                 probs = jnp.exp(_masked(scores, allowed) - norm)
                 dscores = probs * (_product("BKRH,BKSH->BKRS", dout_BKRH, v_BKSH, jnp.float32) - mean)
                 if form.cap is not None:
@@ -154,10 +155,6 @@ def _unless_masked(form: _Form, allowed: jax.Array, look: Any, carry: Any) -> An
 
 def _scores(q_BKRH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
     return _product("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, jnp.float32)
-
-
-def _capped(scores: jax.Array, cap: float | None) -> jax.Array:
-    return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
 def _masked(scores: Float[Array, "B K R S"], allowed: Bool[Array, "B T S"]) -> Float[Array, "B K R S"]:

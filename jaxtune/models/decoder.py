@@ -78,9 +78,9 @@ class Attention(nnx.Module):
         """The attention output, and the cache with this pass's keys and values where one was given."""
         q, k, v = self._project(x, context.dropout)
         q, k = rotate(q, context.rope), rotate(k, context.rope)
-        config, windows = self.config, self.config.windows
+        config = self.config
+        windows = config.windows if cache is None else None
         if cache is not None:
-            windows = None
             cache = cache.write(context.layer, k, v, context.mask.query_positions)
             k, v = cache.keys[context.layer].astype(q.dtype), cache.values[context.layer].astype(q.dtype)
         q = constrain(q, "batch", "seq", "act_heads", None)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 from jaxtune.core.axes import constrain, even
 from jaxtune.models.config import NormConfig
 from jaxtune.models.contractions import contract, over_tokens
-from jaxtune.models.quantised import Quantised, product, product_back
+from jaxtune.models.quantised import Axes, Quantised, product, product_back
 from jaxtune.models.remat import PROJECTION, named
 
 INIT_STD = 0.02
@@ -32,9 +32,6 @@ ACTIVATIONS = {
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
     """C tanh(x / c), which keeps x within -c and c; x itself where c is None."""
     return x if cap is None else cap * jnp.tanh(x / cap)
-
-
-Axes = tuple[str | None, ...]
 
 
 def matmul(x: jax.Array, weight: jax.Array | Quantised, axes: Axes = (None, None)) -> jax.Array:

@@ -89,7 +89,7 @@ class NF4(Quantised):
 
     def astype(self, dtype: Any) -> Float[Array, "*stack out in"]:
         """See Quantised."""
-        return joined(*self.halves(dtype))
+        return join_columns(*self.halves(dtype))
 
     def gathered(self, axes: Axes) -> "NF4":
         """See Quantised."""
@@ -165,14 +165,14 @@ def nf4_value(codes: UInt8[Array, "*shape"], one: float | Float[Array, "..."] = 
     return level[0]
 
 
-def split(x: Float[Array, "*batch in"]) -> tuple[Float[Array, "*batch half"], Float[Array, "*batch half"]]:
+def split_columns(x: Float[Array, "*batch in"]) -> tuple[Float[Array, "*batch half"], Float[Array, "*batch half"]]:
     """The columns that meet the first numbers of the bytes, and those that meet the second."""
     first, second = jnp.moveaxis(x.reshape(*x.shape[:-1], -1, 2, BLOCK // 2), -2, 0)
     return first.reshape(*x.shape[:-1], -1), second.reshape(*x.shape[:-1], -1)
 
 
-def joined(first: Float[Array, "*batch half"], second: Float[Array, "*batch half"]) -> Float[Array, "*batch in"]:
-    """The inverse of `split`."""
+def join_columns(first: Float[Array, "*batch half"], second: Float[Array, "*batch half"]) -> Float[Array, "*batch in"]:
+    """The inverse of `split_columns`."""
     parts = [part.reshape(*part.shape[:-1], -1, BLOCK // 2) for part in (first, second)]
     return jnp.stack(parts, axis=-2).reshape(*first.shape[:-1], 2 * first.shape[-1])
 
@@ -229,7 +229,7 @@ def _forward(x: jax.Array, stored: Quantised, axes: Axes) -> tuple[jax.Array, Qu
         return weight.times(x, 1) * weight.scales.astype(x.dtype), stored
     if isinstance(weight, NF4):
         first, second = weight.halves(x.dtype)
-        low, high = (_laid(half, axes[1]) for half in split(x))
+        low, high = (_laid(half, axes[1]) for half in split_columns(x))
         return contract(low, first, 1) + contract(high, second, 1), stored
     return contract(x, weight.astype(x.dtype), 1), stored
 

@@ -57,14 +57,14 @@ def remat(function: Callable, policy: str) -> Callable:
     """
     if policy == "none":
         return function
-    names = jax.checkpoint_policies
+    if policy == "offload" and platform() == "cpu":
+        policy = "full"
+    policies, inputs = jax.checkpoint_policies, (LAYER,) if platform() == "cpu" else ()  # elsewhere an input is kept unnamed
     keep = {
-        "full": names.nothing_saveable,
-        "dots": names.save_only_these_names(PROJECTION, LOW, ATTENTION, *((LAYER,) if platform() == "cpu" else ())),
-        "offload": names.save_and_offload_only_these_names(
+        "full": policies.nothing_saveable,
+        "dots": policies.save_only_these_names(PROJECTION, LOW, ATTENTION, *inputs),
+        "offload": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER], offload_src="device", offload_dst="pinned_host"
         ),
     }
-    if policy == "offload" and platform() == "cpu":
-        policy = "full"
     return jax.checkpoint(function, policy=keep[policy], prevent_cse=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -48,23 +48,23 @@ class Splash:
         interpret: bool = False,
     ) -> None:
         block = next(size for size in (BLOCK, BLOCK // 2, LANES) if tokens // shards % size == 0)
-        sizes = kernels.BlockSizes(block, block, block, block, block, block, block, block)
+        sizes = pallas.BlockSizes(block, block, block, block, block, block, block, block)
         self.windows = windows
-        self.arrays = []
+        self.kernels = []
         for window in windows:
             shape = (tokens, tokens)
-            mask = kernels.CausalMask(shape) if window is None else kernels.LocalMask(shape, (window - 1, 0), 0)
-            make = partial(kernels.make_splash_mqa, block_sizes=sizes, attn_logits_soft_cap=cap, interpret=interpret)
-            heads = kernels.MultiHeadMask([mask] * groups)
-            self.arrays.append(make(heads, head_shards=1, q_seq_shards=shards, residual_checkpoint_name=ATTENTION))
+            mask = pallas.CausalMask(shape) if window is None else pallas.LocalMask(shape, (window - 1, 0), 0)
+            make = partial(pallas.make_splash_mqa, block_sizes=sizes, attn_logits_soft_cap=cap, interpret=interpret)
+            heads = pallas.MultiHeadMask([mask] * groups)
+            self.kernels.append(make(heads, head_shards=1, q_seq_shards=shards, residual_checkpoint_name=ATTENTION))
 
     def specs(self, mesh: AbstractMesh, seq: Any) -> list[Any]:
         """Partitions of the kernels' own arrays where the queries are cut over the mesh axes `seq`."""
-        return [kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, seq))) for kernel in self.arrays]
+        return [kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, seq))) for kernel in self.kernels]
 
     def __call__(
         self,
-        arrays: list[Any],
+        kernels: list[Any],
         q_BTNH: Float[Array, "B T N H"],
         k_BSKH: Float[Array, "B S K H"],
         v_BSKH: Float[Array, "B S K H"],
@@ -72,14 +72,14 @@ class Splash:
         *,
         scale: float,
     ) -> Float[Array, "B T N H"]:
-        """As `blockwise`, on one device; `arrays` are this device's parts of the kernels'."""
+        """As `blockwise`, on one device; `kernels` are the own ones, as this device has them: each knows its part of the mask."""
         batch, queries, heads, size = q_BTNH.shape
         kv_heads = k_BSKH.shape[2]
         q_BTKGH = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).reshape(batch, queries, kv_heads, -1, size)
         q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
         k_BKSH, v_BKSH = (part.transpose(0, 2, 1, 3) for part in (k_BSKH, v_BSKH))
-        segments = kernels.SegmentIds(mask.query_segments, mask.key_segments)
-        branches = [_over_batch_and_heads(part) for part in arrays]
+        segments = pallas.SegmentIds(mask.query_segments, mask.key_segments)
+        branches = [_over_batch_and_heads(kernel) for kernel in kernels]
         if len(branches) == 1:
             out_BKGTH = branches[0](q_BKGTH, k_BKSH, v_BKSH, segments)
         else:

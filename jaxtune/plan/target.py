@@ -106,8 +106,8 @@ class Target:
             }
         try:
             return list(topologies.get_topology_desc(**options).devices)
-        # JAX and the compilers raise any of these where one is missing or has no such topology.
         except (RuntimeError, NotImplementedError, AssertionError, ValueError) as error:
+            # JAX and the compilers raise any of these where one is missing or has no such topology.
             what = "pip install 'jaxtune[plan]'" if self.platform == "tpu" else "pip install jax-cuda13-plugin"
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(

@@ -11,10 +11,8 @@ from jaxtune.models.blockwise import BLOCK
 from jaxtune.models.decoder import CausalLM
 
 _SHARE = 0.9  # of the memory that an estimate may fill
-_WIDE, _NARROW = (
-    10,
-    12,
-)  # arrays of the MLP's and of the model's width that one layer's backward pass holds at once, by compiled steps
+# Arrays of the MLP's and of the model's width that one layer's backward pass holds at once, by compiled steps.
+_WIDE, _NARROW = 10, 12
 _SCORES = 4  # blocks of attention's scores at once
 _CHUNKS = 3 * 256  # rows of float32 logits
 

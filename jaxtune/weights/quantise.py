@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune.core.axes import sharding
 from jaxtune.core.errors import UserError
-from jaxtune.models.quantised import BLOCK, NF4, NF4_CODES, SCALES, Int8Rows, Quantised, dynamic_value, split
+from jaxtune.models.quantised import BLOCK, NF4, NF4_CODES, SCALES, Int8Rows, Quantised, dynamic_value, split_columns
 
 KINDS = ("int8", "nf4")
 
@@ -85,7 +85,7 @@ def to_nf4(matrix: jax.Array) -> NF4:
     groups = jnp.pad(flat, (0, -flat.size % SCALES)).reshape(-1, SCALES)
     wide = jnp.max(jnp.abs(groups), axis=-1)
     scales = _nearest(groups / jnp.where(wide == 0, 1.0, wide)[:, None], dynamic_value(jnp.arange(256, dtype=jnp.uint8)))
-    first, second = split(codes.reshape(outputs, inputs))
+    first, second = split_columns(codes.reshape(outputs, inputs))
     return NF4((first << 4) | second, scales.reshape(-1)[: flat.size].reshape(largest.shape), wide, offset)
 
 

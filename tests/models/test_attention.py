@@ -40,11 +40,13 @@ def arrays(dtype=jnp.float32, tokens=TOKENS):
     return [jnp.asarray(random.normal(size=size), jnp.float32).astype(dtype) for size in sizes]
 
 
-def compare(run, mask, cap, dtype, tolerance):
+def assert_equals_the_formula(run, mask, cap, dtype, tolerance):
     *parts, dout = arrays(dtype, mask.query_positions.shape[1])
 
     def of(function):
-        value = lambda *parts: jnp.sum(function(*parts).astype(jnp.float32) * dout.astype(jnp.float32))  # noqa: E731
+        def value(*parts):
+            return jnp.sum(function(*parts).astype(jnp.float32) * dout.astype(jnp.float32))
+
         return jax.jit(function)(*parts), jax.jit(jax.grad(value, (0, 1, 2)))(*parts)
 
     found, wanted = of(run), of(lambda q, k, v: formula(q, k, v, mask, cap))
@@ -58,7 +60,9 @@ def compare(run, mask, cap, dtype, tolerance):
 def test_blockwise(block, window, cap, monkeypatch):
     monkeypatch.setattr(blockwise, "BLOCK", block)
     mask = packed(window)
-    compare(lambda q, k, v: blockwise.blockwise(q, k, v, mask, scale=SCALE, cap=cap), mask, cap, jnp.float32, 1e-5)
+    assert_equals_the_formula(
+        lambda q, k, v: blockwise.blockwise(q, k, v, mask, scale=SCALE, cap=cap), mask, cap, jnp.float32, 1e-5
+    )
 
 
 @pytest.mark.parametrize("cap", [None, 5.0])
@@ -66,11 +70,11 @@ def test_blockwise(block, window, cap, monkeypatch):
 def test_splash(windows, window, cap):
     mask = packed(window)
     kernel = Splash(TOKENS, HEADS // KV_HEADS, windows, cap, interpret=True)
-    compare(partial(attended, kernel, mask), mask, cap, jnp.bfloat16, 0.04)
+    assert_equals_the_formula(partial(attended, kernel, mask), mask, cap, jnp.bfloat16, 0.04)
 
 
 def attended(kernel, mask, q, k, v):
-    return kernel(kernel.arrays, q, k, v, mask, scale=SCALE)
+    return kernel(kernel.kernels, q, k, v, mask, scale=SCALE)
 
 
 @pytest.mark.parametrize("sizes", [{"context": 2, "fsdp": 2}, {"tensor": 2, "data": 2}, {"context": 4, "fsdp": 1}])
@@ -80,7 +84,7 @@ def test_splash_on_a_mesh(sizes, monkeypatch):
     monkeypatch.setattr(attention, "Splash", partial(Splash, interpret=True))
     mask, mesh = packed(tokens=512), make_mesh(devices=jax.devices()[:4], **sizes)
     with jax.set_mesh(mesh):
-        compare(lambda q, k, v: attend(q, k, v, mask, SCALE, windows=(None,)), mask, None, jnp.bfloat16, 0.04)
+        assert_equals_the_formula(lambda q, k, v: attend(q, k, v, mask, SCALE, windows=(None,)), mask, None, jnp.bfloat16, 0.04)
 
 
 @pytest.mark.parametrize("window", [None, 50])
@@ -89,14 +93,14 @@ def test_what_cudnn_is_asked_for(window):
     mask = packed(window)
     run = partial(cudnn.attend, mask=mask, scale=SCALE, causal=True, implementation="xla")
     with jax.numpy_dtype_promotion("standard"):
-        compare(run, mask, None, jnp.bfloat16, 0.06)
+        assert_equals_the_formula(run, mask, None, jnp.bfloat16, 0.06)
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="no NVIDIA GPU here")
 @pytest.mark.parametrize("window", [None, 50])
 def test_cudnn(window):
     mask = packed(window)
-    compare(partial(cudnn.attend, mask=mask, scale=SCALE, causal=True), mask, None, jnp.bfloat16, 0.06)
+    assert_equals_the_formula(partial(cudnn.attend, mask=mask, scale=SCALE, causal=True), mask, None, jnp.bfloat16, 0.06)
 
 
 def test_one_query_over_a_cache():
@@ -126,9 +130,9 @@ def test_blocks_that_nobody_sees_are_not_computed(monkeypatch):
 
 def test_the_scores_of_a_row_never_exist_at_once():
     tokens = 4096
-    shape = lambda heads: jax.ShapeDtypeStruct((1, tokens, heads, SIZE), jnp.float32)  # noqa: E731
+    queries, keys = (jax.ShapeDtypeStruct((1, tokens, heads, SIZE), jnp.float32) for heads in (HEADS, KV_HEADS))
     ids = jnp.zeros((1, tokens), jnp.int32)
     mask = Mask(jnp.arange(tokens, dtype=jnp.int32)[None], jnp.arange(tokens, dtype=jnp.int32)[None], ids, ids)
     run = jax.jit(jax.grad(lambda q, k, v: jnp.sum(attend(q, k, v, mask, SCALE)), (0, 1, 2)))
-    memory = run.lower(shape(HEADS), shape(KV_HEADS), shape(KV_HEADS)).compile().memory_analysis()
+    memory = run.lower(queries, keys, keys).compile().memory_analysis()
     assert memory.temp_size_in_bytes < HEADS * tokens * tokens * 4 / 8

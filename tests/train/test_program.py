@@ -1,7 +1,6 @@
 """What the compiled step takes and does not do: memory by vocabulary and depth, no gradient of frozen weights, nothing waited for."""
 
 import importlib
-import json
 import re
 from itertools import pairwise
 
@@ -11,12 +10,14 @@ import pytest
 from flax import nnx
 
 from jaxtune.config.loading import load_config
+from jaxtune.core.errors import UserError
 from jaxtune.core.memory import Memory
 from jaxtune.core.mesh import make_mesh
 from jaxtune.plan.lower import Lowered
 from jaxtune.train.recompute import Room, chosen, needed
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
+from tests import tools
 from tests.steps import Steps, ragged_batch
 
 recompute = importlib.import_module("jaxtune.train.recompute")  # `jaxtune.train` is the function
@@ -28,15 +29,9 @@ def lowered(tmp_path):
     """The step of a model of this vocabulary and depth."""
 
     def make(vocab=512, layers=2, *keys):
-        raw = {
-            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocab, "hidden_size": HIDDEN,
-            "intermediate_size": MLP, "num_hidden_layers": layers, "num_attention_heads": HEADS, "num_key_value_heads": 2,
-            "rms_norm_eps": 1e-5, "hidden_act": "silu", "max_position_embeddings": 4096, "torch_dtype": "float32", "rope_theta": 1e4,
-            "tie_word_embeddings": False,
-        }  # fmt: skip
         folder = tmp_path / f"{vocab}-{layers}"
-        folder.mkdir(exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(raw))
+        numbers = {"vocab_size": vocab, "hidden_size": HIDDEN, "intermediate_size": MLP, "num_hidden_layers": layers}
+        tools.tiny_config(**numbers, num_attention_heads=HEADS, tie_word_embeddings=False).save_pretrained(folder)
         common = [
             f"model.source={folder}",
             f"data.max_length={LENGTH}",
@@ -86,6 +81,11 @@ def test_with_integer_products_a_step_is_near_the_exact_one(chat_model, one_devi
     batches = [ragged_batch(seed) for seed in range(4)]
     losses = [np.asarray([loss for loss, _, _ in run.train(batches)]) for run in (exact, rounded)]
     assert 0 < np.abs(losses[0] - losses[1]).max() < 0.02
+
+
+def test_integer_products_want_a_base_of_integers():
+    with pytest.raises(UserError, match=r"model\.products=int8 multiplies the codes of model\.dtype=int8"):
+        load_config(overrides=["model.products=int8"])
 
 
 @pytest.mark.parametrize(("gigabytes", "policy"), [(100, "dots"), (0.02, "full")])
