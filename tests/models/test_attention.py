@@ -17,12 +17,25 @@ BATCH, TOKENS, HEADS, KV_HEADS, SIZE, SCALE = 2, 256, 4, 2, 32, 0.2
 EVERYTHING = np.iinfo(np.int32).max
 
 
+def visible(mask):
+    """Pair by pair: the same segment, not later, and within the window."""
+    places = zip(*(np.asarray(part) for part in mask[:4]), strict=True)
+    window = EVERYTHING if mask.window is None else int(mask.window)
+    return np.asarray(
+        [
+            [[one == other and 0 <= at - of < window for of, other in zip(keys, key_segments, strict=True)]
+             for at, one in zip(queries, query_segments, strict=True)]
+            for queries, keys, query_segments, key_segments in places
+        ]
+    )  # fmt: skip
+
+
 def formula(q, k, v, mask, cap):
     groups = q.shape[2] // k.shape[2]
     q, k, v = (part.astype(jnp.float32) for part in (q, jnp.repeat(k, groups, 2), jnp.repeat(v, groups, 2)))
     scores = jnp.einsum("btnh,bsnh->bnts", q, k, precision="highest") * SCALE
     scores = scores if cap is None else cap * jnp.tanh(scores / cap)
-    probs = jax.nn.softmax(jnp.where(mask.allowed()[:, None], scores, -1e30))
+    probs = jax.nn.softmax(jnp.where(visible(mask)[:, None], scores, -1e30))
     return jnp.einsum("bnts,bsnh->btnh", probs, v, precision="highest")
 
 
