@@ -51,14 +51,11 @@ def remat(function: Callable, policy: str) -> Callable:
     Args:
         function: one layer's forward pass.
         policy: `none` keeps everything; `dots` keeps the results of linear layers and of the attention and recomputes
-            what is cheap; `full` keeps only the layer's input; `offload` keeps that in the memory of the host, where a platform has
-            one beside its own.
+            what is cheap; `full` keeps only the layer's input; `offload` keeps that in the memory of the host.
 
     """
     if policy == "none":
         return function
-    if policy == "offload" and platform() == "cpu":
-        policy = "full"
     policies, inputs = jax.checkpoint_policies, (LAYER,) if platform() == "cpu" else ()  # elsewhere an input is kept unnamed
     keep = {
         "full": policies.nothing_saveable,
