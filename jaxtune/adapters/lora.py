@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxtune.models.contractions import over_tokens
 from jaxtune.models.layers import Dropout, Embedding, Linear, matmul, matmul_back
 from jaxtune.models.quantised import Axes, Quantised
-from jaxtune.models.remat import LOW, PROJECTION, named
+from jaxtune.models.remat import LOW, PROJECTION, named, named_in_rule
 
 
 class LoRAParam(nnx.Param):
@@ -173,7 +173,7 @@ def low_rank(x: Float[Array, "*batch in"], a: Float[Array, "rank in"], b: Float[
 
 
 def _low_rank_fwd(x, a, b):
-    low = named(matmul(x, a), LOW)
+    low = named_in_rule(matmul(x, a), LOW)
     return matmul(low, b), (x, low, a, b)
 
 
@@ -185,7 +185,8 @@ def _low_rank_bwd(residuals, dy):
 def _factors_back(residuals: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, low, _, b = residuals
     dlow = matmul_back(dy, b)
-    return dlow, over_tokens(dlow, x), over_tokens(low, dy).T
+    # The barrier keeps the thin side first; XLA would fold the transposition into the product, which on CPU is then far slower.
+    return dlow, over_tokens(dlow, x), jax.lax.optimization_barrier(over_tokens(low, dy)).T
 
 
 low_rank.defvjp(_low_rank_fwd, _low_rank_bwd)

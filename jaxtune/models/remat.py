@@ -24,15 +24,20 @@ def named(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
 
     On CPU a bfloat16 array is kept as integers of sixteen bits: XLA would take it to float32 and back to put it in its place.
     """
-    return _kept(name, x) if x.dtype == jnp.bfloat16 and platform() == "cpu" else checkpoint_name(x, name)
+    return _named_through_bits(name, x) if x.dtype == jnp.bfloat16 and platform() == "cpu" else checkpoint_name(x, name)
 
 
-def _kept_plain(name: str, x: jax.Array) -> jax.Array:
+def named_in_rule(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
+    """Like `named`, within a forward rule: nothing is differentiated there, and a policy does not see a name within a rule's rule."""
+    return _through_bits(name, x) if x.dtype == jnp.bfloat16 and platform() == "cpu" else checkpoint_name(x, name)
+
+
+def _through_bits(name: str, x: jax.Array) -> jax.Array:
     return as_float(checkpoint_name(as_bits(x), name))
 
 
-_kept = jax.custom_vjp(_kept_plain, nondiff_argnums=(0,))
-_kept.defvjp(lambda name, x: (_kept_plain(name, x), None), lambda name, _, dy: (dy,))
+_named_through_bits = jax.custom_vjp(_through_bits, nondiff_argnums=(0,))
+_named_through_bits.defvjp(lambda name, x: (_through_bits(name, x), None), lambda name, _, dy: (dy,))
 
 
 def as_bits(x: Float[Array, "*shape"]) -> UInt16[Array, "*shape"]:

@@ -8,16 +8,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxtune.core.axes import constrain, cuts, ways
-from jaxtune.core.dtypes import precision
+from jaxtune.core.platforms import platform
+from jaxtune.models.contractions import contract
 from jaxtune.models.layers import matmul, softcap
 
-CHUNK = 256
+CHUNK = 256  # tokens; an accelerator reads the head anew for each chunk, so that fewer would starve it
+CPU_CHUNK = 128  # there the logits are what is moved, and of fewer tokens more stay in the cache
 _NEVER = -1e9
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """A batch's tokens cut into chunks for a loop; each device takes `CHUNK` of its own tokens at every turn, and none are moved.
+    """A batch's tokens cut into chunks for a loop; each device takes so many of its own tokens at every turn, and none are moved.
 
     Args:
         shape: rows and tokens a row.
@@ -36,7 +38,7 @@ class Chunks:
         (rows, tokens), rest = self.groups, part.shape[2:]
         split = part.reshape(rows, self.shape[0] // rows, tokens, self.shape[1] // tokens, *rest)
         lines = jnp.moveaxis(split, 2, 1).reshape(rows * tokens, -1, *rest)
-        size = min(CHUNK, lines.shape[1])
+        size = min(CPU_CHUNK if platform() == "cpu" else CHUNK, lines.shape[1])
         lines = jnp.pad(lines, ((0, 0), (0, -lines.shape[1] % size), *(((0, 0),) * len(rest))))
         lines = constrain(lines, "tokens", None, *((None,) * len(rest)))
         return jnp.moveaxis(lines.reshape(rows * tokens, -1, size, *rest), 1, 0)
@@ -126,8 +128,7 @@ def _forward(hidden, head, targets, weights, cap: float | None, *, hidden_gradie
         error = (error if cap is None else error * (1 - jnp.square(logits / cap))).astype(h.dtype)
         scale, gradient = (w / total)[..., None], None
         if hidden_gradient:
-            product = jax.lax.dot_general(error, head.astype(h.dtype), (((2,), (0,)), ((), ())), precision=precision(h.dtype))
-            gradient = (product.astype(jnp.float32) * scale).astype(h.dtype)
+            gradient = (contract(error, head, 0).astype(jnp.float32) * scale).astype(h.dtype)
         if head_gradient:
             scaled = (error.astype(jnp.float32) * scale).astype(h.dtype)
             both = (((0, 1), (0, 1)), ((), ()))

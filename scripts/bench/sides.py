@@ -24,6 +24,7 @@ RANK, ALPHA = 16, 32.0
 NEWS_ROWS, PACKED_ROWS, PACKED_LENGTH = 8, 2, 512
 WARM_UP = 2  # the first step compiles, the second may do so again for its own results' layout
 LIMIT = 240  # seconds to warm up; a dtype that the processor emulates may need far longer
+LIKE_JAXTUNE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as the command `jaxtune` begins
 PAUSE = 0.5  # seconds between turns, in which the other sides' idle threads stop spinning
 
 
@@ -303,7 +304,10 @@ class Side:
     def __init__(self, name, dtype, data="random", python=sys.executable):
         command = [python, __file__, name, dtype, data]
         quiet = subprocess.DEVNULL if "BENCH_DEBUG" not in os.environ else None
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=quiet, text=True)
+        environment = os.environ | (LIKE_JAXTUNE if name in ("jaxtune", "floor") else {})
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=quiet, text=True, env=environment
+        )
         self.name, self.dtype, self.seconds, self.tokens, self.peak = name, dtype, [], [], None
 
     def line(self):

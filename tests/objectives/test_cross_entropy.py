@@ -25,7 +25,7 @@ def plain(hidden, head, targets, weights):
 @pytest.mark.parametrize("tokens", [1, 7, 8, 21])
 @pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1)])
 def test_values_and_gradients(tokens, wanted, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "CHUNK", 8)
+    monkeypatch.setattr(cross_entropy, "CPU_CHUNK", 8)
     parts = arrays(tokens)
     loss, grads = jax.value_and_grad(lambda *p: 3 * linear_cross_entropy(*p), wanted)(*parts)
     expected, expected_grads = jax.value_and_grad(lambda *p: 3 * plain(*p), wanted)(*parts)

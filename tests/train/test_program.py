@@ -117,3 +117,12 @@ def test_gradients_of_bfloat16_weights_are_refused_on_cpu(chat_model):
     graph, leaves = nnx.split(model)
     with pytest.raises(TypeError, match="in float32"):
         jax.grad(lambda leaves: nnx.merge(graph, leaves)(np.ones((1, 8), np.int32)).sum())(leaves)
+
+
+def test_under_dots_attention_and_thin_products_are_kept_in_bfloat16_as_in_float32(lowered):
+    """On CPU they are kept as bits; a name that the policy did not see would show as more exponentials and products."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        text = lowered(512, 3, f"model.dtype={dtype}", f"model.compute_dtype={dtype}", "train.remat=dots").compile().as_text()
+        found[dtype] = len(re.findall(r" exponential\(", text)), len(re.findall(r" dot\(", text))
+    assert found["bfloat16"] == found["float32"]
