@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The sides of a comparison: each is a process of its own that makes a step when it is its turn, so that what else the machine does
+"""The sides of a comparison: each is a process of its own that makes its steps when it is its turn, so that what else the machine does
 falls on all alike. `scripts/bench/run` asks them; run as a program, this file is one of them.
 
 The model is SmolLM2-135M (packaged) or the directory in BENCH_MODEL, LoRA r=16 on all linear layers of the blocks, AdamW, clipping at 1.
@@ -25,6 +25,7 @@ NEWS_ROWS, PACKED_ROWS, PACKED_LENGTH = 8, 2, 512
 WARM_UP = 2  # the first step compiles, the second may do so again for its own results' layout
 LIMIT = 240  # seconds to warm up; a dtype that the processor emulates may need far longer
 LIKE_JAXTUNE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as the command `jaxtune` begins
+STEPS_A_TURN = 3  # and one before that is not counted: memory and caches are then as the side before has left them
 PAUSE = 0.5  # seconds between turns, in which the other sides' idle threads stop spinning
 
 
@@ -315,12 +316,17 @@ class Side:
         ready, _, _ = select.select([self.process.stdout], [], [], LIMIT)
         return (self.process.stdout.readline() if ready else None) or None
 
+    def turn(self):
+        self.step()
+        for _ in range(STEPS_A_TURN):
+            seconds, tokens = self.step()
+            self.seconds.append(seconds)
+            self.tokens.append(tokens)
+
     def step(self):
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
-        seconds, tokens = json.loads(self.line())
-        self.seconds.append(seconds)
-        self.tokens.append(tokens)
+        return json.loads(self.line())
 
     @property
     def rates(self):
@@ -339,7 +345,7 @@ class Side:
         self.process.wait()
 
 
-def by_turns(sides, steps):
+def by_turns(sides, turns):
     """Let the sides make their steps; those that did not get through their warm-up are left without seconds."""
     alive = []
     for side in sides:
@@ -348,11 +354,11 @@ def by_turns(sides, steps):
         else:
             side.process.kill()
             print(f"{side.name} {side.dtype}: no step within {LIMIT} s, or it ended", file=sys.stderr)
-    for number in range(steps):
+    for number in range(turns):
         for side in alive if number % 2 else reversed(alive):
             time.sleep(PAUSE)
-            side.step()
-        print(f"  turn {number + 1}/{steps}", file=sys.stderr, flush=True)
+            side.turn()
+        print(f"  turn {number + 1}/{turns}", file=sys.stderr, flush=True)
     for side in alive:
         side.close()
     return alive
