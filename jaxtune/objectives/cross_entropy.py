@@ -1,6 +1,7 @@
 """Linear head and cross-entropy in one, over chunks of tokens: the logits of a whole batch never exist."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -33,23 +34,41 @@ class Chunks:
         """Into how many parts the mesh cuts the rows, and each row's tokens."""
         return cuts("batch", self.shape[0]), cuts("seq", self.shape[1])
 
+    @property
+    def size(self) -> int:
+        """Tokens that a device takes at a turn."""
+        return min(CPU_CHUNK if platform() == "cpu" else CHUNK, math.prod(self.shape) // math.prod(self.groups))
+
     def cut(self, part: Float[Array, "batch seq *rest"]) -> Float[Array, "turns groups tokens *rest"]:
         """The turns' tokens, the last ones filled with zeros."""
-        (rows, tokens), rest = self.groups, part.shape[2:]
-        split = part.reshape(rows, self.shape[0] // rows, tokens, self.shape[1] // tokens, *rest)
-        lines = jnp.moveaxis(split, 2, 1).reshape(rows * tokens, -1, *rest)
-        size = min(CPU_CHUNK if platform() == "cpu" else CHUNK, lines.shape[1])
-        lines = jnp.pad(lines, ((0, 0), (0, -lines.shape[1] % size), *(((0, 0),) * len(rest))))
-        lines = constrain(lines, "tokens", None, *((None,) * len(rest)))
-        return jnp.moveaxis(lines.reshape(rows * tokens, -1, size, *rest), 1, 0)
+        return self.turns(self.lines(part))
 
     def join(self, turns: Float[Array, "turns groups tokens *rest"]) -> Float[Array, "batch seq *rest"]:
         """The inverse of `cut`."""
-        (rows, tokens), rest = self.groups, turns.shape[3:]
+        return self.whole(self.in_line(turns))
+
+    def lines(self, part: Float[Array, "batch seq *rest"]) -> Float[Array, "groups tokens *rest"]:
+        """Each device's tokens one after the other, filled with zeros to a whole number of turns."""
+        (rows, tokens), rest = self.groups, part.shape[2:]
+        split = part.reshape(rows, self.shape[0] // rows, tokens, self.shape[1] // tokens, *rest)
+        lines = jnp.moveaxis(split, 2, 1).reshape(rows * tokens, -1, *rest)
+        lines = jnp.pad(lines, ((0, 0), (0, -lines.shape[1] % self.size), *(((0, 0),) * len(rest))))
+        return constrain(lines, "tokens", None, *((None,) * len(rest)))
+
+    def whole(self, lines: Float[Array, "groups tokens *rest"]) -> Float[Array, "batch seq *rest"]:
+        """The inverse of `lines`."""
+        (rows, tokens), rest = self.groups, lines.shape[2:]
         here = (self.shape[0] // rows, self.shape[1] // tokens)
-        lines = jnp.moveaxis(turns, 0, 1).reshape(rows * tokens, -1, *rest)[:, : math.prod(here)]
-        split = lines.reshape(rows, tokens, *here, *rest)
+        split = lines[:, : math.prod(here)].reshape(rows, tokens, *here, *rest)
         return constrain(jnp.moveaxis(split, 1, 2).reshape(*self.shape, *rest), "batch", "seq", *((None,) * len(rest)))
+
+    def turns(self, lines: Float[Array, "groups tokens *rest"]) -> Float[Array, "turns groups tokens *rest"]:
+        """Lines as the turns' tokens."""
+        return jnp.moveaxis(lines.reshape(lines.shape[0], -1, self.size, *lines.shape[2:]), 1, 0)
+
+    def in_line(self, turns: Float[Array, "turns groups tokens *rest"]) -> Float[Array, "groups tokens *rest"]:
+        """The inverse of `turns`."""
+        return jnp.moveaxis(turns, 0, 1).reshape(turns.shape[1], -1, *turns.shape[3:])
 
 
 def whole_head(head: Float[Array, "vocab embed"]) -> Float[Array, "rows embed"]:
@@ -113,10 +132,13 @@ def _primal(hidden, head, targets, weights, cap: float | None) -> jax.Array:
 
 def _forward(hidden, head, targets, weights, cap: float | None, *, hidden_gradient: bool, head_gradient: bool):
     chunks, vocab, head = Chunks(targets.shape), head.shape[0], whole_head(head)
+    arranged, restored = _supervised_first(chunks, weights)
 
-    def step(carry, inputs):
-        loss, head_sum = carry
-        h, y, w = inputs
+    def step(sums, inputs):
+        return jax.lax.cond(jnp.any(inputs[2] != 0), look, pass_over, sums, *inputs)
+
+    def look(sums, h, y, w):
+        loss, head_sum = sums
         logits = logits_of(h, head, vocab, cap)
         top = jnp.max(logits, axis=-1)
         # The barrier keeps one exponential for the sum and the gradient; fused into the sum it would be computed twice.
@@ -135,10 +157,28 @@ def _forward(hidden, head, targets, weights, cap: float | None, *, hidden_gradie
             head_sum += jax.lax.dot_general(scaled, h, both, preferred_element_type=jnp.float32)
         return (loss, head_sum), gradient
 
-    head_sum = jnp.zeros(head.shape, jnp.float32) if head_gradient else None
-    start = (jnp.zeros((), jnp.float32), head_sum)
-    (loss, head_sum), gradient = jax.lax.scan(step, start, tuple(map(chunks.cut, (hidden, targets, weights))))
-    return loss, None if gradient is None else chunks.join(gradient), None if head_sum is None else head_sum[:vocab]
+    def pass_over(sums, h, y, w):
+        return sums, jnp.zeros_like(h) if hidden_gradient else None
+
+    start = jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32) if head_gradient else None
+    parts = tuple(chunks.turns(arranged(chunks.lines(part))) for part in (hidden, targets, weights))
+    (loss, head_sum), turns = jax.lax.scan(step, start, parts)
+    gradient = None if turns is None else chunks.whole(restored(chunks.in_line(turns)))
+    return loss, gradient, None if head_sum is None else head_sum[:vocab]
+
+
+def _supervised_first(chunks: Chunks, weights: Float[Array, "batch seq"]) -> tuple[Callable, Callable]:
+    """How to arrange lines so that what has no weight comes last, and how to undo it: then a turn has either many tokens or none.
+
+    A turn without any has no logits. On accelerators the order stays, since there the exchange costs two copies of the hidden states.
+    """
+    if platform() != "cpu":
+        return (lambda lines: lines), (lambda lines: lines)
+    order = jnp.argsort(chunks.lines(weights) == 0, axis=1, stable=True)
+    return (lambda lines: _take(lines, order)), (lambda lines: _take(lines, jnp.argsort(order, axis=1)))
+
+
+_take = jax.vmap(lambda line, places: line.at[places].get(mode="promise_in_bounds", unique_indices=True))
 
 
 def _fwd(hidden, head, targets, weights, cap):

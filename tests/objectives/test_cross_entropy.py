@@ -49,3 +49,26 @@ def test_memory_is_a_chunk_of_logits_and_a_frozen_head_has_no_gradient():
         return str(jax.make_jaxpr(jax.grad(linear_cross_entropy, wanted))(hidden, head, targets, weights)).count("dot_general[")
 
     assert (products(0), products((0, 1))) == (2, 3)  # the logits, the gradient of the hidden states, that of the head
+
+
+def test_turns_without_a_supervised_token_have_no_logits(monkeypatch):
+    """Supervised tokens that are spread over a row are gathered into as few turns as they fill."""
+    monkeypatch.setattr(cross_entropy, "CPU_CHUNK", 8)
+    made = []
+    real = cross_entropy.logits_of
+
+    def counted(hidden, *rest):
+        jax.debug.callback(lambda: made.append(1), ordered=True)
+        return real(hidden, *rest)
+
+    monkeypatch.setattr(cross_entropy, "logits_of", counted)
+    hidden, head, targets, weights = arrays(64)
+    for supervised, turns in (([], 0), ([0], 1), ([3, 17, 40, 63], 1), (range(0, 64, 4), 2), (range(64), 8)):
+        made.clear()
+        few = np.zeros_like(weights)
+        few[:, list(supervised)] = 1.0
+        loss, gradient = jax.value_and_grad(linear_cross_entropy)(hidden, head, targets, few)
+        jax.effects_barrier()
+        expected, expected_gradient = jax.value_and_grad(plain)(hidden, head, targets, few)
+        assert (float(loss), len(made)) == (pytest.approx(float(expected), rel=1e-5), turns)
+        np.testing.assert_allclose(gradient, expected_gradient, atol=1e-4)
