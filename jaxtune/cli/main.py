@@ -57,7 +57,7 @@ def _begin_with_huge_pages() -> None:
     faults. The C library reads the setting once, as a program begins. Who has set it keeps what they set.
     """
     pages, tunables = Path("/sys/kernel/mm/transparent_hugepage/enabled"), os.environ.get("GLIBC_TUNABLES", "")
-    if _HUGE_PAGES in tunables or not pages.exists() or "[madvise]" not in pages.read_text():
+    if not sys.executable or _HUGE_PAGES in tunables or not pages.exists() or "[madvise]" not in pages.read_text():
         return
     settings = ":".join(part for part in (tunables, f"{_HUGE_PAGES}=1") if part)
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"GLIBC_TUNABLES": settings})
