@@ -83,7 +83,7 @@ def _forward(form: _Form, q_nBKGTH, k_mBKSH, v_mBKSH, here: _Places, there: _Pla
 
         def turn(carry, inputs):
             k_BKSH, v_BKSH, of = inputs
-            allowed_BTS = _bound(Mask(at.positions, of.positions, at.segments, of.segments, window).allowed(), k_BKSH)
+            allowed_BTS = _tied(Mask(at.positions, of.positions, at.segments, of.segments, window).allowed(), k_BKSH)
 
             def look(carry):
                 acc, top, total = carry
@@ -123,7 +123,7 @@ def _backward(form: _Form, residuals, dout_nBKGTH):
         def turn(dq_BKHGT, inputs):
             k_BKSH, v_BKSH, of, dk, dv = inputs
             allowed_BTS = Mask(at.positions, of.positions, at.segments, of.segments, window).allowed()
-            allowed_BST = _bound(jnp.swapaxes(allowed_BTS, 1, 2), k_BKSH)
+            allowed_BST = _tied(jnp.swapaxes(allowed_BTS, 1, 2), k_BKSH)
 
             def look(carry):
                 dq_BKHGT, dk, dv = carry
@@ -159,7 +159,7 @@ def _unless_masked(form: _Form, allowed: jax.Array, look: Any, carry: Any) -> An
     return jax.lax.cond(jnp.any(allowed), look, lambda carry: carry, carry) if form.passes_over else look(carry)
 
 
-def _bound(allowed: Bool[Array, "B _ _"], k_BKSH: jax.Array) -> Bool[Array, "B _ _"]:
+def _tied(allowed: Bool[Array, "B _ _"], k_BKSH: jax.Array) -> Bool[Array, "B _ _"]:
     """The mask, bound to what a layer computes: else it would be spread over the heads once for all layers, and read so by each."""
     return jax.lax.optimization_barrier((allowed, k_BKSH))[0]
 

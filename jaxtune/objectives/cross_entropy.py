@@ -18,6 +18,11 @@ CPU_CHUNK = 128  # there the logits are what is moved, and of fewer tokens more 
 _NEVER = -1e9
 
 
+def most_at_once() -> int:
+    """Tokens of a device whose logits exist at the same time, at most."""
+    return CPU_CHUNK if platform() == "cpu" else CHUNK
+
+
 @dataclass(frozen=True)
 class Chunks:
     """A batch's tokens cut into chunks for a loop; each device takes so many of its own tokens at every turn, and none are moved.
@@ -37,7 +42,7 @@ class Chunks:
     @property
     def size(self) -> int:
         """Tokens that a device takes at a turn."""
-        return min(CPU_CHUNK if platform() == "cpu" else CHUNK, math.prod(self.shape) // math.prod(self.groups))
+        return min(most_at_once(), math.prod(self.shape) // math.prod(self.groups))
 
     def cut(self, part: Float[Array, "batch seq *rest"]) -> Float[Array, "turns groups tokens *rest"]:
         """The turns' tokens, the last ones filled with zeros."""

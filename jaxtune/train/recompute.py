@@ -9,12 +9,13 @@ from jaxtune.core.axes import ways
 from jaxtune.core.platforms import platform
 from jaxtune.models.blockwise import BLOCK
 from jaxtune.models.decoder import CausalLM
+from jaxtune.objectives.cross_entropy import most_at_once
 
 _SHARE = 0.9  # of the memory that an estimate may fill
 # Arrays of the MLP's and of the model's width that one layer's backward pass holds at once, by compiled steps.
 _WIDE, _NARROW = 10, 12
 _SCORES = 4  # blocks of attention's scores at once
-_CHUNKS = 3 * 256  # rows of float32 logits
+_LOGITS = 3  # arrays of a chunk's logits that are there at once
 
 
 class Room(NamedTuple):
@@ -62,7 +63,7 @@ def needed(config: Config, model: CausalLM, mesh: Mesh | None, policy: str) -> i
         policy
     ]
     work = _WIDE * wide + _NARROW * shape.hidden_size
-    logits = _CHUNKS * (shape.vocab_size // parts["vocab"]) * 4
+    logits = _LOGITS * most_at_once() * (shape.vocab_size // parts["vocab"]) * 4
     square = min(BLOCK, config.data.max_length) ** 2
     scores = _SCORES * -(-rows // parts["batch"]) * (shape.num_heads // parts["act_mlp"] or 1) * square * 4
     return int(tokens * item * (kept * shape.num_layers + work) + logits + scores)

@@ -13,6 +13,7 @@ from jaxtune.config.loading import load_config
 from jaxtune.core.errors import UserError
 from jaxtune.core.memory import Memory
 from jaxtune.core.mesh import make_mesh
+from jaxtune.objectives.cross_entropy import CPU_CHUNK
 from jaxtune.plan.lower import Lowered
 from jaxtune.train.recompute import Room, chosen, needed
 from jaxtune.weights.load import load_model
@@ -51,9 +52,9 @@ def temporaries(made):
 
 
 def test_memory_does_not_grow_with_the_vocabulary_times_the_batch(lowered):
-    """Four thousand more tokens to choose from, of 2,048 positions: whole logits would be 33 MB more, a chunk's are four."""
+    """Four thousand more tokens to choose from, of 2,048 positions: whole logits would be 33 MB more, a chunk's are two."""
     more = temporaries(lowered(vocab=4608)) - temporaries(lowered(vocab=512))
-    assert more < 3.5 * 256 * 4096 * 4 < ROWS * LENGTH * 4096 * 4 / 2
+    assert more < 3.5 * CPU_CHUNK * 4096 * 4 < ROWS * LENGTH * 4096 * 4 / 2
 
 
 @pytest.mark.parametrize("policy", ["full", "dots"])
