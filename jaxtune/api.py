@@ -1,7 +1,6 @@
 """jaxtune from Python; the command line is a thin layer over these functions."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,44 +13,26 @@ from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
 from jaxtune.data.chat import prompt_ids
 from jaxtune.data.formats import Conversation
+from jaxtune.evals.evaluate import Asked, Evaluation
 from jaxtune.evals.evaluate import evaluate as evaluate_model
 from jaxtune.exporting import export_run
-from jaxtune.generate.engine import Engine
+from jaxtune.generate.engine import Engine, Speed
 from jaxtune.generate.sampling import Sampling
-from jaxtune.models.decoder import CausalLM
+from jaxtune.generate.text import Said, Speaker
+from jaxtune.opening import Loaded, Pair, base_and_adapter, open_both, open_model, with_tokenizer
 from jaxtune.plan.plan import Plan
 from jaxtune.plan.plan import plan as plan_run
 from jaxtune.train.progress import Reporter
-from jaxtune.train.rundir import ADAPTER, MODEL, is_run, read_config
+from jaxtune.train.rundir import is_run, read_config
 from jaxtune.training import Run, run
 from jaxtune.weights import hub
 from jaxtune.weights.convert import convert_model
-from jaxtune.weights.load import load_model
-from jaxtune.weights.peft import attach, open_adapter
-from jaxtune.weights.source import Source, resolve
+from jaxtune.weights.peft import open_adapter
+from jaxtune.weights.source import resolve
 from jaxtune.weights.verify import Comparison
 from jaxtune.weights.vocabulary import for_adapter, tokenizer_for
 
-Pair = tuple[CausalLM, Any]
 Prompt = str | list[dict[str, Any]] | Conversation
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model ready for use.
-
-    Attributes:
-        model: with its adapter, if any.
-        tokenizer: None where the model comes without.
-        stop_ids: tokens that end an answer.
-        source: where the base comes from; None for a pair that was passed in.
-
-    """
-
-    model: CausalLM
-    tokenizer: Any
-    stop_ids: list[int]
-    source: Source | None
 
 
 def load(model: str, adapter: str | None = None, dtype: str = "auto", mesh: Mesh | None = None) -> Pair:
@@ -70,25 +51,6 @@ def load(model: str, adapter: str | None = None, dtype: str = "auto", mesh: Mesh
     """
     loaded = open_model(model, adapter, dtype, mesh)
     return loaded.model, loaded.tokenizer
-
-
-def open_model(model: str | Pair, adapter: str | None = None, dtype: str = "auto", mesh: Mesh | None = None) -> Loaded:
-    """Like `load`, with the stop tokens; a loaded pair is passed through."""
-    runtime.start()
-    if not isinstance(model, str | Path):
-        network, tokenizer = model
-        eos = getattr(tokenizer, "eos_token_id", None)
-        found = network.config.raw.get("eos_token_id", eos)
-        stops = found if isinstance(found, list) else [token for token in {found, eos} if token is not None]
-        return Loaded(network, tokenizer, sorted(stops), None)
-    mesh = mesh or make_mesh()
-    name, adapter = _base_and_adapter(str(model), adapter)
-    opened = open_adapter(adapter) if adapter else None
-    source = for_adapter(resolve(name), opened)
-    network = load_model(source, mesh, dtype=dtype)
-    if opened:
-        attach(network, opened, mesh)
-    return Loaded(network, tokenizer_for(source, opened), source.stop_ids(), source)
 
 
 def train(config: Config | dict | str | Path, *, fresh: bool = False, quiet: bool = False) -> Run:
@@ -112,21 +74,117 @@ def train(config: Config | dict | str | Path, *, fresh: bool = False, quiet: boo
 
 
 def evaluate(
-    model: str | Pair, data: str, adapter: str | None = None, *, task: str = "auto", batch_size: int = 32, quiet: bool = True
+    model: str | Pair,
+    data: str,
+    adapter: str | None = None,
+    *,
+    task: str = "auto",
+    batch_size: int = 32,
+    max_new_tokens: int | None = None,
+    base: bool = False,
+    against: str | None = None,
+    quiet: bool = True,
 ) -> dict[str, Any]:
-    """Metrics of a model on a file, directory or data set of the hub; see `evals.evaluate`.
+    """Figures of a model on a file, directory or data set of the hub; see `evals.evaluate`.
 
     The rows of a run directory's model are read as its configuration says (`data.format`, `data.columns`, `data.on_error`).
+
+    Args:
+        model: as in `load`, or a loaded pair.
+        data: the rows.
+        adapter: a PEFT adapter directory.
+        task: auto (by the answers), lm, classification, qa, generation or choice.
+        batch_size: rows computed together; it changes no number.
+        max_new_tokens: of a generated answer; by default half as many again as the longest one wanted.
+        base: also evaluate the model without its adapter, or what a run began with, and compare the two row by row.
+        against: the same with another model.
+        quiet: no progress.
+
+    Returns:
+        The figures, with their 95% intervals under `intervals`; with `base` or `against` that model's under `base`, and under
+        `comparison` for each figure the difference, its interval and a p-value.
 
     Raises:
         UserError: a bad file, model or task, or a model without a tokenizer.
 
     """
+    return evaluated(model, data, adapter, task, batch_size, max_new_tokens, base, against, Reporter(quiet))[0]
+
+
+def evaluated(
+    model: str | Pair,
+    data: str,
+    adapter: str | None,
+    task: str,
+    batch_size: int,
+    max_new_tokens: int | None,
+    base: bool,
+    against: str | None,
+    reporter: Reporter,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Like `evaluate`, with the predictions, row by row."""
+    if batch_size < 1:
+        raise UserError(f"batch_size = {batch_size}: must be at least 1.")
     trained_on = read_config(Path(model)).data if isinstance(model, str | Path) and is_run(model) else DataSection()
     section = trained_on.model_copy(update={"train": None, "split": None, "eval": str(data)})
-    loaded = open_model(model, adapter)
-    with Reporter(quiet).task("Evaluating", 1) as bar:
-        return evaluate_model(loaded.model, with_tokenizer(loaded), loaded.stop_ids, section, task, batch_size, bar.update_of)
+    found: list[Evaluation] = []
+    for side in _sides(model, adapter, base, against):
+        with reporter.task("Evaluating" if not found else "Evaluating what it is compared with", 1) as bar:
+            asked = Asked(found[0].task if found else task, batch_size, max_new_tokens, bar.update_of)
+            found.append(evaluate_model(side.model, with_tokenizer(side), side.stop_ids, section, asked))
+        del side  # the next is opened when this one is gone
+    mine, figures = found[0], found[0].figures()
+    for other in found[1:]:
+        figures |= {"base": other.figures(), "comparison": mine.against(other)}
+        for row, theirs in zip(mine.predictions, other.predictions, strict=True):
+            row["base"] = {name: value for name, value in theirs.items() if name not in ("place", "prompt", "wanted")}
+    return figures, mine.predictions
+
+
+def harness(
+    model: str | Pair,
+    tasks: Sequence[str],
+    adapter: str | None = None,
+    *,
+    base: bool = False,
+    against: str | None = None,
+    include_path: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    chat: bool = False,
+    batch_size: int = 32,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """What lm-evaluation-harness finds, by `model` and, with `base` or `against`, `base`; see `evals.harness.run_tasks`.
+
+    Raises:
+        UserError: the harness is not installed, no such task, or a model without a tokenizer.
+
+    """
+    try:
+        from jaxtune.evals.harness import HarnessModel, run_tasks
+    except ModuleNotFoundError as error:
+        raise UserError(f"lm-evaluation-harness is not installed ({error.name}): pip install 'jaxtune[harness]'.") from None
+    options = {"include_path": include_path, "limit": limit, "num_fewshot": num_fewshot, "chat": chat}
+    found: dict[str, Any] = {}
+    for side in _sides(model, adapter, base, against):
+        found["base" if found else "model"] = run_tasks(
+            HarnessModel(side.model, with_tokenizer(side), side.stop_ids, batch_size, reporter), tasks, **options
+        )
+        del side  # the next is opened when this one is gone
+    return found
+
+
+def _sides(model: str | Pair, adapter: str | None, base: bool, against: str | None) -> Iterator[Loaded]:
+    """The model, and what it is compared with."""
+    if base and against:
+        raise UserError("--base and --against both name what to compare with. Keep one of them.")
+    if base:
+        yield from open_both(model, adapter)
+        return
+    yield open_model(model, adapter)
+    if against:
+        yield open_model(against)
 
 
 def generate(
@@ -138,6 +196,9 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
     seed: int = 0,
     batch_size: int = 8,
 ) -> list[str]:
@@ -152,6 +213,9 @@ def generate(
         temperature: 0 is greedy.
         top_k: only the k most likely tokens; 0 is all.
         top_p: only the most likely tokens that together reach p.
+        min_p: only tokens at least so likely as this share of the likeliest one's probability.
+        repetition_penalty: above 1 makes tokens that were there before less likely.
+        stop: texts that end an answer and are not part of it.
         seed: seed of the draws.
         batch_size: prompts computed together.
 
@@ -159,14 +223,31 @@ def generate(
         UserError: a bad model or prompt, or a model without a tokenizer.
 
     """
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens = {max_new_tokens}: must be at least 1.")
-    sampling = Sampling(temperature, top_k, top_p, seed)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    return [
+        said.text for said in generated(model, prompts, adapter, max_new_tokens, sampling, stop, batch_size, Reporter(True))[0]
+    ]
+
+
+def generated(
+    model: str | Pair,
+    prompts: Sequence[Prompt],
+    adapter: str | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[str],
+    batch_size: int,
+    reporter: Reporter,
+) -> tuple[list[Said], Speed]:
+    """Like `generate`, with tokens, log-probabilities, why each answer ended, and the speed."""
+    if max_new_tokens < 1 or batch_size < 1:
+        raise UserError(f"max_new_tokens = {max_new_tokens} and batch_size = {batch_size}: both must be at least 1.")
     loaded = open_model(model, adapter)
     tokenizer = with_tokenizer(loaded)
     ids = [prompt_ids(tokenizer, as_conversation(prompt, f"prompt {number + 1}")) for number, prompt in enumerate(prompts)]
     engine = Engine(loaded.model, loaded.stop_ids, min(batch_size, max(len(prompts), 1)))
-    return tokenizer.batch_decode(engine.generate(ids, max_new_tokens, sampling), skip_special_tokens=True)
+    with reporter.task("Generating", len(ids), lazy=True) as bar:
+        return Speaker(engine, tokenizer, stop).answers(ids, max_new_tokens, sampling, bar.update), engine.speed
 
 
 def export(
@@ -229,7 +310,7 @@ def converted(
 ) -> tuple[Path, Comparison]:
     """Like `convert`, with what was verified."""
     runtime.start()
-    model, adapter = _base_and_adapter(str(model), adapter)
+    model, adapter = base_and_adapter(str(model), adapter)
     opened = open_adapter(adapter) if adapter else None
     source = for_adapter(resolve(model), opened)
     reporter.say(f"Writing {out}, reading it again and comparing")
@@ -269,31 +350,6 @@ def _push(path: Path, name: str | None, reporter: Reporter) -> None:
             reporter.say(f"Uploaded: {hub.push(path, name)}")
         except UserError as error:
             raise UserError(f"{path} is written and verified, but not uploaded. {error}") from None
-
-
-def _base_and_adapter(model: str, adapter: str | None) -> tuple[str, str | None]:
-    """A run directory means its base with its adapter."""
-    if not is_run(model):
-        return model, adapter
-    if (Path(model) / MODEL).is_dir():
-        return str(Path(model) / MODEL), adapter
-    if adapter is None and read_config(Path(model)).adapter.method == "none":
-        raise UserError(f"{model} has no model yet. Finish the run with: jaxtune train {model}/config.yaml")
-    if adapter is None and not (Path(model) / ADAPTER).is_dir():
-        raise UserError(f"{model} has no adapter yet. Finish the run with: jaxtune train {model}/config.yaml")
-    return read_config(Path(model)).model.source, adapter or str(Path(model) / ADAPTER)
-
-
-def with_tokenizer(loaded: Loaded) -> Any:
-    """The tokenizer.
-
-    Raises:
-        UserError: the model comes without.
-
-    """
-    if loaded.tokenizer is None:
-        raise UserError("The model has no tokenizer, which this needs. Put its tokenizer files beside the weights.")
-    return loaded.tokenizer
 
 
 def as_conversation(prompt: Prompt, place: str) -> Conversation:

@@ -18,7 +18,7 @@ from jaxtune.data.chat import prompt_ids
 from jaxtune.data.formats import Conversation
 from jaxtune.data.inspect import histogram
 from jaxtune.data.prepare import conversations
-from jaxtune.evals.evaluate import evaluate
+from jaxtune.evals.evaluate import Asked, evaluate
 from jaxtune.exporting import export_trained, output
 from jaxtune.generate.engine import Engine
 from jaxtune.models.decoder import CausalLM
@@ -175,7 +175,8 @@ def _measured(
         if parts.config.on_pairs:
             result = {"task": "preference", "rows": parts.eval_plan.examples.rows, **Evaluator(parts, parts.eval_plan)(state)}
         else:
-            result = evaluate(model, parts.tokenizer, parts.source.stop_ids(), parts.config.data, progress=bar.update_of)
+            asked = Asked(progress=bar.update_of)
+            result = evaluate(model, parts.tokenizer, parts.source.stop_ids(), parts.config.data, asked).figures()
     row = {"split": "eval", "step": step, "epoch": _epoch(parts, step), **result}
     log.write(row)
     return row

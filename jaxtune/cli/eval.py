@@ -1,6 +1,8 @@
-"""Loss, perplexity and, where the answers are classes, accuracy of a model on a file of answered rows.
+"""Loss, perplexity and the task's figures of a model on a file of answered rows, with 95% intervals; or tasks of lm-evaluation-harness.
 
-jaxtune eval MODEL [--adapter DIR] --data FILE [--task auto|lm|classification]
+jaxtune eval MODEL [--adapter DIR] --data FILE [--task auto|lm|classification|qa|generation|choice]
+jaxtune eval RUN --data FILE --base                  before and after, compared row by row
+jaxtune eval MODEL --harness arc_easy,my_task [--include-path DIR] [--limit N] [--num-fewshot N]
 """
 
 import argparse
@@ -11,20 +13,89 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from jaxtune.cli.options import add_json, add_model
 
     add_model(parser)
-    parser.add_argument("--data", required=True, metavar="FILE", help="a JSON Lines file")
-    parser.add_argument("--task", default="auto", help="auto, lm or classification (default: auto, by the answers)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", metavar="FILE", help="a file, directory or data set of the hub with answered rows")
+    what.add_argument("--harness", metavar="TASKS", help="names of tasks of lm-evaluation-harness instead, separated by commas")
+    parser.add_argument(
+        "--task", default="auto", help="auto (by the answers), lm, classification, qa, generation or choice (default: auto)"
+    )
+    parser.add_argument("--base", action="store_true", help="also the model before training, and the two compared row by row")
+    parser.add_argument("--against", metavar="MODEL", help="the same with another model")
+    parser.add_argument(
+        "--predictions", metavar="FILE", help="write each row's prompt, wanted answer and what the model said (JSON Lines)"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="of a generated answer (default: half as many again as the longest wanted)",
+    )
     parser.add_argument(
         "--batch-size", type=int, default=32, metavar="N", help="rows computed together; changes no number (default: 32)"
     )
+    parser.add_argument("--include-path", metavar="DIR", help="with --harness: a directory with tasks of your own (YAML)")
+    parser.add_argument("--limit", type=int, metavar="N", help="with --harness: only the first N rows of each task")
+    parser.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="with --harness: examples before each question (default: the task's)"
+    )
+    parser.add_argument("--chat", action="store_true", help="with --harness: through the model's chat template")
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Evaluate."""
-    from jaxtune.api import evaluate
-    from jaxtune.cli.options import metrics_table, write_json
+    if options.harness:
+        _harness(options)
+        return
+    from pathlib import Path
 
-    result = evaluate(options.model, options.data, options.adapter, task=options.task, batch_size=options.batch_size, quiet=False)
+    from jaxtune.api import evaluated
+    from jaxtune.cli.options import metrics_table, write_json
+    from jaxtune.core.files import write_jsonl
+    from jaxtune.core.processes import is_lead
+    from jaxtune.train.progress import Reporter
+
+    found, predictions = evaluated(
+        options.model,
+        options.data,
+        options.adapter,
+        options.task,
+        options.batch_size,
+        options.max_new_tokens,
+        options.base,
+        options.against,
+        Reporter(),
+    )
     if options.json != "-":
-        print(metrics_table({result["task"]: result}))
-    write_json(options.json, result)
+        beside = {"base" if options.base else "the other": found["base"]} if "base" in found else {}
+        print(metrics_table({**beside, found["task"]: found}, found.get("comparison")))
+    if options.predictions and is_lead():
+        write_jsonl(Path(options.predictions), predictions)
+    write_json(options.json, found)
+
+
+def _harness(options: argparse.Namespace) -> None:
+    """The tasks of lm-evaluation-harness, of the base too with `--base`."""
+    from jaxtune.api import harness
+    from jaxtune.cli.options import write_json
+    from jaxtune.train.progress import Reporter
+
+    found = harness(
+        options.model,
+        options.harness.split(","),
+        options.adapter,
+        base=options.base,
+        against=options.against,
+        include_path=options.include_path,
+        limit=options.limit,
+        num_fewshot=options.num_fewshot,
+        chat=options.chat,
+        batch_size=options.batch_size,
+        reporter=Reporter(),
+    )
+    if options.json != "-":
+        from lm_eval.utils import make_table
+
+        for name, results in found.items():
+            print(f"{name}\n{make_table(results)}")
+    write_json(options.json, found)

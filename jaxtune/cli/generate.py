@@ -6,6 +6,10 @@ jaxtune generate MODEL [--adapter DIR] --file prompts.jsonl
 
 import argparse
 import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxtune.generate.engine import Speed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,31 +24,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K most likely tokens; 0 is all")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens that reach P together")
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="only tokens at least P times so likely as the likeliest"
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1: tokens that were there before become less likely",
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="a text that ends an answer; may be given again"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts computed together (default: 8)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws")
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Generate."""
-    from jaxtune.api import generate
+    from jaxtune.api import generated
     from jaxtune.cli.options import write_json
     from jaxtune.config.schema import DataSection
     from jaxtune.data.prepare import conversations
+    from jaxtune.generate.sampling import Sampling
+    from jaxtune.train.progress import Reporter
 
     rows = list(conversations(DataSection(eval=options.file), "eval", answered=False)) if options.file else []
     prompts = [row.prompt[0]["content"] if row.plain else row.prompt for row in rows] or [options.prompt]
-    texts = generate(
-        options.model,
-        rows or prompts,
-        options.adapter,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
+    sampling = Sampling(
+        options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty, options.seed
     )
-    answers = [{"prompt": prompt, "answer": text} for prompt, text in zip(prompts, texts, strict=True)]
+    reporter, asked = Reporter(options.json == "-"), (options.max_new_tokens, sampling, options.stop, options.batch_size)
+    said, speed = generated(options.model, rows or prompts, options.adapter, *asked, reporter)
+    answers = [{"prompt": prompt, "answer": one.text} for prompt, one in zip(prompts, said, strict=True)]
     if options.json != "-":
         for answer in answers:
             print(json.dumps(answer, ensure_ascii=False) if options.file else answer["answer"])
-    write_json(options.json, answers)
+    reporter.say(speed_text(speed))
+    details = [{"tokens": len(one.tokens), "end": one.end, "log_probs": [round(p, 5) for p in one.log_probs]} for one in said]
+    write_json(options.json, [answer | detail for answer, detail in zip(answers, details, strict=True)])
+
+
+def speed_text(speed: "Speed") -> str:
+    """How fast it was."""
+    return f"read {speed.prompt_tokens:,} tokens at {speed.prefill:,.0f} tok/s, wrote {speed.new_tokens:,} at {speed.decode:,.0f} tok/s"

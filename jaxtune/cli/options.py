@@ -97,19 +97,41 @@ def write_json(path: str | None, value: Any) -> None:
         files.write_json(Path(path), value)
 
 
-def metrics_table(columns: dict[str, dict[str, Any]]) -> str:
-    """Metrics side by side, one column a name, with the interval of the last."""
-    names = ("rows", "loss", "perplexity", "accuracy", "accuracy_greedy", "macro_f1", "margin", "teacher_kl")
+def metrics_table(columns: dict[str, dict[str, Any]], comparison: dict[str, dict[str, Any]] | None = None) -> str:
+    """Figures side by side, one column a name, with the interval of the last or with what it has more than the first.
+
+    Args:
+        columns: what `jaxtune eval --json` holds, or rows of metrics.jsonl.
+        comparison: what `statistics.compared` found, by figure.
+
+    """
+    from jaxtune.train.metrics import figures_of
+
     last = list(columns.values())[-1]
-    lines = [" " * 16 + "".join(f"{name:>12}" for name in columns)]
-    for name in names:
-        if name not in last:
-            continue
+    lines = [" " * 16 + "".join(f"{name:>12}" for name in columns) + ("  difference" if comparison else "")]
+    for name in ("rows", *figures_of(last)):
         cells = "".join(_cell(values.get(name)) for values in columns.values())
-        interval = last.get("intervals", {}).get(name)
-        lines.append(f"{name:<16}{cells}" + (f"   95%: {interval[0]:.4g} to {interval[1]:.4g}" if interval else ""))
+        lines.append(f"{name:<16}{cells}{_more(name, last, comparison)}")
     return "\n".join(lines)
 
 
+def _more(name: str, last: dict[str, Any], comparison: dict[str, dict[str, Any]] | None) -> str:
+    if comparison is None:
+        interval = last.get("intervals", {}).get(name)
+        return f"   95%: {_ends(interval)}" if interval else ""
+    if name not in comparison:
+        return ""
+    found = comparison[name]
+    return f"{found['difference']:>+12.4f}   95%: {_ends(found['interval'])}, p {_p(found['p_value'])}"
+
+
+def _ends(interval: list[float]) -> str:
+    return f"{interval[0]:.4g} to {interval[1]:.4g}"
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
+
+
 def _cell(value: Any) -> str:
-    return f"{value:>12.4f}" if isinstance(value, float) else f"{value!s:>12}"
+    return f"{'-':>12}" if value is None else f"{value:>12.4f}" if isinstance(value, float) else f"{value!s:>12}"

@@ -100,7 +100,7 @@ class DataSection(Section):
     """The same for evaluation; evaluated before, after and every train.eval_every steps."""
     split: Annotated[str, Field(pattern=r"^\d+(\.\d+)?%$")] | Annotated[float, Field(gt=0, lt=1)] | None = None
     """Instead of data.eval the part of data.train to evaluate on, such as 5% or 0.05; drawn by a hash of each row's prompt."""
-    format: Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text", "preference"] = "auto"
+    format: Literal["auto", "messages", "prompt-completion", "choice", "alpaca", "sharegpt", "text", "preference"] = "auto"
     """What a row holds; auto finds out from the keys of a source's first row."""
     columns: dict[str, str] = {}
     """Where other columns hold what the format wants, such as {prompt: question, completion: "{answers.0} because {reason}"}."""

@@ -11,13 +11,14 @@ from jaxtune.core.errors import listed, nearest
 from jaxtune.data.row import BadRow, Place, Row
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-MESSAGES, PROMPT_COMPLETION, ALPACA, SHAREGPT, TEXT, PREFERENCE = (
-    "messages", "prompt-completion", "alpaca", "sharegpt", "text", "preference",
+MESSAGES, PROMPT_COMPLETION, CHOICE, ALPACA, SHAREGPT, TEXT, PREFERENCE = (
+    "messages", "prompt-completion", "choice", "alpaca", "sharegpt", "text", "preference",
 )  # fmt: skip
 _SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant",
     "bard": "assistant", "model": "assistant", "system": "system", "tool": "tool", "function": "tool", "observation": "tool",
 }  # fmt: skip
+_QUESTION, _CHOSEN = ("prompt", "question"), ("answer", "answerKey", "label")
 _FIELD = re.compile(r"\{([^{}]+)\}")
 
 
@@ -32,6 +33,8 @@ class Conversation:
         text: whether it is one text without roles, the content of its single message.
         options: what else the chat template is given: tools, and the row's `chat_template_kwargs`.
         label: what the answer is where answers are compared; see `objectives.objective`.
+        choices: the answers that there were to choose from, where the row says them.
+        accepted: other answers that are right too.
 
     """
 
@@ -41,6 +44,8 @@ class Conversation:
     text: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     label: int = 0
+    choices: tuple[str, ...] = ()
+    accepted: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> list[dict[str, Any]]:
@@ -76,6 +81,8 @@ def detect(value: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
     keys = value.keys() | columns.keys()
     if {"chosen", "rejected"} <= keys:
         return PREFERENCE
+    if "choices" in keys and keys & set(_QUESTION):
+        return CHOICE
     for wanted, kind in (
         ({"messages"}, MESSAGES), ({"conversations"}, SHAREGPT), ({"conversation"}, SHAREGPT), ({"prompt"}, PROMPT_COMPLETION),
         ({"instruction", "output"}, ALPACA), ({"text"}, TEXT),
@@ -115,18 +122,46 @@ def conversation(
 
 
 def _from_messages(row: Row, answered: bool) -> Conversation:
-    return Conversation(row.place, _messages(row, "messages"), options=_options(row))
+    return Conversation(row.place, _messages(row, "messages"), options=_options(row), accepted=_accepted(row))
 
 
 def _from_prompt(row: Row, answered: bool) -> Conversation:
     if isinstance(row.value.get("prompt"), list):
         found = _messages(row, "prompt") + (_messages(row, "completion") if answered or "completion" in row.value else [])
-        return Conversation(row.place, found, options=_options(row))
+        return Conversation(row.place, found, options=_options(row), accepted=_accepted(row))
     texts = [_text(row, "prompt")]
     if answered or "completion" in row.value:
         texts.append(_text(row, "completion"))
     found = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=False)]
-    return Conversation(row.place, found, plain=True)
+    return Conversation(row.place, found, plain=True, accepted=_accepted(row))
+
+
+def _accepted(row: Row) -> tuple[str, ...]:
+    """The key answers: a list of answers that are right, for evaluation."""
+    found = row.value.get("answers")
+    if not (isinstance(found, list) and all(isinstance(text, str) for text in found)):
+        return ()
+    return tuple(found)
+
+
+def _from_choice(row: Row, answered: bool) -> Conversation:
+    """A question with choices: a list of texts, or lists of texts and of their labels, as ARC has them; the answer is an index, a label or a text."""
+    question = _text(row, next((key for key in _QUESTION if key in row.value), "prompt"))
+    choices, key = row.value["choices"], next((key for key in _CHOSEN if key in row.value), "answer")
+    texts, labels = (choices.get("text"), choices.get("label")) if isinstance(choices, dict) else (choices, None)
+    if not (isinstance(texts, list) and len(texts) > 1 and all(isinstance(text, str) and text for text in texts)):
+        raise BadRow(row.place, "'choices' is not a list of at least two texts.")
+    labels = [str(label) for label in labels] if isinstance(labels, list) else [chr(ord("A") + n) for n in range(len(texts))]
+    asked, options = [{"role": "user", "content": question}], tuple(texts)
+    if not answered and key not in row.value:
+        return Conversation(row.place, asked, plain=True, choices=options)
+    answer = _needed(row, key)
+    number: int | None = answer if type(answer) is int else None
+    for named in (texts, labels):
+        number = named.index(str(answer)) if number is None and str(answer) in named else number
+    if number is None or not 0 <= number < len(texts):
+        raise BadRow(row.place, f"'{key}' is {answer!r}, neither the number of a choice from 0, nor its label, nor its text.")
+    return Conversation(row.place, [*asked, {"role": "assistant", "content": texts[number]}], plain=True, choices=options)
 
 
 def _from_alpaca(row: Row, answered: bool) -> Conversation:
@@ -180,7 +215,7 @@ def _from_preference(row: Row, answered: bool) -> Conversation:
 
 
 READERS = {
-    MESSAGES: _from_messages, PROMPT_COMPLETION: _from_prompt, ALPACA: _from_alpaca, SHAREGPT: _from_sharegpt, TEXT: _from_text,
+    MESSAGES: _from_messages, PROMPT_COMPLETION: _from_prompt, CHOICE: _from_choice, ALPACA: _from_alpaca, SHAREGPT: _from_sharegpt, TEXT: _from_text,
     PREFERENCE: _from_preference,
 }  # fmt: skip
 """How each format is read."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxtune.core.axes import constrain
 from jaxtune.models.config import ModelConfig
 
 
@@ -20,10 +21,11 @@ class Cache(NamedTuple):
         """The cache with a layer's new keys and values at their positions; what has a negative one, padding, is not kept."""
         positions = jnp.where(positions < 0, self.keys.shape[2], positions)  # out of bounds, and so dropped
         place = (layer, jnp.arange(keys.shape[0])[:, None], positions)
-        return Cache(
+        written = (
             self.keys.at[place].set(keys.astype(self.keys.dtype), mode="drop"),
             self.values.at[place].set(values.astype(self.values.dtype), mode="drop"),
         )
+        return Cache(*(constrain(part, None, "batch", None, "act_heads", None) for part in written))
 
     def repeat(self, batch: int) -> "Cache":
         """The cache of one row for `batch` rows that go on from it."""

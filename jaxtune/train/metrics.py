@@ -82,6 +82,11 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def figures_of(row: dict[str, Any]) -> list[str]:
+    """The names of what a row of an evaluation measures, in its order."""
+    return [name for name, value in row.items() if name == "perplexity" or (isinstance(value, float) and name != "epoch")]
+
+
 def peak_flops(device_kind: str) -> float | None:
     """bf16 FLOP/s of a chip, or None where it is not known."""
     return next((value for name, value in _PEAK_FLOPS.items() if device_kind.startswith(name)), None)

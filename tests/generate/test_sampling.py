@@ -83,7 +83,7 @@ def test_seeds_repeat_and_differ_and_rows_differ(engine):
 def test_scores_are_log_probabilities_of_the_whole_forward_pass(engine, chat_model, one_device):
     model = load_model(resolve(str(chat_model)), one_device)
     prompts, answers = PROMPTS[1:4], [[9], [8, 7, 6], [5, 4]]
-    found = engine.score(engine.prefill(prompts, 8), answers)
+    found, _ = engine.score(engine.prefill(prompts, 8), answers)
     for prompt, answer, score in zip(prompts, answers, found, strict=True):
         logs = np.asarray(jax.nn.log_softmax(model([prompt + answer])))[0]
         expected = sum(logs[len(prompt) - 1 + at, token] for at, token in enumerate(answer))
