@@ -67,8 +67,8 @@ def run(options: argparse.Namespace) -> None:
         Reporter(),
     )
     if options.json != "-":
-        beside = {"base" if options.base else "the other": found["base"]} if "base" in found else {}
-        print(metrics_table({**beside, found["task"]: found}, found.get("comparison")))
+        sides = {"base" if options.base else "the other": found["base"], "this": found} if "base" in found else {found["task"]: found}
+        print(metrics_table(sides, found.get("comparison")))
     if options.predictions and is_lead():
         write_jsonl(Path(options.predictions), predictions)
     write_json(options.json, found)

@@ -44,7 +44,7 @@ class Task:
         self.console, self.name, self.total, self.start, self.lazy = console, name, total, start, lazy
         self.bar: Progress | None = None
         self._began = time.monotonic()
-        self._reported = False
+        self._reported: int | None = None
         self._percent = -1
 
     def __enter__(self) -> "Task":
@@ -68,8 +68,8 @@ class Task:
             self.bar.update(self._id, completed=done, text=text)
             return
         every = max(1, -(-self.total // REPORTS))
-        if done % every == 0 or done == self.total or not self._reported:
-            self._reported = True
+        if self._reported is None or done - self._reported >= every or done == self.total:
+            self._reported = done - done % every
             left = (time.monotonic() - self._began) / max(done - self.start, 1) * (self.total - done)
             self.console.print(f"{self.name} {done}/{self.total}  {text + '  ' if text else ''}{_clock(left)} left", markup=False)
 

@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from jaxtune.generate.engine import Engine
 from jaxtune.generate.sampling import Sampling, choose
@@ -18,16 +24,25 @@ LOGITS = np.random.default_rng(0).normal(size=(1, 12)).astype(np.float32) * 2
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"top_k": 3}, {"top_p": 0.6}, {"top_k": 6, "top_p": 0.7}, {"temperature": 0.5, "top_p": 0.9}]
-)
+    "options",
+    [
+        {}, {"top_k": 3}, {"top_p": 0.6}, {"top_k": 6, "top_p": 0.7}, {"temperature": 0.5, "top_p": 0.9}, {"min_p": 0.2},
+        {"min_p": 0.1, "top_k": 8, "repetition_penalty": 1.7}, {"repetition_penalty": 0.6},
+    ],
+)  # fmt: skip
 def test_draws_follow_the_distribution_of_transformers(options):
     sampling = Sampling(**({"temperature": 1.3} | options))
-    scores = TemperatureLogitsWarper(sampling.temperature)(None, torch.from_numpy(LOGITS.copy()))
+    before = torch.tensor([[0, 3, 3, 7]])
+    scores = torch.from_numpy(LOGITS.copy())
+    scores = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(before, scores) if sampling.remembers else scores
+    scores = TemperatureLogitsWarper(sampling.temperature)(None, scores)
     scores = TopKLogitsWarper(sampling.top_k)(None, scores) if sampling.top_k else scores
     scores = TopPLogitsWarper(sampling.top_p)(None, scores) if sampling.top_p < 1 else scores
+    scores = MinPLogitsWarper(sampling.min_p)(None, scores) if sampling.min_p else scores
     expected = torch.softmax(scores, -1).numpy()[0]
     keys = jax.random.split(jax.random.key(0), 20000)
-    drawn = np.asarray(choose(jnp.repeat(LOGITS, len(keys), axis=0), keys, sampling))
+    seen = jnp.zeros((len(keys), 12), bool).at[:, [0, 3, 7]].set(True)
+    drawn = np.asarray(choose(jnp.repeat(LOGITS, len(keys), axis=0), keys, sampling, seen))
     found = np.bincount(drawn, minlength=12) / len(keys)
     assert not found[expected == 0].any()
     np.testing.assert_allclose(found, expected, atol=0.015)
