@@ -180,7 +180,10 @@ def _sides(model: str | Pair, adapter: str | None, base: bool, against: str | No
     if base and against:
         raise UserError("--base and --against both name what to compare with. Keep one of them.")
     if base:
-        yield from open_both(model, adapter)
+        trained, before = open_both(model, adapter)
+        yield trained
+        del trained
+        yield before()
         return
     yield open_model(model, adapter)
     if against:

@@ -1,5 +1,6 @@
 """Models as users name them, ready for use: with their adapter, their tokenizer and their stop tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,10 @@ def open_model(model: str | Pair, adapter: str | None = None, dtype: str = "auto
     return Loaded(network, tokenizer_for(source, opened), source.stop_ids(), source)
 
 
-def open_both(model: str | Pair, adapter: str | None = None) -> tuple[Loaded, Loaded]:
-    """A model with its adapter, and what it was before: the base, which shares its arrays; of a run that trained the weights, their start.
+def open_both(model: str | Pair, adapter: str | None = None) -> tuple[Loaded, Callable[[], Loaded]]:
+    """A model with its adapter, and what opens what it was before training: the base, or of a run that trained the weights, their start.
+
+    A base shares its arrays with the model.
 
     Raises:
         UserError: there is nothing that it was before.
@@ -73,14 +76,15 @@ def open_both(model: str | Pair, adapter: str | None = None) -> tuple[Loaded, Lo
             raise UserError(
                 f"{model} has no adapter, so there is no base to compare it with. Name the other model: --against MODEL."
             )
-        return open_model(model), open_model(read_config(Path(model)).model.source)
+        return open_model(model), lambda: open_model(read_config(Path(model)).model.source)
     mesh, opened = make_mesh(), open_adapter(path)
     source = for_adapter(resolve(name), opened)
     network = load_model(source, mesh)
     base = nnx.merge(*nnx.split(network))
     attach(network, opened, mesh)
     stops = source.stop_ids()
-    return Loaded(network, tokenizer_for(source, opened), stops, source), Loaded(base, tokenizer_for(source, None), stops, source)
+    before = Loaded(base, tokenizer_for(source, None), stops, source)
+    return Loaded(network, tokenizer_for(source, opened), stops, source), lambda: before
 
 
 def base_and_adapter(model: str, adapter: str | None) -> tuple[str, str | None]:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxtune"
 LEVELS = {
     "config": 0, "core": 0, "models": 1, "adapters": 2, "weights": 2, "data": 2, "objectives": 2, "train": 3, "generate": 3,
-    "evals": 4, "plan": 4, "report": 4, "training": 5, "exporting": 5, "opening": 5, "api": 5, "cli": 5, "": 5,
+    "evals": 4, "plan": 4, "report": 4, "training": 5, "exporting": 5, "opening": 5, "chatting": 5, "api": 5, "cli": 5, "": 5,
 }  # fmt: skip
 # Beside arrows that point down, and any level to level 0.
 SIDEWAYS = {
@@ -28,7 +28,9 @@ SIDEWAYS = {
     ("api", "opening"),
     ("training", "exporting"),
     ("cli", "api"),
+    ("chatting", "opening"),
     ("cli", "opening"),
+    ("cli", "chatting"),
     ("cli", "training"),
     ("", "api"),
     ("cli", ""),

@@ -67,7 +67,9 @@ def run(options: argparse.Namespace) -> None:
         Reporter(),
     )
     if options.json != "-":
-        sides = {"base" if options.base else "the other": found["base"], "this": found} if "base" in found else {found["task"]: found}
+        sides = (
+            {"base" if options.base else "the other": found["base"], "this": found} if "base" in found else {found["task"]: found}
+        )
         print(metrics_table(sides, found.get("comparison")))
     if options.predictions and is_lead():
         write_jsonl(Path(options.predictions), predictions)

@@ -14,49 +14,35 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    from jaxtune.cli.options import add_json, add_model
+    from jaxtune.cli.options import add_json, add_model, add_sampling
 
     add_model(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", metavar="TEXT", help="one prompt; the answer is printed as it is")
     prompts.add_argument("--file", metavar="FILE", help="JSON Lines with prompt or messages; answers are printed as JSON Lines")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most so many tokens (default: 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K most likely tokens; 0 is all")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens that reach P together")
-    parser.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="only tokens at least P times so likely as the likeliest"
-    )
-    parser.add_argument(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="above 1: tokens that were there before become less likely",
-    )
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="a text that ends an answer; may be given again"
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts computed together (default: 8)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws")
+    add_sampling(parser)
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Generate."""
     from jaxtune.api import generated
-    from jaxtune.cli.options import write_json
+    from jaxtune.cli.options import sampling_of, write_json
     from jaxtune.config.schema import DataSection
     from jaxtune.data.prepare import conversations
-    from jaxtune.generate.sampling import Sampling
     from jaxtune.train.progress import Reporter
 
     rows = list(conversations(DataSection(eval=options.file), "eval", answered=False)) if options.file else []
     prompts = [row.prompt[0]["content"] if row.plain else row.prompt for row in rows] or [options.prompt]
-    sampling = Sampling(
-        options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty, options.seed
+    reporter, asked = (
+        Reporter(options.json == "-"),
+        (options.max_new_tokens, sampling_of(options), options.stop, options.batch_size),
     )
-    reporter, asked = Reporter(options.json == "-"), (options.max_new_tokens, sampling, options.stop, options.batch_size)
     said, speed = generated(options.model, rows or prompts, options.adapter, *asked, reporter)
     answers = [{"prompt": prompt, "answer": one.text} for prompt, one in zip(prompts, said, strict=True)]
     if options.json != "-":

@@ -15,6 +15,7 @@ COMMANDS = {
     "data": "what will be trained on: decoded rows, mask, lengths, packing",
     "eval": "loss, perplexity and task metrics of a model on a file",
     "generate": "the model's answers to prompts",
+    "chat": "talk with a model",
     "export": "what a run trained in another program's format, verified",
     "convert": "a model in another format, verified",
     "report": "one page of one run or several",
@@ -28,7 +29,7 @@ _HUGE_PAGES = "glibc.malloc.hugetlb"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0 on success, 2 on wrong usage or input, 1 on a failure, 128 + n on signal n."""
     options = _parsed(arguments)
-    if arguments is None and options.command in (*_COMPUTE, "quickstart"):
+    if arguments is None and options.command in (*_COMPUTE, "quickstart", "chat"):
         _begin_with_huge_pages()
     from jaxtune.core.errors import RunFailure, UserError
 

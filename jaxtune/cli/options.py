@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxtune.config.schema import Config
     from jaxtune.core.processes import Cluster
+    from jaxtune.generate.sampling import Sampling
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +61,31 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="hub id, directory of Hugging Face's or Meta's files, .gguf file or run directory"
     )
     parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter (a run directory brings its own)")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """`--temperature T --top-k K --top-p P --min-p P --repetition-penalty X --seed N`."""
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K most likely tokens; 0 is all")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens that reach P together")
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="only tokens at least P times so likely as the likeliest"
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1: tokens that were there before become less likely",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws")
+
+
+def sampling_of(options: argparse.Namespace) -> "Sampling":
+    """What the arguments of `add_sampling` say."""
+    from jaxtune.generate.sampling import Sampling
+
+    return Sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty, options.seed)
 
 
 def add_writing(parser: argparse.ArgumentParser) -> None:

@@ -163,6 +163,17 @@ def several() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
+def alone(command: str) -> None:
+    """Refuse to go on as one of several.
+
+    Raises:
+        UserError: there are other processes.
+
+    """
+    if several():
+        raise UserError(f"{command} runs in one process, and there are several. Start it once, on one machine.")
+
+
 def is_lead() -> bool:
     """Whether this process prints and writes."""
     import jax

@@ -28,14 +28,19 @@ def files(tmp_path_factory):
     random = np.random.default_rng(0)
     words = ["red", "green", "blue", "a long one", "x"]
     choices = [
-        {"question": f"{n}?" * (1 + n % 4), "choices": words[: 2 + n % 4], "answer": int(random.integers(0, 2 + n % 4))} for n in range(11)
+        {"question": f"{n}?" * (1 + n % 4), "choices": words[: 2 + n % 4], "answer": int(random.integers(0, 2 + n % 4))}
+        for n in range(11)
     ]
     return {
-        "classification": tools.write_rows(folder / "classes.jsonl", [tools.chat("?" * (n % 7 + 1), words[n % 3]) for n in range(13)]),
+        "classification": tools.write_rows(
+            folder / "classes.jsonl", [tools.chat("?" * (n % 7 + 1), words[n % 3]) for n in range(13)]
+        ),
         "qa": tools.write_rows(folder / "qa.jsonl", [tools.chat("+" * (n % 5 + 1), f"{n}") for n in range(9)]),
         "choice": tools.write_rows(folder / "choice.jsonl", choices),
         "lm": tools.write_rows(folder / "lm.jsonl", [tools.chat("?" * (n + 1), "w " * (3 + 2 * n)) for n in range(9)]),
-        "generation": tools.write_rows(folder / "long.jsonl", [tools.chat("?" * (n % 3 + 1), json.dumps({"n": n})) for n in range(5)]),
+        "generation": tools.write_rows(
+            folder / "long.jsonl", [tools.chat("?" * (n % 3 + 1), json.dumps({"n": n})) for n in range(5)]
+        ),
     }
 
 
@@ -92,7 +97,9 @@ def test_choices_are_scored_as_by_transformers(chat_model, files):
     plain, by_length = [], []
     for line, prediction in zip(Path(files["choice"]).read_text().splitlines(), result.predictions, strict=True):
         row = json.loads(line)
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": row["question"]}], add_generation_prompt=True)["input_ids"]
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": row["question"]}], add_generation_prompt=True)[
+            "input_ids"
+        ]
         scores = []
         for text in row["choices"]:
             answer = tokenizer(text + "<|im_end|>", add_special_tokens=False)["input_ids"]

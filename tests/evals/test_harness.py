@@ -19,7 +19,9 @@ from tests import tools
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning", "ignore::UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning", "ignore::UserWarning"
+    ),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
@@ -38,7 +40,10 @@ def make_tasks(folder):
     """Multiple choice, rolling perplexity and generate_until."""
     random = np.random.default_rng(0)
     words = ["apple", "stone", "river water", "to run very fast", "blue"]
-    questions = [{"q": "Which? " * (1 + n % 5), "choices": words[: 2 + n % 4], "gold": int(random.integers(0, 2 + n % 4))} for n in range(9)]
+    questions = [
+        {"q": "Which? " * (1 + n % 5), "choices": words[: 2 + n % 4], "gold": int(random.integers(0, 2 + n % 4))}
+        for n in range(9)
+    ]
     documents = [{"text": " ".join(words * (1 + 9 * (n % 4)))} for n in range(5)]
     prompts = [{"q": "+".join("12345"[: 1 + n % 5]), "a": str(n)} for n in range(6)]
     return [
@@ -59,7 +64,10 @@ def make_tasks(folder):
 
 def samples(lm, tasks, folder):
     found = lm_eval.simple_evaluate(lm, tasks=tasks, task_manager=TaskManager(include_path=str(folder)), bootstrap_iters=0)
-    figures = {name: {key: value for key, value in values.items() if isinstance(value, float)} for name, values in found["results"].items()}
+    figures = {
+        name: {key: value for key, value in values.items() if isinstance(value, float)}
+        for name, values in found["results"].items()
+    }
     return figures, {name: [row["resps"] for row in found["samples"][name]] for name in tasks}
 
 
