@@ -13,29 +13,22 @@ from jaxtune.config.loading import dump
 from jaxtune.config.schema import Config
 from jaxtune.core import processes, runtime
 from jaxtune.core.errors import UserError
-from jaxtune.core.files import read_jsonl, write_json, write_jsonl
-from jaxtune.data.chat import prompt_ids
-from jaxtune.data.formats import Conversation
+from jaxtune.core.files import write_json
 from jaxtune.data.inspect import histogram
-from jaxtune.data.prepare import conversations
 from jaxtune.evals.evaluate import Asked, evaluate
 from jaxtune.exporting import export_trained, output
-from jaxtune.generate.engine import Engine
-from jaxtune.models.decoder import CausalLM
-from jaxtune.objectives.objective import REJECTED
 from jaxtune.report.page import write_report
+from jaxtune.samples import Samples
 from jaxtune.train.checkpoint import Best, Checkpoints, checkpoints_of
-from jaxtune.train.inputs import comparison
 from jaxtune.train.loop import Evaluator, fit
 from jaxtune.train.methods import adopt_adapter
-from jaxtune.train.metrics import MetricsLog, NoLog, read_metrics
+from jaxtune.train.metrics import MetricsLog, NoLog, figures_of, no_better, read_metrics
 from jaxtune.train.progress import Reporter
 from jaxtune.train.rundir import (
     ADAPTER,
     DATA_SUMMARY,
     MODEL,
     REPORT,
-    SAMPLES,
     VERIFICATION,
     RunDirectory,
     first_day,
@@ -43,11 +36,10 @@ from jaxtune.train.rundir import (
 )
 from jaxtune.train.setup import Setup, setup
 from jaxtune.train.step import TrainState
+from jaxtune.train.trackers import Trackers, check_trackers
 from jaxtune.weights.verify import Comparison
 
-_SAMPLES, _SAMPLE_TOKENS = 5, 64
-_OPENING = 200  # characters of a text that are asked to be continued
-_VERIFY_ROWS, _VERIFY_TOKENS = 4, 128
+Watch = Callable[[int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -76,8 +68,14 @@ class Run:
         return read_metrics(self.dir)
 
 
-def run(config: Config, reporter: Reporter, *, fresh: bool = False) -> Run:
+def run(config: Config, reporter: Reporter, *, fresh: bool = False, watch: Watch | None = None) -> Run:
     """Train as `config` says, or go on where an earlier call was stopped.
+
+    Args:
+        config: the run.
+        reporter: where progress is shown.
+        fresh: remove an earlier run in the same directory instead of going on with it.
+        watch: called with the step and the figures of every evaluation on the way; what it raises ends the run.
 
     Raises:
         UserError, RunFailure, Interrupted: see `api.train` and `train.loop.fit`.
@@ -85,6 +83,7 @@ def run(config: Config, reporter: Reporter, *, fresh: bool = False) -> Run:
     """
     runtime.start()
     with processes.ending_together():
+        check_trackers(config)
         config = adopt_adapter(config)
         day = date.fromisoformat(processes.from_lead(lambda: _begun(config, fresh)))
         parts = setup(config, reporter, day)
@@ -97,7 +96,7 @@ def run(config: Config, reporter: Reporter, *, fresh: bool = False) -> Run:
         processes.together("run directory")
         try:
             with jax.set_mesh(parts.mesh):
-                return _run(parts, Path(config.run.dir), reporter, directory.keep_copy if directory else None)
+                return _run(parts, Path(config.run.dir), reporter, directory.keep_copy if directory else None, watch)
         finally:
             if directory:
                 directory.close()
@@ -111,7 +110,7 @@ def _begun(config: Config, fresh: bool) -> str:
     return str(first_day(config.run.dir))
 
 
-def _run(parts: Setup, directory: Path, reporter: Reporter, keep_copy: Callable[[], None] | None) -> Run:
+def _run(parts: Setup, directory: Path, reporter: Reporter, keep_copy: Callable[[], None] | None, watch: Watch | None) -> Run:
     config, total = parts.config, len(parts.plan)
     _write(write_json, directory / DATA_SUMMARY, _data_summary(parts))
     checkpoints = Checkpoints(checkpoints_of(config), config.checkpoint.keep, reporter.say, keep_copy)
@@ -121,27 +120,29 @@ def _run(parts: Setup, directory: Path, reporter: Reporter, keep_copy: Callable[
     parts.release()
     if not begins:
         reporter.say(f"Going on after step {int(state.step)} of {total} ({directory})")
-    log = MetricsLog(directory, int(state.step)) if processes.is_lead() else NoLog()
+    log = MetricsLog(directory, int(state.step), Trackers(config, reporter.say)) if processes.is_lead() else NoLog()
     try:
         before = _measured(parts, state, log, directory, 0, reporter)
-        samples = _samples_before(parts, state, directory)
-        on_the_way = _evaluation(parts, log, best, reporter)
-        with reporter.task("Training", total, int(state.step)) as task:
-            state = fit(parts, state, log, checkpoints, task, on_the_way)
+        _check_figure(config, before)
+        samples = Samples(parts, directory, int(state.step))
+        samples.before(state)
+        on_the_way = _OnTheWay(parts, log, best, samples, directory, reporter, watch)
+        if not on_the_way.enough():
+            with reporter.task("Training", total, int(state.step)) as task:
+                state = fit(parts, state, log, checkpoints, task, on_the_way)
         checkpoints.wait()
-        if best is not None and best.step not in (None, total):
+        ended = int(state.step)
+        if best is not None and best.step not in (None, ended):
             reporter.say(f"The evaluation was best after step {best.step} ({best.metric} {best.value:.4f}): that state is taken")
             state = best.restore(parts.layout)
-        after = _measured(parts, state, log, directory, total, reporter)
+        after = _measured(parts, state, log, directory, ended, reporter)
     finally:
         log.close()
         for opened in (checkpoints, best):
             if opened is not None:
                 opened.close()
     model = parts.model(state)
-    for sample, text in zip(samples, _answers(parts, model, samples), strict=True):
-        sample["after"] = text
-    _write(write_jsonl, directory / SAMPLES, samples)
+    samples.after(model)
     del state  # the export loads the model again, and the optimizer's moments are not needed any more
     kind = output(config)
     reporter.say(
@@ -175,7 +176,7 @@ def _measured(
         if parts.config.on_pairs:
             result = {"task": "preference", "rows": parts.eval_plan.examples.rows, **Evaluator(parts, parts.eval_plan)(state)}
         else:
-            asked = Asked(progress=bar.update_of)
+            asked = Asked(parts.config.train.eval_task, progress=bar.update_of)
             result = evaluate(model, parts.tokenizer, parts.source.stop_ids(), parts.config.data, asked).figures()
     row = {"split": "eval", "step": step, "epoch": _epoch(parts, step), **result}
     log.write(row)
@@ -187,76 +188,76 @@ def _logged(directory: Path, step: int) -> dict[str, Any] | None:
     return next(rows, None)
 
 
-def _evaluation(parts: Setup, log: MetricsLog, best: Best | None, reporter: Reporter) -> Callable[[TrainState, int], None]:
-    """The evaluation on the way: the loss, by which the best state may be kept."""
-    plan = parts.eval_plan
-    if plan is None:
-        return lambda state, step: None
-    evaluator = Evaluator(parts, plan)
+def _check_figure(config: Config, before: dict[str, Any] | None) -> None:
+    """Whether the evaluation has what the run shall be judged by, before it is trained."""
+    if before is not None and config.judged_by not in before:
+        raise UserError(
+            f"checkpoint.best = {config.judged_by}: the evaluation ({before['task']}) has {', '.join(figures_of(before))}. "
+            "Take one of these, or set train.eval_task."
+        )
 
-    def measure(state: TrainState, step: int) -> None:
-        result = evaluator(state)
-        log.write({"split": "eval", "step": step, "epoch": _epoch(parts, step), **result})
-        reporter.say(f"step {step}: evaluation " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
-        if best is not None:
-            best.offer(state, result)
 
-    return measure
+class _OnTheWay:
+    """The evaluation every `train.eval_every` steps: logged, offered to the best state, with answers to look at.
+
+    Args:
+        parts: the run.
+        log: gets a row for each.
+        best: keeps the best state, where that is wanted.
+        samples: the answers.
+        directory: the run directory.
+        reporter: told of each.
+        watch: see `run`.
+
+    """
+
+    def __init__(
+        self,
+        parts: Setup,
+        log: MetricsLog,
+        best: Best | None,
+        samples: Samples,
+        directory: Path,
+        reporter: Reporter,
+        watch: Watch | None,
+    ) -> None:
+        self._parts, self._log, self._best, self._samples = parts, log, best, samples
+        self._directory, self._reporter, self._watch = directory, reporter, watch
+        self._loss = Evaluator(parts, parts.eval_plan) if parts.eval_plan else None
+
+    def __call__(self, state: TrainState, step: int) -> bool:
+        """Whether training shall end after it."""
+        if self._loss is None:
+            return False
+        config, figures = self._parts.config, self._loss(state)
+        if config.judged_by not in figures:
+            asked = Asked(config.train.eval_task)
+            model, stops = self._parts.model(state), self._parts.source.stop_ids()
+            found = evaluate(model, self._parts.tokenizer, stops, config.data, asked).figures()
+            figures = {name: found[name] for name in figures_of(found)}
+        self._log.write({"split": "eval", "step": step, "epoch": _epoch(self._parts, step), **figures})
+        self._reporter.say(f"step {step}: evaluation " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+        if self._best is not None:
+            self._best.offer(state, figures)
+        if config.train.samples and step < len(self._parts.plan):
+            self._samples.during(state, step)
+        if self._watch:
+            self._watch(step, figures)
+        return self.enough()
+
+    def enough(self) -> bool:
+        """Whether the last evaluations were no better for longer than the run's patience."""
+        config = self._parts.config
+        if config.train.patience is None:
+            return False
+        since = processes.from_lead(lambda: no_better(read_metrics(self._directory), config.judged_by))
+        if since >= config.train.patience:
+            self._reporter.say(f"No better {config.judged_by} in {since} evaluations (train.patience): training ends here")
+        return since >= config.train.patience
 
 
 def _epoch(parts: Setup, step: int) -> float:
     return round(parts.plan.epoch(step - 1), 6) if step else 0.0
-
-
-def _sample_rows(parts: Setup) -> list[dict[str, Any]]:
-    """The first rows to evaluate on, or else to train on, as prompts; of a text, its first words."""
-    data, found = parts.config.data, []
-    for row in conversations(data, "train" if parts.eval_plan is None else "eval", comparison=comparison(parts.config)):
-        if row.label == REJECTED:
-            continue
-        prompt, wanted = row.prompt, row.answer
-        if row.text:
-            text = row.messages[0]["content"]
-            prompt, wanted = [{"role": "user", "content": text[:_OPENING]}], text[_OPENING : 3 * _OPENING]
-        sample = {"place": str(row.place), "prompt": prompt, "wanted": wanted, "plain": row.plain, "text": row.text}
-        sample |= {"options": dict(row.options)} if row.options else {}
-        if prompt and _is_prompt(parts, sample):
-            found.append(sample)
-        if len(found) == _SAMPLES:
-            break
-    return found
-
-
-def _is_prompt(parts: Setup, sample: dict[str, Any]) -> bool:
-    try:
-        return bool(prompt_ids(parts.tokenizer, _asked(sample)))
-    except UserError:  # a row that data.on_error=skip left out of training too
-        return False
-
-
-def _asked(sample: dict[str, Any]) -> Conversation:
-    plain, text = sample.get("plain", True), sample.get("text", False)
-    return Conversation(sample["place"], sample["prompt"], plain, text, sample.get("options", {}))
-
-
-def _samples_before(parts: Setup, state: TrainState, directory: Path) -> list[dict[str, Any]]:
-    """Prompts with the answers wanted and the answers before training; read back where an earlier call wrote them."""
-    found = processes.from_lead(lambda: read_jsonl(directory / SAMPLES) if (directory / SAMPLES).exists() else None)
-    if found is not None:
-        return found
-    rows = _sample_rows(parts)
-    for row, text in zip(rows, _answers(parts, parts.model(state), rows), strict=True):
-        row["before"] = text
-    _write(write_jsonl, directory / SAMPLES, rows)
-    return rows
-
-
-def _answers(parts: Setup, model: CausalLM, samples: list[dict[str, Any]]) -> list[str]:
-    if not samples:
-        return []
-    ids = [prompt_ids(parts.tokenizer, _asked(sample)) for sample in samples]
-    engine = Engine(model, parts.source.stop_ids(), batch=max(len(ids), 2))
-    return parts.tokenizer.batch_decode(engine.generate(ids, _SAMPLE_TOKENS), skip_special_tokens=True)
 
 
 def _data_summary(parts: Setup) -> dict[str, Any]:

@@ -1,7 +1,4 @@
-"""The one typed description of a run. Each default is written here and nowhere else.
-
-Keys whose type admits a single value are part of the contract and wait for the capability they name.
-"""
+"""The one typed description of a run. Each default is written here and nowhere else."""
 
 from typing import Annotated, Any, Literal
 
@@ -11,6 +8,11 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 AxisSize = Annotated[int, Field(ge=-1)]
+Figure = Literal[
+    "loss", "accuracy", "accuracy_greedy", "accuracy_norm", "macro_f1", "exact_match", "token_f1", "rouge_1", "rouge_2", "rouge_l", "bleu",
+    "chrf", "json_valid", "json_match", "margin",
+]  # fmt: skip
+"""What a state may be judged by: the loss, where less is better, or something where more is."""
 
 
 class Section(BaseModel):
@@ -187,7 +189,13 @@ class TrainSection(Section):
     ema: Beta = 0.0
     """Decay of an exponential moving average of what trains, which is then evaluated and exported; 0 is none."""
     eval_every: Count | None = None
-    """Optimizer steps between evaluations of the loss."""
+    """Optimizer steps between evaluations on the way: of the loss, or of all figures where checkpoint.best is one of the task's."""
+    eval_task: Literal["auto", "lm", "classification", "qa", "generation", "choice"] = "auto"
+    """What the evaluation rows are for, as in jaxtune eval --task; auto goes by the answers."""
+    patience: Count | None = None
+    """Training ends after so many evaluations on the way that were no better by checkpoint.best, or by the loss where that is not set."""
+    samples: Annotated[int, Field(ge=0)] = 5
+    """Prompts whose answers are kept before and after training and at every evaluation on the way, to be looked at."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of adapter, order and dropout."""
 
@@ -244,8 +252,9 @@ class CheckpointSection(Section):
     """Optimizer steps between checkpoints; the last step always has one."""
     keep: Count = 2
     """How many are kept."""
-    best: Literal["loss", "accuracy", "margin"] | None = None
-    """Also keep the state with the best evaluation (see train.eval_every), and export it; accuracy and margin are of preferences."""
+    best: Figure | None = None
+    """Also keep the state with the best evaluation (see train.eval_every), and export it: by the loss, or by a figure of the task
+    (accuracy, macro_f1, exact_match, token_f1, rouge_l, chrf ...), of preferences accuracy or margin."""
     dir: str | None = None
     """Where they lie instead of the run directory: a directory that all processes share, or gs://bucket/folder, s3://bucket/folder."""
 
@@ -259,8 +268,8 @@ class RunSection(Section):
     """Seconds without a step done after which the stacks of all threads are printed and the run ends; null: never."""
     profile: Annotated[int, Field(ge=0)] = 0
     """Steps to record with JAX's profiler, the first two apart; the recording lies in profile/ of the run."""
-    trackers: Annotated[list[str], Field(max_length=0)] = []
-    """Further places for the metrics."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Where else the rows of metrics.jsonl go: tensorboard (in tensorboard/ of the run), wandb, trackio."""
 
 
 PREFERENCE = ("dpo", "orpo", "kto", "simpo")
@@ -288,6 +297,11 @@ class Config(Section):
         """Whether it trains on preferences."""
         return self.train.objective in PREFERENCE
 
+    @property
+    def judged_by(self) -> str:
+        """The figure by which states are better or worse."""
+        return self.checkpoint.best or "loss"
+
     @model_validator(mode="after")
     def _micro_batches_divide(self) -> "Config":
         size, micro = self.train.batch_size, self.train.micro_batch_size
@@ -303,9 +317,13 @@ class Config(Section):
             "checkpoint.best needs evaluations. Set train.eval_every, and data.eval or data.split": self.checkpoint.best
             is not None
             and not (self.train.eval_every and evaluated),
-            "checkpoint.best=accuracy and margin are for preferences. Set checkpoint.best=loss": self.checkpoint.best
-            in ("accuracy", "margin")
+            "checkpoint.best=margin is for preferences. Set checkpoint.best=loss": self.checkpoint.best == "margin"
             and not self.on_pairs,
+            "of preferences checkpoint.best is loss, accuracy or margin": self.on_pairs
+            and self.checkpoint.best not in (None, "loss", "accuracy", "margin"),
+            "train.patience counts evaluations. Set train.eval_every, and data.eval or data.split": self.train.patience
+            is not None
+            and not (self.train.eval_every and evaluated),
             "trainable names weights, and adapter.method is an adapter. Set adapter.method=none": not weights
             and self.trainable != "all",
             "trainable=all leaves nothing frozen that model.dtype could quantise. Take float32 or bfloat16": weights

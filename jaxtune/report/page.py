@@ -124,7 +124,8 @@ def _samples(samples: list[dict[str, Any]]) -> str:
     blocks = []
     for sample in samples:
         prompt = "\n".join(f"[{message['role']}] {message['content']}" for message in sample["prompt"])
-        rows = [("wanted", sample.get("wanted")), ("before", sample.get("before")), ("after", sample.get("after"))]
+        during = [(f"after step {said['step']}", said["text"]) for said in sample.get("during", [])]
+        rows = [("wanted", sample.get("wanted")), ("before", sample.get("before")), *during, ("after", sample.get("after"))]
         cells = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in rows if text is not None)
         blocks.append(f"<pre>{html.escape(prompt)}</pre><table>{cells}</table>")
     return "<h2>What the model says</h2>" + "".join(blocks)

@@ -99,9 +99,9 @@ def fit(
     log: MetricsLog,
     checkpoints: Checkpoints,
     task: Task,
-    evaluate: Callable[[TrainState, int], None],
+    evaluate: Callable[[TrainState, int], bool],
 ) -> TrainState:
-    """Train from `state` to the end of the plan.
+    """Train from `state` to the end of the plan, or until an evaluation says that it is enough.
 
     Args:
         setup: the run.
@@ -109,7 +109,8 @@ def fit(
         log: gets a row a step.
         checkpoints: gets a checkpoint every `checkpoint.every` steps and at the end.
         task: the progress bar.
-        evaluate: called with the state every `train.eval_every` steps; after the last step only where the best state is kept.
+        evaluate: called with the state every `train.eval_every` steps, and says whether training shall end; after the last step only
+            where the best state is kept.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM came; the state is saved.
@@ -139,11 +140,12 @@ def fit(
                 recorder.record(pending)
                 pending = None
                 watchdog.rest()
-                if evaluates:
-                    evaluate(state, done)
-                if saves or stopped:
+                enough = evaluates and evaluate(state, done)
+                if saves or stopped or enough:
                     log.sync()
                     checkpoints.save(state)
+                if enough:
+                    return state
                 recorder.restart_clock()
                 watchdog.alive(f"step {done + 1}")
             if stopped and done < total:

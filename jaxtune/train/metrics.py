@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune.core.files import write_jsonl
+from jaxtune.train.trackers import Trackers
 
 FILE = "metrics.jsonl"
 
@@ -28,10 +29,12 @@ class MetricsLog:
     Args:
         directory: the run directory.
         step: the step that the run goes on from; rows of later steps, written by a run that was killed, are removed.
+        trackers: take each row too.
 
     """
 
-    def __init__(self, directory: Path, step: int) -> None:
+    def __init__(self, directory: Path, step: int, trackers: Trackers | None = None) -> None:
+        self._trackers = trackers
         self.path = directory / FILE
         kept = [row for row in read_metrics(directory) if row["step"] <= step]
         write_jsonl(self.path, kept)
@@ -41,6 +44,8 @@ class MetricsLog:
         """Append one row."""
         self._file.write(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")
         self._file.flush()
+        if self._trackers:
+            self._trackers.write(row)
 
     def sync(self) -> None:
         """Make what was written durable; a checkpoint must not be newer than the rows before it."""
@@ -50,6 +55,8 @@ class MetricsLog:
         """Make the file durable and close it."""
         self.sync()
         self._file.close()
+        if self._trackers:
+            self._trackers.close()
 
 
 class NoLog(MetricsLog):
@@ -80,6 +87,19 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def no_better(rows: list[dict[str, Any]], figure: str) -> int:
+    """How many of the evaluations, from the last one back, were no better than one before them.
+
+    Args:
+        rows: of the log; those that name a task, from before and after training, do not count.
+        figure: by which; less is better of `loss`, more of anything else.
+
+    """
+    on_the_way = (row for row in rows if row["split"] == "eval" and "task" not in row and row.get(figure) is not None)
+    values = [-row[figure] if figure == "loss" else row[figure] for row in on_the_way]
+    return len(values) - 1 - values.index(max(values)) if values else 0
 
 
 def figures_of(row: dict[str, Any]) -> list[str]:

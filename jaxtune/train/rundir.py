@@ -18,15 +18,16 @@ from jaxtune.core.files import read_json, write_json, write_text
 from jaxtune.train.checkpoint import DIRECTORY as CHECKPOINTS
 from jaxtune.train.checkpoint import checkpoints_of
 from jaxtune.train.metrics import FILE as METRICS
+from jaxtune.train.trackers import TRACKED
 
 CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, REPORT = "config.yaml", "env.json", "samples.jsonl", "adapter", "report.html"
 MODEL = "model"
 DATA_SUMMARY, VERIFICATION = "data.json", "verification.json"
 _RECORD = (CONFIG, ENVIRONMENT, METRICS, SAMPLES)
-_OWN = (CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, MODEL, REPORT, DATA_SUMMARY, VERIFICATION, METRICS, CHECKPOINTS)
+_OWN = (CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, MODEL, REPORT, DATA_SUMMARY, VERIFICATION, METRICS, CHECKPOINTS, *TRACKED)
 
-# What may change when a run is continued: it alters how the numbers are computed or kept, not which.
-_FREE = ("run.", "checkpoint.", "mesh.", "train.micro_batch_size", "train.remat")
+# What may change when a run is continued: it alters how the numbers are computed or kept, or how many there are, not which.
+_FREE = ("run.", "checkpoint.", "mesh.", "train.micro_batch_size", "train.remat", "train.patience", "train.samples")
 
 _PACKAGES = ("jaxtune", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy")
 

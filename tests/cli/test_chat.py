@@ -68,7 +68,9 @@ def test_trap05_a_conversation_is_read_through_the_models_own_template(loaded):
 
 
 def test_commands(loaded):
-    chat, out = talk(loaded, "/help", "/nothing", "/retry", "/base", "hello", "/base", "/system be kind", "again", "", "/quit", "unread")
+    chat, out = talk(
+        loaded, "/help", "/nothing", "/retry", "/base", "hello", "/base", "/system be kind", "again", "", "/quit", "unread"
+    )
     for text in ("/system [TEXT]", "There is no /nothing", "There is no answer yet", "nothing that it was before"):
         assert text in out
     assert [message["content"] for message in chat.messages[:2]] == ["be kind", "again"]
@@ -111,7 +113,12 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_not_the_program(chat_model):
     lead, follow = pty.openpty()
     command = [sys.executable, "-m", "jaxtune.cli", "chat", str(chat_model), "--max-new-tokens", "400", "--temperature", "1.5"]
     process = subprocess.Popen(
-        command, stdin=follow, stdout=follow, stderr=follow, env=tools.child_environment() | {"TERM": "dumb"}, start_new_session=True
+        command,
+        stdin=follow,
+        stdout=follow,
+        stderr=follow,
+        env=tools.child_environment() | {"TERM": "dumb"},
+        start_new_session=True,
     )
     os.close(follow)
     seen = b""

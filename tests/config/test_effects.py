@@ -36,6 +36,7 @@ CHANGES = {
     "optimizer.schedule": "linear", "optimizer.warmup": 2, "optimizer.betas": "[0.5, 0.9]", "optimizer.eps": 1e-3,
     "optimizer.weight_decay": 0.5, "optimizer.clip_norm": 0.01,
     "train.epochs": 2, "train.steps": 2, "train.batch_size": 16, "train.micro_batch_size": 4, "train.remat": "full", "train.eval_every": 2,
+    "train.eval_task": "lm",
     "train.neftune": 5, "train.ema": 0.5, "train.seed": 1, "mesh.data": 8, "mesh.fsdp": 2, "mesh.tensor": 2,
     "mesh.slices": 2, "mesh.context": 2,
     "checkpoint.every": 100, "checkpoint.keep": 1,
@@ -53,9 +54,8 @@ DISTILLED = {"distill.top_k": 2, "distill.temperature": 2, "distill.share": 0.9}
 OTHERS = {
     "model.source", "adapter.init", "data.train", "data.eval", "data.split", "data.format", "data.columns", "data.on_error", "run.dir",
     "trainable", "distill.teacher", "adapter.bias", "checkpoint.best", "checkpoint.dir", "run.watchdog",
-    "model.products", "run.profile",
+    "model.products", "run.profile", "run.trackers", "train.patience", "train.samples",
 }  # fmt: skip
-SINGLE = {"run.trackers"}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def observe(overrides, directory, monkeypatch):
     """All that a run records, times apart; on one device unless the mesh is the subject, and without sample answers, which cost time."""
     if not any(override.startswith("mesh.") for override in overrides):
         monkeypatch.setattr(setup, "make_mesh", lambda *sizes: make_mesh(devices=jax.devices()[:1]))
-    monkeypatch.setattr("jaxtune.training._answers", lambda parts, model, samples: [""] * len(samples))
+    monkeypatch.setattr("jaxtune.samples._answers", lambda parts, model, samples: [""] * len(samples))
     monkeypatch.setattr(export, "why_not_torch", lambda source, *packages: "not the subject here")
     monkeypatch.setattr("jaxtune.core.runtime.start", lambda *_: None)
     config = load_config(overrides=[*overrides, f"run.dir={directory}"])
@@ -91,7 +91,7 @@ def plain(base, tmp_path_factory):
 
 
 def test_the_lists_are_whole():
-    assert set(keys()) == CHANGES.keys() | PREFERENCES.keys() | FURTHER.keys() | DISTILLED.keys() | OTHERS | SINGLE
+    assert set(keys()) == CHANGES.keys() | PREFERENCES.keys() | FURTHER.keys() | DISTILLED.keys() | OTHERS
 
 
 @pytest.fixture(scope="module")

@@ -175,7 +175,12 @@ def test_the_state_with_the_best_evaluation_is_kept_and_exported(chat_model, row
     assert jaxtune.evaluate(str(result.dir), held_out)["loss"] == pytest.approx(on_the_way[best], rel=1e-4)
     for keys, message in (
         ({"checkpoint__best": "loss"}, "checkpoint.best needs evaluations"),
-        ({**further, "checkpoint__best": "accuracy"}, "checkpoint.best=accuracy and margin are for preferences"),
+        ({**further, "checkpoint__best": "margin"}, "checkpoint.best=margin is for preferences"),
+        (
+            {**further, "checkpoint__best": "chrf", "train__objective": "dpo"},
+            "of preferences checkpoint.best is loss, accuracy or margin",
+        ),
+        ({"train__patience": 2}, "train.patience counts evaluations"),
     ):
         with pytest.raises(UserError, match=message):
             config(tmp_path / "run", chat_model, rows, **keys)

@@ -1,0 +1,142 @@
+"""Trackers as thin sinks of the rows of `metrics.jsonl`; a tracker that fails is left out, and the run goes on."""
+
+import contextlib
+import importlib
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from jaxtune.config.schema import Config
+from jaxtune.core.errors import UserError
+
+_PROJECT = "jaxtune"
+_TENSORBOARD, _IDENTITY = "tensorboard", "wandb-id"
+TRACKED = (_TENSORBOARD, _IDENTITY, "wandb")
+"""What trackers leave in a run directory."""
+
+
+class Tracker(Protocol):
+    """Takes numbers by name at a step."""
+
+    def log(self, figures: dict[str, float], step: int) -> None:
+        """The figures of one row."""
+
+    def close(self) -> None:
+        """Nothing more comes."""
+
+
+class Trackers:
+    """All trackers of a run.
+
+    Args:
+        config: the run.
+        warn: told once of each tracker that fails.
+
+    Raises:
+        UserError: a tracker that is not installed.
+
+    """
+
+    def __init__(self, config: Config, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._open: dict[str, Tracker] = {}
+        for name in config.run.trackers:
+            self._try(name, lambda name=name: self._open.update({name: _TRACKERS[name](config)}))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """A row of the log: its numbers are named after its split, such as train/loss."""
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+        step = int(numbers.pop("step"))
+        figures = {f"{row['split']}/{name}": float(value) for name, value in numbers.items()}
+        for name, tracker in list(self._open.items()):
+            self._try(name, lambda tracker=tracker: tracker.log(figures, step))
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        for name, tracker in list(self._open.items()):
+            self._try(name, tracker.close)
+
+    def _try(self, name: str, what: Callable[[], Any]) -> None:
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+                what()
+        except UserError:
+            raise
+        except Exception as error:  # a network that is gone must not cost a run
+            self._open.pop(name, None)
+            self._warn(f"{name} takes no more metrics: {type(error).__name__}: {error}. The run and its metrics.jsonl go on.")
+
+
+def check_trackers(config: Config) -> None:
+    """Whether all are installed, before anything long is done.
+
+    Raises:
+        UserError: one is not.
+
+    """
+    for name in config.run.trackers:
+        _module(name)
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module("tensorboard.summary" if name == "tensorboard" else name)
+    except ModuleNotFoundError:
+        raise UserError(
+            f"run.trackers: {name} is not installed: pip install 'jaxtune[track]', or take it out of run.trackers."
+        ) from None
+
+
+class _TensorBoard:
+    def __init__(self, config: Config) -> None:
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)
+        self._writer = _module("tensorboard").Writer(str(Path(config.run.dir) / _TENSORBOARD))
+
+    def log(self, figures: dict[str, float], step: int) -> None:
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    """A run that is gone on with is the same run there."""
+
+    def __init__(self, config: Config) -> None:
+        wandb = _module("wandb")
+        noted = Path(config.run.dir) / _IDENTITY
+        if not noted.exists():
+            noted.write_text(secrets.token_hex(4))
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", _PROJECT), name=Path(config.run.dir).name, id=noted.read_text(), resume="allow",
+            dir=config.run.dir, config=config.model_dump(), settings=wandb.Settings(silent=True, console="off"),
+        )  # fmt: skip
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, figures: dict[str, float], step: int) -> None:
+        self._run.log(figures | {"step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Trackio:
+    def __init__(self, config: Config) -> None:
+        project = os.environ.get("TRACKIO_PROJECT", _PROJECT)
+        self._run = _module("trackio").init(
+            project=project, name=Path(config.run.dir).name, config=config.model_dump(), resume="allow"
+        )
+
+    def log(self, figures: dict[str, float], step: int) -> None:
+        self._run.log(figures, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_TRACKERS: dict[str, Callable[[Config], Tracker]] = {"tensorboard": _TensorBoard, "wandb": _WandB, "trackio": _Trackio}
