@@ -13,7 +13,7 @@ from jaxtune.config.loading import dump
 from jaxtune.config.schema import Config
 from jaxtune.core import processes, runtime
 from jaxtune.core.errors import UserError
-from jaxtune.core.files import write_json
+from jaxtune.core.files import write_json, write_jsonl
 from jaxtune.data.inspect import histogram
 from jaxtune.evals.evaluate import Asked, evaluate
 from jaxtune.exporting import export_trained, output
@@ -28,6 +28,7 @@ from jaxtune.train.rundir import (
     ADAPTER,
     DATA_SUMMARY,
     MODEL,
+    PREDICTIONS,
     REPORT,
     VERIFICATION,
     RunDirectory,
@@ -75,7 +76,8 @@ def run(config: Config, reporter: Reporter, *, fresh: bool = False, watch: Watch
         config: the run.
         reporter: where progress is shown.
         fresh: remove an earlier run in the same directory instead of going on with it.
-        watch: called with the step and the figures of every evaluation on the way; what it raises ends the run.
+        watch: called with the step and the figures of the evaluation before training and of every one on the way; what it raises
+            ends the run.
 
     Raises:
         UserError, RunFailure, Interrupted: see `api.train` and `train.loop.fit`.
@@ -124,6 +126,8 @@ def _run(parts: Setup, directory: Path, reporter: Reporter, keep_copy: Callable[
     try:
         before = _measured(parts, state, log, directory, 0, reporter)
         _check_figure(config, before)
+        if before and watch:
+            watch(0, before)
         samples = Samples(parts, directory, int(state.step))
         samples.before(state)
         on_the_way = _OnTheWay(parts, log, best, samples, directory, reporter, watch)
@@ -177,7 +181,10 @@ def _measured(
             result = {"task": "preference", "rows": parts.eval_plan.examples.rows, **Evaluator(parts, parts.eval_plan)(state)}
         else:
             asked = Asked(parts.config.train.eval_task, progress=bar.update_of)
-            result = evaluate(model, parts.tokenizer, parts.source.stop_ids(), parts.config.data, asked).figures()
+            found = evaluate(model, parts.tokenizer, parts.source.stop_ids(), parts.config.data, asked)
+            result = found.figures()
+            if step and found.predictions:
+                _write(write_jsonl, directory / PREDICTIONS, found.predictions)
     row = {"split": "eval", "step": step, "epoch": _epoch(parts, step), **result}
     log.write(row)
     return row

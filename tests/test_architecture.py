@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxtune"
 LEVELS = {
     "config": 0, "core": 0, "models": 1, "adapters": 2, "weights": 2, "data": 2, "objectives": 2, "train": 3, "generate": 3,
-    "evals": 4, "plan": 4, "report": 4, "training": 5, "exporting": 5, "opening": 5, "chatting": 5, "samples": 5, "api": 5, "cli": 5, "": 5,
+    "evals": 4, "plan": 4, "report": 4, "training": 5, "exporting": 5, "opening": 5, "chatting": 5, "samples": 5, "sweeping": 5, "api": 5, "cli": 5, "": 5,
 }  # fmt: skip
 # Beside arrows that point down, and any level to level 0.
 SIDEWAYS = {
@@ -28,6 +28,8 @@ SIDEWAYS = {
     ("api", "opening"),
     ("training", "exporting"),
     ("training", "samples"),
+    ("sweeping", "training"),
+    ("cli", "sweeping"),
     ("cli", "api"),
     ("chatting", "opening"),
     ("cli", "opening"),

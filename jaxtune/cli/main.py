@@ -19,6 +19,7 @@ COMMANDS = {
     "export": "what a run trained in another program's format, verified",
     "convert": "a model in another format, verified",
     "report": "one page of one run or several",
+    "sweep": "search over a run's keys, each trial a run directory",
     "config": "the resolved configuration, or its JSON schema",
 }
 INTERRUPTED = 128
@@ -29,7 +30,7 @@ _HUGE_PAGES = "glibc.malloc.hugetlb"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0 on success, 2 on wrong usage or input, 1 on a failure, 128 + n on signal n."""
     options = _parsed(arguments)
-    if arguments is None and options.command in (*_COMPUTE, "quickstart", "chat"):
+    if arguments is None and options.command in (*_COMPUTE, "quickstart", "chat", "sweep"):
         _begin_with_huge_pages()
     from jaxtune.core.errors import RunFailure, UserError
 

@@ -2,14 +2,18 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from jaxtune.config.schema import Config
+from jaxtune.config.sweep import Sweep
 from jaxtune.core.errors import UserError, nearest
+
+Model = TypeVar("Model", bound=BaseModel)
 
 COMMAND_LINE = "command line"
 _TYPES = ("str", "int", "float", "bool", "none", "list", "dict")
@@ -61,12 +65,39 @@ def validated(tree: dict, places: dict[str, str] | None = None, origin: str = "c
         origin: what to name where `places` does not know.
 
     """
+    return _validated(Config, tree, places or {}, origin)
+
+
+def load_sweep(path: Path) -> Sweep:
+    """The description of a search.
+
+    Raises:
+        UserError: as `load_config` does.
+
+    """
+    tree, places = _read(path)
+    parameters = tree.get("parameters")
+    if isinstance(parameters, dict):
+        tree["parameters"] = dict(_of_keys(parameters))
+    return _validated(Sweep, tree, places, str(path))
+
+
+def _of_keys(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys with dots, also where sections are nested; a mapping with low and high is a range."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and not value.keys() & {"low", "high"}:
+            yield from _of_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _validated(model: type[Model], tree: dict, places: dict[str, str], origin: str) -> Model:
     try:
-        return Config.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
         lines: dict[str, str] = {}
         for item in sorted(error.errors(), key=lambda item: (-len(item["loc"]), item["type"] != "extra_forbidden")):
-            key, line = _explain(item, places or {}, origin)
+            key, line = _explain(model, item, places, origin)
             lines.setdefault(key, line)  # the branches of a union each report; the one that got furthest is meant
         raise UserError("\n".join(lines.values())) from None
 
@@ -145,9 +176,9 @@ def _assign(tree: dict, dotted: str, value: Any) -> None:
     tree[last] = value
 
 
-def _explain(item: Any, places: dict[str, str], origin: str) -> tuple[str, str]:
+def _explain(model: type[BaseModel], item: Any, places: dict[str, str], origin: str) -> tuple[str, str]:
     parts = [str(part) for part in item["loc"]]
-    known = keys()
+    known = keys(model)
     key = ".".join(parts)
     while parts and key not in known and _inside(key, known):
         parts.pop()
@@ -157,12 +188,12 @@ def _explain(item: Any, places: dict[str, str], origin: str) -> tuple[str, str]:
         return key, f"{place}: {item['msg'].removeprefix('Value error, ')}."
     inner = _inner([str(part) for part in item["loc"]][len(parts) :])
     if item["type"] == "extra_forbidden" and inner:
-        return key, f"{place}: unknown key '{key}{inner}'. {_expected(key).removeprefix('. ')}."
+        return key, f"{place}: unknown key '{key}{inner}'. {_expected(model, key).removeprefix('. ')}."
     if item["type"] == "extra_forbidden":
         sections = {name.split(".")[0] for name in known}
         candidates = known if "." in key else [*known, *sections]
         return key, f"{place}: unknown key '{key}'.{nearest(key, candidates)}"
-    return key, f"{place}: {key}{inner} = {item['input']!r}: {item['msg'].lower()}{_expected(key)}."
+    return key, f"{place}: {key}{inner} = {item['input']!r}: {item['msg'].lower()}{_expected(model, key)}."
 
 
 def _inner(parts: list[str]) -> str:
@@ -176,8 +207,8 @@ def _inside(key: str, known: list[str]) -> bool:
     return any(key.startswith(name + ".") for name in known)
 
 
-def _expected(key: str) -> str:
-    model: Any = Config
+def _expected(root: type[BaseModel], key: str) -> str:
+    model: Any = root
     for part in key.split("."):
         if not (isinstance(model, type) and issubclass(model, BaseModel)) or part not in model.model_fields:
             return ""

@@ -25,7 +25,7 @@ def curve(title: str, series: dict[str, tuple[list, list]]) -> str:
         go.Scatter(x=steps, y=values, name=name, mode="lines+markers" if len(steps) < 60 else "lines")
         for name, (steps, values) in series.items()
     ]
-    return _div(go.Figure(lines), title, "step")
+    return drawn(go.Figure(lines), title, xaxis_title="step")
 
 
 def histogram(title: str, series: dict[str, dict[str, list[int]]]) -> str:
@@ -38,7 +38,7 @@ def histogram(title: str, series: dict[str, dict[str, list[int]]]) -> str:
         widths = [right - left for left, right in pairwise(edges)]
         figure.add_bar(x=edges[:-1], y=bins["counts"], width=widths, offset=0, name=name, opacity=0.7)
     figure.update_layout(barmode="overlay")
-    return _div(figure, title, "tokens")
+    return drawn(figure, title, xaxis_title="tokens")
 
 
 def confusion(title: str, table: dict[str, Any]) -> str:
@@ -49,9 +49,10 @@ def confusion(title: str, table: dict[str, Any]) -> str:
     heat = go.Heatmap(z=counts, x=names, y=names, text=counts, texttemplate="%{text}", colorscale="Blues", showscale=False)
     figure = go.Figure(heat)
     figure.update_yaxes(autorange="reversed", title="true")
-    return _div(figure, f"Confusion, {title}", "predicted")
+    return drawn(figure, f"Confusion, {title}", xaxis_title="predicted")
 
 
-def _div(figure: Any, title: str, x: str) -> str:
-    figure.update_layout(title=title, xaxis_title=x, **_LAYOUT)
+def drawn(figure: Any, title: str, **layout: Any) -> str:
+    """A figure of plotly's as a piece of a page."""
+    figure.update_layout(title=title, **(_LAYOUT | layout))
     return figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True})

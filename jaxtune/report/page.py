@@ -5,28 +5,26 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from jaxtune.core.errors import UserError
 from jaxtune.core.files import read_json, read_jsonl, write_text
 from jaxtune.report.charts import confusion, curve, histogram
-from jaxtune.train.metrics import read_metrics
-from jaxtune.train.rundir import CONFIG, DATA_SUMMARY, ENVIRONMENT, SAMPLES, VERIFICATION
+from jaxtune.report.document import document, ends, grid, number, table
+from jaxtune.train.metrics import figures_of, read_metrics
+from jaxtune.train.rundir import CONFIG, DATA_SUMMARY, ENVIRONMENT, PREDICTIONS, SAMPLES, VERIFICATION
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem; color: #1b1f24; background: #fff }
-h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2.2rem; border-bottom: 1px solid #d8dee4; padding-bottom: .3rem }
-table { border-collapse: collapse } td, th { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top }
-th { font-weight: 600 } td.number { font-variant-numeric: tabular-nums; text-align: right }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(460px, 1fr)); gap: .5rem }
-.grid > div { min-width: 0; overflow: hidden }
-pre { background: #f6f8fa; padding: .8rem; overflow: auto; white-space: pre-wrap; font-size: 13px } .muted { color: #656d76 }
-"""
-
-_METRICS = ("loss", "perplexity", "accuracy", "accuracy_greedy", "macro_f1", "margin", "teacher_kl")
-_FURTHER = {
+_TITLES = {
+    "loss": "Loss, nats per supervised token",
+    "learning_rate": "Learning rate",
+    "grad_norm": "Gradient norm before clipping",
+    "tokens_per_second": "Tokens per second",
     "margin": "Margin of the preferred answer",
-    "accuracy": "Share of pairs in the right order",
     "teacher_kl": "Distance to the teacher, nats",
 }
+_ALWAYS = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
+_IN_TRAINING = ("margin", "accuracy", "teacher_kl")
+_MISTAKES = 8
 
 
 def write_report(runs: list[Path], out: Path) -> Path:
@@ -47,26 +45,56 @@ def _read(run: Path) -> dict[str, Any]:
     if not rows:
         raise UserError(f"{run} has no metrics yet. Train first: jaxtune train {run}/{CONFIG}")
     optional = {name: run / file for name, file in (("env", ENVIRONMENT), ("data", DATA_SUMMARY), ("verification", VERIFICATION))}
-    samples = run / SAMPLES
+    lists = {name: run / file for name, file in (("samples", SAMPLES), ("predictions", PREDICTIONS))}
     return {
         "name": str(run),
         "train": [row for row in rows if row["split"] == "train"],
         "eval": [row for row in rows if row["split"] == "eval"],
         "config": (run / CONFIG).read_text(encoding="utf-8"),
-        "samples": read_jsonl(samples) if samples.exists() else [],
         **{name: read_json(path) if path.exists() else {} for name, path in optional.items()},
+        **{name: read_jsonl(path) if path.exists() else [] for name, path in lists.items()},
     }
 
 
 def _page(runs: list[dict[str, Any]]) -> str:
-    from plotly.offline import get_plotlyjs
+    title, several = ", ".join(run["name"] for run in runs), len(runs) > 1
+    body = [f"<h1>{html.escape(title)}</h1>", *([_compared(runs), _differing(runs)] if several else []), _curves(runs)]
+    return document(title, [*body, *(_one(run, several) for run in runs)])
 
-    title = ", ".join(run["name"] for run in runs)
-    body = [f"<h1>{html.escape(title)}</h1>", _curves(runs), *(_one(run, len(runs) > 1) for run in runs)]
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head><body>{''.join(body)}</body></html>\n"
-    )
+
+def _compared(runs: list[dict[str, Any]]) -> str:
+    """The last evaluation of each run, with intervals."""
+    last = {run["name"]: rows[-1] for run in runs if (rows := _measured(run))}
+    if not last:
+        return ""
+    names = list(dict.fromkeys(name for row in last.values() for name in figures_of(row)))
+    lines = [[name, *(_with_interval(row, name) for row in last.values())] for name in names]
+    return f"<h2>Compared</h2>{table(['', *last], lines)}"
+
+
+def _with_interval(row: dict[str, Any], name: str) -> str:
+    if name not in row:
+        return ""
+    bounds = ends(row.get("intervals", {}).get(name))
+    return number(row[name]) + (f" ({bounds})" if bounds else "")
+
+
+def _differing(runs: list[dict[str, Any]]) -> str:
+    """The keys in which the runs' configurations are not the same."""
+    flat = [_flat(yaml.safe_load(run["config"]) or {}) for run in runs]
+    keys = list(dict.fromkeys(key for one in flat for key in one))
+    differing = [key for key in keys if key != "run.dir" and any(one.get(key) != flat[0].get(key) for one in flat)]
+    if not differing:
+        return "<h2>Configurations</h2><p>All keys are the same.</p>"
+    lines = [[key, *(json.dumps(one.get(key)) for one in flat)] for key in differing]
+    return f"<h2>What differs in the configurations</h2>{table(['', *(run['name'] for run in runs)], lines)}"
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return found
 
 
 def _curves(runs: list[dict[str, Any]]) -> str:
@@ -77,45 +105,57 @@ def _curves(runs: list[dict[str, Any]]) -> str:
         }
         return {name: ([x for x, _ in points], [y for _, y in points]) for name, points in found.items() if points}
 
-    charts = [
-        curve("Loss, nats per supervised token", series("train", "loss") | series("eval", "loss")),
-        curve("Learning rate", series("train", "learning_rate")),
-        curve("Gradient norm before clipping", series("train", "grad_norm")),
-        curve("Tokens per second", series("train", "tokens_per_second")),
-    ]
-    charts += [curve(title, found | series("eval", name)) for name, title in _FURTHER.items() if (found := series("train", name))]
-    return f'<h2>Training</h2><div class="grid">{"".join(charts)}</div>'
+    on_the_way = [row for run in runs for row in run["eval"] if "task" not in row]
+    evaluated = [name for name in dict.fromkeys(name for row in on_the_way for name in figures_of(row)) if name != "perplexity"]
+    trained = [*_ALWAYS, *(name for name in _IN_TRAINING if series("train", name))]
+    charts = []
+    for name in dict.fromkeys([*trained, *evaluated]):
+        lines = (series("train", name) if name in trained else {}) | (
+            series("eval", name) if name in ("loss", *evaluated) else {}
+        )
+        charts.append(curve(_TITLES.get(name, name), lines))
+    return f"<h2>Training</h2>{grid(charts)}"
 
 
 def _one(run: dict[str, Any], named: bool) -> str:
     parts = [f"<h1>{html.escape(run['name'])}</h1>"] if named else []
-    parts += [_before_after(run["eval"]), _samples(run["samples"]), _data(run["data"]), _proof(run["verification"])]
+    parts += [_before_after(_measured(run)), _mistakes(run["predictions"]), _samples(run["samples"]), _data(run["data"])]
+    parts.append(_proof(run["verification"]))
     parts.append(f"<h2>Configuration</h2><pre>{html.escape(run['config'])}</pre>")
     parts.append(f"<h2>Environment</h2><pre>{html.escape(json.dumps(run['env'], indent=2))}</pre>")
     return "".join(parts)
 
 
+def _measured(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The evaluations before and after training."""
+    return [row for row in run["eval"] if "task" in row]
+
+
 def _before_after(rows: list[dict[str, Any]]) -> str:
-    rows = [row for row in rows if "task" in row]
     if not rows:
         return '<h2>Evaluation</h2><p class="muted">No evaluation data (data.eval).</p>'
     before, after = rows[0], rows[-1] if len(rows) > 1 else None
-    lines = ["<tr><th></th><th>before</th><th>after</th><th>95% interval after</th></tr>"]
-    for name in _METRICS:
-        if name not in before:
-            continue
-        interval = (after or {}).get("intervals", {}).get(name)
-        cells = [
-            _number(before[name]),
-            _number(after[name]) if after else "",
-            f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else "",
-        ]
-        lines.append(f"<tr><th>{name}</th>" + "".join(f'<td class="number">{cell}</td>' for cell in cells) + "</tr>")
+    lines = []
+    for name in figures_of(before):
+        afterwards = [after[name], ends(after.get("intervals", {}).get(name))] if after and name in after else ["", ""]
+        lines.append([name, before[name], *afterwards])
     tables = [
         confusion(label, row["confusion"]) for label, row in (("before", before), ("after", after)) if row and "confusion" in row
     ]
-    grid = f'<div class="grid">{"".join(tables)}</div>' if tables else ""
-    return f"<h2>Evaluation on {before['rows']} rows ({before['task']})</h2><table>{''.join(lines)}</table>{grid}"
+    heading = f"<h2>Evaluation on {before['rows']} rows ({html.escape(before['task'])})</h2>"
+    return heading + table(["", "before", "after", "95% interval after"], lines) + (grid(tables) if tables else "")
+
+
+def _mistakes(predictions: list[dict[str, Any]]) -> str:
+    """The first rows where the answer was not the one wanted."""
+    wrong = [row for row in predictions if row.get("chosen", row.get("said")) != row["wanted"]]
+    if not wrong:
+        return ""
+    blocks = []
+    for row in wrong[:_MISTAKES]:
+        answers = [(name, row[name]) for name in ("wanted", "chosen", "said") if name in row]
+        blocks.append(_prompt(row["prompt"]) + table(["", ""], [[name, str(text)] for name, text in answers]))
+    return f"<h2>Where it is not what was wanted: {len(wrong):,} of {len(predictions):,} rows, the first of them</h2>{''.join(blocks)}"
 
 
 def _samples(samples: list[dict[str, Any]]) -> str:
@@ -123,24 +163,24 @@ def _samples(samples: list[dict[str, Any]]) -> str:
         return ""
     blocks = []
     for sample in samples:
-        prompt = "\n".join(f"[{message['role']}] {message['content']}" for message in sample["prompt"])
         during = [(f"after step {said['step']}", said["text"]) for said in sample.get("during", [])]
         rows = [("wanted", sample.get("wanted")), ("before", sample.get("before")), *during, ("after", sample.get("after"))]
         cells = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in rows if text is not None)
-        blocks.append(f"<pre>{html.escape(prompt)}</pre><table>{cells}</table>")
+        blocks.append(f"{_prompt(sample['prompt'])}<table>{cells}</table>")
     return "<h2>What the model says</h2>" + "".join(blocks)
+
+
+def _prompt(messages: list[dict[str, Any]]) -> str:
+    return "<pre>" + html.escape("\n".join(f"[{message['role']}] {message['content']}" for message in messages)) + "</pre>"
 
 
 def _data(data: dict[str, Any]) -> str:
     if not data:
         return ""
     names = [name for name in next(iter(data.values())) if name != "lengths"]
-    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(_number(part[name]))}</td>" for name in names) + "</tr>" for part in data.values()
-    )
+    rows = [[which, *(part[name] for name in names)] for which, part in data.items()]
     chart = histogram("Tokens per example", {name: part["lengths"] for name, part in data.items()})
-    return f"<h2>Data</h2><table><tr>{head}</tr>{body}</table>{chart}"
+    return f"<h2>Data</h2>{table(['', *(name.replace('_', ' ') for name in names)], rows)}{chart}"
 
 
 def _proof(result: dict[str, Any]) -> str:
@@ -154,9 +194,3 @@ def _proof(result: dict[str, Any]) -> str:
         f"<h2>Export</h2><p>Over {result['tokens']} tokens of text, logits up to {result['largest_logit']:.1f}: the adapter on disk differs from the "
         f"trained model by {result['reload_difference']:.1e} when reloaded into a fresh base, {by_peft}.</p>"
     )
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return "infinite"
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -22,9 +22,11 @@ from jaxtune.train.trackers import TRACKED
 
 CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, REPORT = "config.yaml", "env.json", "samples.jsonl", "adapter", "report.html"
 MODEL = "model"
-DATA_SUMMARY, VERIFICATION = "data.json", "verification.json"
+DATA_SUMMARY, VERIFICATION, PREDICTIONS = "data.json", "verification.json", "predictions.jsonl"
 _RECORD = (CONFIG, ENVIRONMENT, METRICS, SAMPLES)
-_OWN = (CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, MODEL, REPORT, DATA_SUMMARY, VERIFICATION, METRICS, CHECKPOINTS, *TRACKED)
+_OWN = (
+    CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, MODEL, REPORT, DATA_SUMMARY, VERIFICATION, PREDICTIONS, METRICS, CHECKPOINTS, *TRACKED,
+)  # fmt: skip
 
 # What may change when a run is continued: it alters how the numbers are computed or kept, or how many there are, not which.
 _FREE = ("run.", "checkpoint.", "mesh.", "train.micro_batch_size", "train.remat", "train.patience", "train.samples")

@@ -1,0 +1,121 @@
+"""The page of a search: what was tried, what it gave, and which keys mattered."""
+
+import html
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from jaxtune.config.sweep import Sweep
+from jaxtune.core.files import write_text
+from jaxtune.report.charts import curve, drawn
+from jaxtune.report.document import Cell, document, ends, grid, number, table
+from jaxtune.train.metrics import read_metrics
+
+NAME, BASE, STUDY, TRIALS, REPORT = "sweep.yaml", "config.yaml", "study.db", "trials", "report.html"
+_LEAST, _MANY = 4, 20  # completed trials for a word on importance, and for one that is to be believed
+
+
+def trial_directory(directory: Path, number: int) -> Path:
+    """The run directory of a trial."""
+    return directory / TRIALS / f"{number + 1:03}"
+
+
+def write_sweep_report(study: optuna.Study, plan: Sweep, directory: Path) -> Path:
+    """Write the page into the search's directory."""
+    out = directory / REPORT
+    done = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    body = [f"<h1>{html.escape(str(directory))}: {len(done)} of {plan.trials} trials, by {plan.metric}</h1>"]
+    body += [_best(study, directory)] if done else []
+    body += [_trials(study, plan, directory), _plots(study, plan, done), _curves(study, directory)]
+    write_text(out, document(str(directory), body))
+    return out
+
+
+def _best(study: optuna.Study, directory: Path) -> str:
+    best = study.best_trial
+    keys = " ".join(f"{key}={value}" for key, value in best.params.items())
+    return f"<p>The best is {_link(best, directory)}: {number(best.value)}.</p><pre>{html.escape(keys)}</pre>"
+
+
+def _trials(study: optuna.Study, plan: Sweep, directory: Path) -> str:
+    ordered = sorted(study.get_trials(deepcopy=False), key=lambda trial: _rank(trial, study))
+    rows = []
+    for trial in ordered:
+        last = next((row for row in reversed(_rows(trial, directory)) if row["split"] == "eval" and "task" in row), {})
+        bounds = ends(last.get("intervals", {}).get(plan.metric)) if trial.state == TrialState.COMPLETE else ""
+        said = trial.user_attrs.get("reason") or (
+            f"as trial {trial.user_attrs['same as'] + 1}" if "same as" in trial.user_attrs else ""
+        )
+        value = "" if trial.value is None else trial.value
+        values = [trial.params.get(key, "") for key in plan.parameters]
+        rows.append([_link(trial, directory), *values, value, bounds, f"{_STATES.get(trial.state, '')} {said}".strip()])
+    return f"<h2>Trials, the best first</h2>{table(['trial', *plan.parameters, plan.metric, '95% interval', ''], rows)}"
+
+
+_STATES = {TrialState.PRUNED: "ended early", TrialState.FAIL: "failed:", TrialState.RUNNING: "not finished"}
+
+
+def _rank(trial: FrozenTrial, study: optuna.Study) -> tuple[bool, float]:
+    if trial.state != TrialState.COMPLETE or trial.value is None:
+        return True, trial.number
+    return False, trial.value if study.direction == optuna.study.StudyDirection.MINIMIZE else -trial.value
+
+
+def _plots(study: optuna.Study, plan: Sweep, done: list[FrozenTrial]) -> str:
+    """Optuna's own plots."""
+    from optuna import visualization as plots
+
+    if len(done) < 2:
+        return ""
+    charts = [drawn(plots.plot_optimization_history(study), f"{plan.metric}, trial after trial")]
+    varied = [key for key in plan.parameters if len({str(trial.params[key]) for trial in done}) > 1]
+    note = ""
+    if len(done) >= _LEAST and varied:
+        importances = importance(study, varied)
+        charts.append(_bars(importances))
+        few = f" {len(done)} trials are few: take it as a hint." if len(done) < _MANY else ""
+        note = f'<p class="muted">Importance is the share of the difference between better and worse trials that a key explains (PED-ANOVA).{few}</p>'
+    charts += [drawn(plots.plot_slice(study, params=[key]), f"{plan.metric} by {key}") for key in varied]
+    if len(varied) > 1:
+        charts.append(drawn(plots.plot_parallel_coordinate(study, params=varied), "All keys at once"))
+    return f"<h2>What mattered</h2>{note}{grid(charts)}"
+
+
+def importance(study: optuna.Study, keys: list[str]) -> dict[str, float]:
+    """How much each key mattered, in shares (Watanabe et al. 2023, PED-ANOVA): what tells the better half of the trials from all."""
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.5, region_quantile=1.0)
+    return optuna.importance.get_param_importances(study, evaluator=evaluator, params=keys)
+
+
+def _bars(importances: dict[str, float]) -> str:
+    import plotly.graph_objects as go
+
+    names = list(reversed(importances))
+    return drawn(go.Figure(go.Bar(x=[importances[name] for name in names], y=names, orientation="h")), "Importance of keys")
+
+
+def _curves(study: optuna.Study, directory: Path) -> str:
+    losses: dict[str, tuple[list, list]] = {}
+    evaluations: dict[str, tuple[list, list]] = {}
+    for trial in study.get_trials(deepcopy=False):
+        rows = _rows(trial, directory)
+        name = f"trial {trial.number + 1}"
+        for split, found in (("train", losses), ("eval", evaluations)):
+            points = [(row["step"], row["loss"]) for row in rows if row["split"] == split and row.get("loss") is not None]
+            if points:
+                found[name] = [x for x, _ in points], [y for _, y in points]
+    if not losses:
+        return ""
+    return f"<h2>Curves</h2>{grid([curve('Training loss', losses), curve('Evaluation loss', evaluations)])}"
+
+
+def _rows(trial: FrozenTrial, directory: Path) -> list[dict[str, Any]]:
+    return read_metrics(trial_directory(directory, trial.number))
+
+
+def _link(trial: FrozenTrial, directory: Path) -> Cell:
+    name = f"trial {trial.number + 1}"
+    page = trial_directory(directory, trial.number) / REPORT
+    return Cell(f'<a href="{page.relative_to(directory)}">{name}</a>' if page.exists() else name)
