@@ -4,11 +4,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxtune.models.mask import Mask
-from jaxtune.models.remat import ATTENTION
 
 _LONGEST = 8192  # tokens a row: the mask of segments is an array of the square of them
 _LARGEST_HEAD = 128
@@ -34,7 +32,6 @@ def attend(
     """As `blockwise`; `causal` says that queries and keys begin at the same token, so that blocks of the future are passed over."""
     allowed = mask.allowed()[:, None]
     with jax.numpy_dtype_promotion("standard"):  # JAX's function raises bfloat16 to float32
-        out = jax.nn.dot_product_attention(
+        return jax.nn.dot_product_attention(
             q_BTNH, k_BSKH, v_BSKH, mask=allowed, scale=scale, is_causal=causal, implementation=implementation
         )
-    return checkpoint_name(out, ATTENTION)

@@ -17,6 +17,8 @@ LAYER = "layer"
 """Name of a layer's input."""
 ATTENTION = "attention"
 """Name of the attention's output and of its softmax's normaliser."""
+CUDNN = "dot_product_attention_fwd_wrapper"
+"""JAX's own primitive of cuDNN's attention: to its results, which are these two, no name can be given."""
 
 
 def named(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
@@ -62,9 +64,10 @@ def remat(function: Callable, policy: str) -> Callable:
     if policy == "none":
         return function
     policies, inputs = jax.checkpoint_policies, (LAYER,) if platform() == "cpu" else ()  # elsewhere an input is kept unnamed
+    by_name = policies.save_only_these_names(PROJECTION, LOW, ATTENTION, *inputs)
     keep = {
         "full": policies.nothing_saveable,
-        "dots": policies.save_only_these_names(PROJECTION, LOW, ATTENTION, *inputs),
+        "dots": policies.save_from_both_policies(by_name, lambda primitive, *_, **__: primitive.name == CUDNN),
         "offload": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER], offload_src="device", offload_dst="pinned_host"
         ),

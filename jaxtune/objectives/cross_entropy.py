@@ -14,13 +14,14 @@ from jaxtune.models.contractions import contract
 from jaxtune.models.layers import matmul, softcap
 
 CHUNK = 256  # tokens; an accelerator reads the head anew for each chunk, so that fewer would starve it
+GPU_CHUNK = 1024  # a turn there is some kernels, whose start and condition cost as much for few tokens
 CPU_CHUNK = 128  # there the logits are what is moved, and of fewer tokens more stay in the cache
 _NEVER = -1e9
 
 
 def most_at_once() -> int:
     """Tokens of a device whose logits exist at the same time, at most."""
-    return CPU_CHUNK if platform() == "cpu" else CHUNK
+    return {"cpu": CPU_CHUNK, "gpu": GPU_CHUNK}.get(platform(), CHUNK)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The page of a search: what was tried, what it gave, and which keys mattered."""
 
 import html
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,11 @@ def _plots(study: optuna.Study, plan: Sweep, done: list[FrozenTrial]) -> str:
     charts = [drawn(plots.plot_optimization_history(study), f"{plan.metric}, trial after trial")]
     varied = [key for key in plan.parameters if len({str(trial.params[key]) for trial in done}) > 1]
     note = ""
-    if len(done) >= _LEAST and varied:
-        importances = importance(study, varied)
+    importances = importance(study, varied) if len(done) >= _LEAST and varied else {}
+    if importances:
         charts.append(_bars(importances))
         few = f" {len(done)} trials are few: take it as a hint." if len(done) < _MANY else ""
-        note = f'<p class="muted">Importance is the share of the difference between better and worse trials that a key explains (PED-ANOVA).{few}</p>'
+        note = f'<p class="muted">Importance is what tells the better half of the trials from all of them (PED-ANOVA).{few}</p>'
     charts += [drawn(plots.plot_slice(study, params=[key]), f"{plan.metric} by {key}") for key in varied]
     if len(varied) > 1:
         charts.append(drawn(plots.plot_parallel_coordinate(study, params=varied), "All keys at once"))
@@ -84,9 +85,17 @@ def _plots(study: optuna.Study, plan: Sweep, done: list[FrozenTrial]) -> str:
 
 
 def importance(study: optuna.Study, keys: list[str]) -> dict[str, float]:
-    """How much each key mattered, in shares (Watanabe et al. 2023, PED-ANOVA): what tells the better half of the trials from all."""
+    """How much each key mattered, in shares (Watanabe et al. 2023, PED-ANOVA): what tells the better half of the trials from all.
+
+    Nothing where Optuna cannot tell, such as of trials that are all as good.
+    """
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.5, region_quantile=1.0)
-    return optuna.importance.get_param_importances(study, evaluator=evaluator, params=keys)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        try:
+            return optuna.importance.get_param_importances(study, evaluator=evaluator, params=keys)
+        except UserWarning:
+            return {}
 
 
 def _bars(importances: dict[str, float]) -> str:

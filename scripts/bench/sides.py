@@ -130,6 +130,7 @@ class Peft:
         self.torch, self.model = torch, get_peft_model(model, lora)
         if self.kernels == "compile":
             self.model = torch.compile(self.model)
+        self.mixed = self.device == "cuda" and dtype == "bfloat16"  # as transformers' Trainer with bf16=True
         self.update = torch.optim.AdamW([leaf for leaf in self.model.parameters() if leaf.requires_grad], lr=2e-4)
         if data == "random":
             ids = torch.as_tensor(random_ids()[:, :-1]).long().to(self.device)
@@ -152,7 +153,9 @@ class Peft:
 
     def __call__(self, number):
         batch, tokens = self.batches[number % len(self.batches)]
-        self.model(**batch).loss.backward()
+        with self.torch.autocast("cuda", dtype=self.torch.bfloat16, enabled=self.mixed):
+            loss = self.model(**batch).loss
+        loss.backward()
         self.torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.update.step()
         self.update.zero_grad()
@@ -238,15 +241,20 @@ class Floor:
         def backward(y, w):
             return jax.lax.dot_general(y, w, (((1,), (0,)), ((), ())), preferred_element_type=wide)
 
-        self.work = []
+        self.work, self.waits = [], wide is not None  # on a GPU the host would be what is measured
         for out, width, count in shapes:
-            x, y, w = (jnp.ones(size, kind) for size in ((tokens, width), (tokens, out), (out, width)))
+            x, y, w = (
+                jax.random.normal(jax.random.key(0), size, kind) for size in ((tokens, width), (tokens, out), (out, width))
+            )
             self.work += [(jax.jit(forward), (x, w), count), (jax.jit(backward), (y, w), count)]
 
     def __call__(self, number):
         for run, arrays, count in self.work:
             for _ in range(count):
-                run(*arrays).block_until_ready()
+                out = run(*arrays)
+                if self.waits:
+                    out.block_until_ready()
+            out.block_until_ready()
         return ROWS * LENGTH
 
 
@@ -261,7 +269,7 @@ class Tokens:
             from jaxtune.weights.load import load_model
             from jaxtune.weights.source import resolve
 
-            engine = Engine(load_model(resolve(str(model_path())), make_mesh()), [], batch=rows)
+            engine = Engine(load_model(resolve(str(model_path())), make_mesh(), compute="float32"), [], batch=rows)
             self.step = lambda: engine.generate([list(map(int, row)) for row in prompts], 64)
         else:
             import torch
@@ -282,8 +290,9 @@ WORKERS = {"jaxtune": Jaxtune, "peft": Peft, "peft-compile": Compiled, "peft-lig
 
 def peak_bytes():
     """Of this process: the accelerator's memory where it has used one, else the machine's."""
-    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
-        return sys.modules["torch"].cuda.max_memory_allocated()
+    torch = sys.modules.get("torch")  # which transformers may bring along
+    if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
     if "jax" in sys.modules:
         stats = sys.modules["jax"].local_devices()[0].memory_stats() or {}
         if stats.get("peak_bytes_in_use"):
@@ -303,13 +312,15 @@ class Side:
     """
 
     def __init__(self, name, dtype, data="random", python=sys.executable):
-        command = [python, __file__, name, dtype, data]
-        quiet = subprocess.DEVNULL if "BENCH_DEBUG" not in os.environ else None
-        environment = os.environ | (LIKE_JAXTUNE if name in ("jaxtune", "floor") else {})
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=quiet, text=True, env=environment
-        )
+        self.command = [python, __file__, name, dtype, data]
         self.name, self.dtype, self.seconds, self.tokens, self.peak = name, dtype, [], [], None
+
+    def start(self):
+        quiet = subprocess.DEVNULL if "BENCH_DEBUG" not in os.environ else None
+        environment = os.environ | (LIKE_JAXTUNE if self.name in ("jaxtune", "floor") else {})
+        self.process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=quiet, text=True, env=environment
+        )
 
     def line(self):
         """The next line of its output; None where it takes longer than the limit or has ended."""
@@ -348,7 +359,8 @@ class Side:
 def by_turns(sides, turns):
     """Let the sides make their steps; those that did not get through their warm-up are left without seconds."""
     alive = []
-    for side in sides:
+    for side in sides:  # one after the other: on a GPU compilers time their kernels
+        side.start()
         if side.line() == "ready\n":
             alive.append(side)
         else:

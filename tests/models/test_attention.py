@@ -11,6 +11,7 @@ from jaxtune.core.mesh import make_mesh
 from jaxtune.models import attention, blockwise, cudnn
 from jaxtune.models.attention import attend
 from jaxtune.models.mask import Mask
+from jaxtune.models.remat import CUDNN, remat
 from jaxtune.models.splash import Splash
 
 BATCH, TOKENS, HEADS, KV_HEADS, SIZE, SCALE = 2, 256, 4, 2, 32, 0.2
@@ -116,6 +117,16 @@ def test_cudnn(window):
     assert_equals_the_formula(partial(cudnn.attend, mask=mask, scale=SCALE, causal=True), mask, None, jnp.bfloat16, 0.06)
 
 
+@pytest.mark.parametrize(("policy", "passes"), [("none", 1), ("dots", 1), ("full", 2)])
+def test_what_cudnn_computed_is_kept_and_not_computed_again(policy, passes, monkeypatch):
+    """Its results have no name, so the policy knows JAX's primitive, which may change its own."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91900)  # traced, not compiled
+    q, k, v, _ = arrays(jnp.bfloat16)
+    layer = remat(partial(cudnn.attend, mask=packed(), scale=SCALE, causal=True), policy)
+    trace = jax.make_jaxpr(jax.grad(lambda q: jnp.sum(layer(q, k, v).astype(jnp.float32))))(q)
+    assert str(trace).count(f"{CUDNN}[") == passes
+
+
 def test_one_query_over_a_cache():
     """Decoding: slots that hold nothing yet are positions beyond the query's."""
     q, k, v, _ = arrays()
@@ -128,6 +139,7 @@ def test_one_query_over_a_cache():
     np.testing.assert_allclose(found, formula(q[:, :1], k, v, mask, None), atol=1e-5)
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="on a GPU blocks are not passed over: the condition would cost more")
 def test_blocks_that_nobody_sees_are_not_computed(monkeypatch):
     """A NaN in a block of another segment, or of the future, would spread through a product with zero."""
     monkeypatch.setattr(blockwise, "BLOCK", 64)
