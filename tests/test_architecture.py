@@ -125,7 +125,7 @@ def test_every_config_field_is_read():
 
 
 def test_keys_of_a_single_value_are_those_the_contract_keeps_for_later():
-    from typing import get_args
+    from typing import Literal, get_args, get_origin
 
     from jaxtune.config.schema import Config
 
@@ -133,11 +133,7 @@ def test_keys_of_a_single_value_are_those_the_contract_keeps_for_later():
     for name, field in Config.model_fields.items():
         section = getattr(field.annotation, "model_fields", None)
         for key, inner in (section or {"": field}).items():
-            if (
-                len(get_args(inner.annotation)) == 1
-                and type(None) not in get_args(inner.annotation)
-                and "Literal" in str(inner.annotation)
-            ):
+            if get_origin(inner.annotation) is Literal and len(get_args(inner.annotation)) == 1:
                 found.append(f"{name}.{key}".rstrip("."))
     assert found == []
 
@@ -147,13 +143,21 @@ OPTIONS = {
     "train": ["--coordinator", "--data", "--fresh", "--json", "--model", "--process", "--processes", "--quiet", "arguments"],
     "plan": ["--data", "--json", "--model", "--on", "--search", "arguments"],
     "data": ["--data", "--json", "--model", "--rows", "arguments"],
-    "eval": ["--adapter", "--batch-size", "--data", "--json", "--task", "model"],
+    "eval": [
+        "--adapter", "--against", "--base", "--batch-size", "--chat", "--data", "--harness", "--include-path", "--json", "--limit",
+        "--max-new-tokens", "--num-fewshot", "--predictions", "--task", "model",
+    ],
     "generate": [
-        "--adapter", "--file", "--json", "--max-new-tokens", "--prompt", "--seed", "--temperature", "--top-k", "--top-p", "model",
+        "--adapter", "--batch-size", "--file", "--json", "--max-new-tokens", "--min-p", "--prompt", "--repetition-penalty", "--seed", "--stop",
+        "--temperature", "--top-k", "--top-p", "model",
+    ],
+    "chat": [
+        "--adapter", "--max-new-tokens", "--min-p", "--repetition-penalty", "--seed", "--system", "--temperature", "--top-k", "--top-p", "model",
     ],
     "export": ["--dtype", "--json", "--out", "--push", "--to", "run_directory"],
     "convert": ["--adapter", "--dtype", "--json", "--push", "--to", "model", "out"],
     "report": ["--out", "runs"],
+    "sweep": ["--json", "config", "sweep"],
     "config": ["--schema", "arguments"],
 }  # fmt: skip
 
