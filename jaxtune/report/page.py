@@ -5,14 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jaxtune.core.errors import UserError
 from jaxtune.core.files import read_json, read_jsonl, write_text
 from jaxtune.report.charts import confusion, curve, histogram
 from jaxtune.report.document import document, ends, grid, number, table
 from jaxtune.train.metrics import figures_of, read_metrics
-from jaxtune.train.rundir import CONFIG, DATA_SUMMARY, ENVIRONMENT, PREDICTIONS, SAMPLES, VERIFICATION
+from jaxtune.train.rundir import CONFIG, DATA_SUMMARY, ENVIRONMENT, PREDICTIONS, SAMPLES, VERIFICATION, read_config
 
 _TITLES = {
     "loss": "Loss, nats per supervised token",
@@ -81,7 +79,7 @@ def _with_interval(row: dict[str, Any], name: str) -> str:
 
 def _differing(runs: list[dict[str, Any]]) -> str:
     """The keys in which the runs' configurations are not the same."""
-    flat = [_flat(yaml.safe_load(run["config"]) or {}) for run in runs]
+    flat = [_flat(read_config(Path(run["name"])).model_dump(mode="json")) for run in runs]
     keys = list(dict.fromkeys(key for one in flat for key in one))
     differing = [key for key in keys if key != "run.dir" and any(one.get(key) != flat[0].get(key) for one in flat)]
     if not differing:
@@ -153,8 +151,7 @@ def _mistakes(predictions: list[dict[str, Any]]) -> str:
         return ""
     blocks = []
     for row in wrong[:_MISTAKES]:
-        answers = [(name, row[name]) for name in ("wanted", "chosen", "said") if name in row]
-        blocks.append(_prompt(row["prompt"]) + table(["", ""], [[name, str(text)] for name, text in answers]))
+        blocks.append(_prompt(row["prompt"]) + _answers([(name, row.get(name)) for name in ("wanted", "chosen", "said")]))
     return f"<h2>Where it is not what was wanted: {len(wrong):,} of {len(predictions):,} rows, the first of them</h2>{''.join(blocks)}"
 
 
@@ -165,9 +162,13 @@ def _samples(samples: list[dict[str, Any]]) -> str:
     for sample in samples:
         during = [(f"after step {said['step']}", said["text"]) for said in sample.get("during", [])]
         rows = [("wanted", sample.get("wanted")), ("before", sample.get("before")), *during, ("after", sample.get("after"))]
-        cells = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in rows if text is not None)
-        blocks.append(f"{_prompt(sample['prompt'])}<table>{cells}</table>")
+        blocks.append(_prompt(sample["prompt"]) + _answers(rows))
     return "<h2>What the model says</h2>" + "".join(blocks)
+
+
+def _answers(answers: list[tuple[str, str | None]]) -> str:
+    cells = (f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in answers if text is not None)
+    return f"<table>{''.join(cells)}</table>"
 
 
 def _prompt(messages: list[dict[str, Any]]) -> str:

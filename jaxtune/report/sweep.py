@@ -5,10 +5,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
+import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 
-from jaxtune.config.sweep import Sweep
+from jaxtune.config.sweep import Range, Sweep
 from jaxtune.core.files import write_text
 from jaxtune.report.charts import curve, drawn
 from jaxtune.report.document import Cell, document, ends, grid, number, table
@@ -65,12 +67,9 @@ def _rank(trial: FrozenTrial, study: optuna.Study) -> tuple[bool, float]:
 
 
 def _plots(study: optuna.Study, plan: Sweep, done: list[FrozenTrial]) -> str:
-    """Optuna's own plots."""
-    from optuna import visualization as plots
-
     if len(done) < 2:
         return ""
-    charts = [drawn(plots.plot_optimization_history(study), f"{plan.metric}, trial after trial")]
+    charts = [_history(study, plan, done)]
     varied = [key for key in plan.parameters if len({str(trial.params[key]) for trial in done}) > 1]
     note = ""
     importances = importance(study, varied) if len(done) >= _LEAST and varied else {}
@@ -78,10 +77,35 @@ def _plots(study: optuna.Study, plan: Sweep, done: list[FrozenTrial]) -> str:
         charts.append(_bars(importances))
         few = f" {len(done)} trials are few: take it as a hint." if len(done) < _MANY else ""
         note = f'<p class="muted">Importance is what tells the better half of the trials from all of them (PED-ANOVA).{few}</p>'
-    charts += [drawn(plots.plot_slice(study, params=[key]), f"{plan.metric} by {key}") for key in varied]
+    charts += [_by_key(plan, key, done) for key in varied]
     if len(varied) > 1:
-        charts.append(drawn(plots.plot_parallel_coordinate(study, params=varied), "All keys at once"))
+        together = optuna.visualization.plot_parallel_coordinate(study, params=varied, target_name=plan.metric)
+        charts.append(drawn(together, "All keys at once"))
     return f"<h2>What mattered</h2>{note}{grid(charts)}"
+
+
+def _history(study: optuna.Study, plan: Sweep, done: list[FrozenTrial]) -> str:
+    less = study.direction == optuna.study.StudyDirection.MINIMIZE
+    numbers, values = [trial.number + 1 for trial in done], [float(trial.value or 0) for trial in done]
+    best = np.minimum.accumulate(values) if less else np.maximum.accumulate(values)
+    figure = go.Figure(
+        [go.Scatter(x=numbers, y=values, mode="markers", name="trial"), go.Scatter(x=numbers, y=best, name="best so far")]
+    )
+    return drawn(figure, f"{plan.metric}, trial after trial", xaxis_title="trial")
+
+
+def _by_key(plan: Sweep, key: str, done: list[FrozenTrial]) -> str:
+    options = plan.parameters[key]
+    along = (
+        {"type": "log"}
+        if isinstance(options, Range) and options.log
+        else {}
+        if isinstance(options, Range)
+        else {"type": "category"}
+    )
+    names = [f"trial {trial.number + 1}" for trial in done]
+    dots = go.Scatter(x=[trial.params[key] for trial in done], y=[trial.value for trial in done], text=names, mode="markers")
+    return drawn(go.Figure(dots), f"{plan.metric} by {key}", xaxis={"title": key, **along})
 
 
 def importance(study: optuna.Study, keys: list[str]) -> dict[str, float]:
@@ -99,8 +123,6 @@ def importance(study: optuna.Study, keys: list[str]) -> dict[str, float]:
 
 
 def _bars(importances: dict[str, float]) -> str:
-    import plotly.graph_objects as go
-
     names = list(reversed(importances))
     return drawn(go.Figure(go.Bar(x=[importances[name] for name in names], y=names, orientation="h")), "Importance of keys")
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 
 import pytest
 
@@ -36,21 +38,78 @@ def run(tmp_path):
     return directory
 
 
+def own(path):
+    """The page without plotly's code."""
+    return re.sub(r"<script>.*?</script>", "", path.read_text(), count=1, flags=re.DOTALL)
+
+
 def test_page(run, tmp_path):
-    page = write_report([run], tmp_path / "report.html").read_text()
-    own = re.sub(r"<script>.*?</script>", "", page, count=1, flags=re.DOTALL)  # without plotly's code
+    page = own(write_report([run], tmp_path / "report.html"))
     for text in ("2.125", "0.5625", "0.875", "0.75 to 0.9375", "after-text", "run &lt;1&gt;", "learning_rate: 0.0002"):
-        assert text in own
-    assert "<script>alert" not in own
-    assert "b&lt;b&gt;" in own
-    assert "run <1>" not in own
-    assert not re.search(r"""(src|href)=["']?(https?:)?//""", own)
-    assert own.count("Plotly.newPlot") == 6  # four curves and two confusion matrices
+        assert text in page
+    assert "<script>alert" not in page
+    assert "b&lt;b&gt;" in page
+    assert "run <1>" not in page
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+    assert page.count("Plotly.newPlot") == 6  # four curves and two confusion matrices
 
 
 def test_several_runs_on_one_page(run, tmp_path):
-    page = write_report([run, run], tmp_path / "both.html").read_text()
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    (other / "config.yaml").write_text(dump(load_config(overrides=["adapter.rank=4", "run.dir=elsewhere"])))
+    rows = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    rows[-1] |= {"accuracy": 0.625, "chrf": 0.4375, "intervals": {"accuracy": [0.5, 0.6875]}}
+    (other / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = own(write_report([run, other], tmp_path / "both.html"))
     assert page.count("<h2>Configuration</h2>") == 2
+    compared = page[page.index("<h2>Compared") : page.index("<h2>Training")]
+    for text in ("0.875 (0.75 to 0.9375)", "0.625 (0.5 to 0.6875)", "0.4375", "adapter.rank", ">16<", ">4<"):
+        assert text in compared
+    assert "run.dir" not in compared
+    assert "learning_rate" not in compared
+    assert page.count("Plotly.newPlot") == 4 + 2 * 2  # curves over each other, and each one's confusion matrices
+    same = own(write_report([run, run], tmp_path / "same.html"))
+    assert "All keys are the same" in same
+
+
+def test_figures_on_the_way_answers_and_mistakes(run, tmp_path):
+    with (run / "metrics.jsonl").open("a") as file:
+        for step, value in ((2, 0.25), (4, 0.5)):
+            file.write(json.dumps({"split": "eval", "step": step, "loss": 1.0, "token_f1": value}) + "\n")
+    predictions = [
+        {"place": "f:1", "prompt": [{"role": "user", "content": "2+2?"}], "wanted": "4", "said": "4"},
+        {"place": "f:2", "prompt": [{"role": "user", "content": "3+3?"}], "wanted": "6", "said": "<seven>"},
+    ]
+    (run / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in predictions))
+    page = own(write_report([run], tmp_path / "report.html"))
+    assert page.count("Plotly.newPlot") == 7
+    assert "token_f1" in page
+    assert "1 of 2 rows" in page
+    assert "&lt;seven&gt;" in page
+    assert "2+2?" not in page
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_every_plot_is_drawn_in_a_browser(run, tmp_path):
+    """Without a network, and without a word on the console."""
+    page = write_report([run, run], tmp_path / "report.html")
+    options = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--proxy-server=127.0.0.1:9",
+        "--virtual-time-budget=9000",
+        "--enable-logging=stderr",
+    ]
+    done = subprocess.run(
+        ["chromium", *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{page}"],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert done.stdout.count('class="main-svg"') >= 8
+    assert done.stdout.count('class="plot-container plotly"') == 8
+    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line and "chrome://" not in line]
+    assert not said
 
 
 def test_what_is_not_a_run_is_refused(tmp_path):

@@ -162,6 +162,7 @@ def test_a_second_start_trains_nothing_again_and_another_config_is_refused(chat_
         "checkpoints",
         "adapter",
         "samples.jsonl",
+        "predictions.jsonl",
         "report.html",
         "data.json",
         "verification.json",
