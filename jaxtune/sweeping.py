@@ -19,7 +19,7 @@ from jaxtune.config.sweep import Range, Sweep
 from jaxtune.core import processes, runtime
 from jaxtune.core.errors import Interrupted, RunFailure, UserError, listed, nearest
 from jaxtune.core.files import read_jsonl, write_jsonl, write_text
-from jaxtune.report.sweep import BASE, NAME, STUDY, TRIALS, trial_directory, write_sweep_report
+from jaxtune.report.sweep import BASE, NAME, TRIALS, open_study, trial_directory, write_sweep_report
 from jaxtune.train.metrics import FILE as METRICS
 from jaxtune.train.metrics import figures_of
 from jaxtune.train.progress import Reporter
@@ -51,13 +51,12 @@ def sweep(config: Path, description: Path | Sweep, reporter: Reporter) -> optuna
     """
     runtime.start()
     processes.alone("jaxtune sweep")
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     plan = description if isinstance(description, Sweep) else load_sweep(description)
     directory, base = Path(plan.dir), load_config(config)
     _check(base, plan)
     with _locked(directory):
         _record(directory, base, plan)
-        study = _study(plan, directory)
+        study = open_study(plan, directory, _pruner(plan))
         search = _Search(study, plan, base, directory, reporter)
         try:
             search.run()
@@ -216,19 +215,6 @@ def _record(directory: Path, base: Config, plan: Sweep) -> None:
             )
     write_text(directory / BASE, dump(base))
     write_text(directory / NAME, yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
-
-
-def _study(plan: Sweep, directory: Path) -> optuna.Study:
-    from sqlalchemy.exc import SQLAlchemyError
-
-    storage = plan.storage or f"sqlite:///{(directory / STUDY).resolve()}"
-    direction = "minimize" if plan.metric == "loss" else "maximize"
-    try:
-        return optuna.create_study(
-            storage=storage, study_name=str(directory), direction=direction, pruner=_pruner(plan), load_if_exists=True
-        )
-    except (SQLAlchemyError, ImportError, ValueError) as error:
-        raise UserError(f"storage: {storage} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def _space(plan: Sweep) -> dict[str, BaseDistribution]:

@@ -10,19 +10,56 @@ import optuna
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 
+from jaxtune.config.loading import load_sweep
 from jaxtune.config.sweep import Range, Sweep
+from jaxtune.core.errors import UserError
 from jaxtune.core.files import write_text
 from jaxtune.report.charts import curve, drawn
 from jaxtune.report.document import Cell, document, ends, grid, number, table
 from jaxtune.train.metrics import read_metrics
 
-NAME, BASE, STUDY, TRIALS, REPORT = "sweep.yaml", "config.yaml", "study.db", "trials", "report.html"
+NAME, BASE, STUDY, TRIALS, REPORT = "sweep.yaml", "base.yaml", "study.db", "trials", "report.html"
 _LEAST, _MANY = 4, 20  # completed trials for a word on importance, and for one that is to be believed
 
 
 def trial_directory(directory: Path, number: int) -> Path:
     """The run directory of a trial."""
     return directory / TRIALS / f"{number + 1:03}"
+
+
+def read_study(directory: Path) -> tuple[optuna.Study, Sweep]:
+    """The study in a search's directory, and its description.
+
+    Raises:
+        UserError: its description is not one of this version, or its storage cannot be opened.
+
+    """
+    plan = load_sweep(directory / NAME)
+    return open_study(plan, directory), plan
+
+
+def open_study(plan: Sweep, directory: Path, pruner: optuna.pruners.BasePruner | None = None) -> optuna.Study:
+    """The study, made where there is none yet.
+
+    Raises:
+        UserError: its storage cannot be used.
+
+    """
+    from sqlalchemy.exc import SQLAlchemyError
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storage, name = (plan.storage, plan.dir) if plan.storage else (f"sqlite:///{(directory / STUDY).resolve()}", NAME)
+    direction = "minimize" if plan.metric == "loss" else "maximize"
+    try:
+        return optuna.create_study(
+            storage=storage,
+            study_name=name,
+            direction=direction,
+            pruner=pruner,
+            load_if_exists=True,
+        )
+    except (SQLAlchemyError, ImportError, ValueError) as error:
+        raise UserError(f"storage: {storage} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def write_sweep_report(study: optuna.Study, plan: Sweep, directory: Path) -> Path:

@@ -1,6 +1,9 @@
 """Evaluation of whole models: against transformers, and the same numbers however it is computed."""
 
 import json
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -153,3 +156,30 @@ def test_what_cannot_be_compared_is_refused(chat_model, files, monkeypatch):
         api.evaluate(str(chat_model), files["qa"], base=True, against=str(chat_model))
     with pytest.raises(api.UserError, match="unknown; there are auto, lm"):
         api.evaluate(str(chat_model), files["qa"], task="quiz")
+
+
+def test_trap24_two_processes_find_what_one_finds(chat_model, files, tmp_path):
+    """Each has two devices and all rows; answers are generated together, and the lead alone prints and writes."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    arguments = ["eval", str(chat_model), "--data", files["qa"], "--batch-size", "4"]
+    begun = []
+    for number in range(2):
+        environment = tools.child_environment() | {
+            "JAX_NUM_CPU_DEVICES": "2", "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number),
+        }  # fmt: skip
+        more = ["--json", str(tmp_path / f"{number}.json"), "--predictions", str(tmp_path / f"{number}.jsonl")]
+        command = [sys.executable, "-m", "jaxtune.cli", *arguments, *more]
+        begun.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=300) for process in begun]
+    assert [process.returncode for process in begun] == [0, 0], said
+    assert "loss" not in said[1][0]
+    assert not (tmp_path / "1.json").exists()
+    one = tools.jaxtune(*arguments, "--json", tmp_path / "one.json", "--predictions", tmp_path / "one.jsonl")
+    assert one.returncode == 0, one.stderr
+    both, alone = (json.loads((tmp_path / name).read_text()) for name in ("0.json", "one.json"))
+    assert both.pop("intervals").keys() == alone.pop("intervals").keys()
+    assert both.pop("task") == alone.pop("task")
+    assert both == pytest.approx(alone, rel=1e-5)
+    assert (tmp_path / "0.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()

@@ -13,6 +13,7 @@ import yaml
 from optuna.trial import TrialState
 
 from jaxtune import sweeping
+from jaxtune.cli.main import main
 from jaxtune.config.loading import dump, load_config, load_sweep
 from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
@@ -84,6 +85,9 @@ def test_each_trial_is_a_run_and_the_best_is_known(base, tmp_path):
         "optimizer.learning_rate",
         "adapter.targets",
     }
+    (tmp_path / "sweep" / "report.html").unlink()
+    assert main(["report", str(tmp_path / "sweep")]) == 0
+    assert "4 of 4 trials, by loss" in (tmp_path / "sweep" / "report.html").read_text()
     assert len(search(base, described(tmp_path)).trials) == 4  # nothing is left to do
     assert len(search(base, described(tmp_path, trials=5)).trials) == 5
     with pytest.raises(UserError, match="holds a search with another metric"):
