@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import optuna
 import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -21,7 +22,7 @@ from jaxtune.core.errors import Interrupted, RunFailure, UserError, listed, near
 from jaxtune.core.files import read_jsonl, write_jsonl, write_text
 from jaxtune.report.sweep import BASE, NAME, TRIALS, open_study, trial_directory, write_sweep_report
 from jaxtune.train.metrics import FILE as METRICS
-from jaxtune.train.metrics import figures_of
+from jaxtune.train.metrics import figures_of, read_metrics
 from jaxtune.train.progress import Reporter
 from jaxtune.train.rundir import SAMPLES
 from jaxtune.training import run
@@ -129,8 +130,12 @@ class _Search:
         except optuna.TrialPruned:
             self.study.tell(trial.number, state=TrialState.PRUNED)
             self.reporter.say(f"Trial {trial.number + 1} is worse than others at this point and ends here (pruner)")
-        except (RunFailure, UserError) as error:
-            self._failed(trial, str(error))
+        except (
+            RunFailure,
+            UserError,
+            jax.errors.JaxRuntimeError,
+        ) as error:  # the last: such as a device's memory that is too small
+            self._failed(trial, str(error).splitlines()[0])
         else:
             self.study.tell(trial.number, value)
             best = self.study.best_trial
@@ -160,8 +165,8 @@ class _Search:
         ):
             return
         for other in sorted((self.directory / TRIALS).glob("*")):
-            if (other / METRICS).exists() and (other / SAMPLES).exists():
-                rows = [row for row in read_jsonl(other / METRICS)[:1] if row["step"] == 0 and "task" in row]
+            if (other / SAMPLES).exists():
+                rows = [row for row in read_metrics(other)[:1] if row["step"] == 0 and "task" in row]
                 if rows:
                     directory.mkdir(parents=True)
                     write_jsonl(directory / METRICS, [{"measured_in": other.name} | row for row in rows])

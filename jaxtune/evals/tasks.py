@@ -8,7 +8,7 @@ from jaxtune.data.formats import Conversation
 
 LM, CLASSIFICATION, QA, GENERATION, CHOICE = "lm", "classification", "qa", "generation", "choice"
 TASKS = ("auto", LM, CLASSIFICATION, QA, GENERATION, CHOICE)
-_MOST_CLASSES, _MOST_WORDS = 50, 5
+_MOST_CLASSES, _MOST_WORDS, _MOST_CHARACTERS = 50, 5, 60  # characters, for languages that put no spaces between words
 
 
 def detect(rows: Sequence[Conversation]) -> str:
@@ -22,7 +22,9 @@ def detect(rows: Sequence[Conversation]) -> str:
     answers = Counter(row.answer for row in rows)
     if None in answers or any(row.text for row in rows):
         return LM
-    if not all(len(answer.split()) <= _MOST_WORDS for answer in answers if answer is not None):
+    if not all(
+        len(answer) <= _MOST_CHARACTERS and len(answer.split()) <= _MOST_WORDS for answer in answers if answer is not None
+    ):
         return LM
     few = 2 <= len(answers) <= min(_MOST_CLASSES, len(rows) // 2)
     return CLASSIFICATION if few else QA

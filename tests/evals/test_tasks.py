@@ -27,6 +27,7 @@ def test_detection():
     assert detect(rows("yes", "no", "maybe", "often")) == "qa"  # nothing repeats
     assert detect(rows(*["a long answer of more than five words"] * 4, "no", "no")) == "lm"
     assert detect(rows(*["yes"] * 6)) == "qa"
+    assert detect(rows(*["\u6211\u4eec" * 40] * 6, "\u662f")) == "lm"  # one word, by the spaces in it
     assert detect([row(question="2+2?", choices=["3", "4"], answer=1)] * 3) == "choice"
     assert detect([row(text="word")] * 3) == "lm"
     with pytest.raises(UserError, match="nothing to classify"):

@@ -113,6 +113,23 @@ def test_the_best_by_a_figure_of_the_task_is_exported(chat_model, files, tmp_pat
     assert not steps_saved(wrong)
 
 
+def test_trap26_dropout_is_off_in_every_evaluation(chat_model, files, tmp_path):
+    """On the way, after training, and from the exported adapter the figures are the same, by the loss and by what is generated."""
+    further = {
+        "adapter__dropout": 0.5,
+        "train__steps": 4,
+        "train__eval_every": 4,
+        "checkpoint__best": "token_f1",
+        "data__eval": files[0],
+    }
+    result = jaxtune.train(config(tmp_path / "run", chat_model, files, **further), quiet=True)
+    (on_the_way,) = evaluations(result.dir).values()
+    again = jaxtune.evaluate(str(result.dir), files[0])
+    for name in ("loss", "exact_match", "token_f1"):
+        assert on_the_way[name] == pytest.approx(result.after[name], rel=1e-6)
+        assert again[name] == pytest.approx(result.after[name], rel=1e-5)
+
+
 def test_answers_on_the_way(chat_model, files, tmp_path):
     result = jaxtune.train(config(tmp_path / "run", chat_model, files, train__samples=2, train__steps=10), quiet=True)
     samples = read_jsonl(result.dir / "samples.jsonl")
