@@ -9,7 +9,7 @@ import jaxtune
 from jaxtune.config.loading import load_config
 from jaxtune.config.schema import DataSection
 from jaxtune.core.mesh import make_mesh
-from jaxtune.evals.evaluate import evaluate
+from jaxtune.evals.evaluate import Asked, evaluate
 from jaxtune.train import setup
 from jaxtune.train.metrics import read_metrics
 from jaxtune.train.progress import Reporter
@@ -124,7 +124,7 @@ def test_chats_are_evaluated_whole_and_texts_in_windows_of_the_length_they_were_
     chats = tools.write_rows(tmp_path / "chats.jsonl", tools.sums(6))
     texts = tools.write_rows(tmp_path / "texts.jsonl", [{"text": "once upon a time " * 4}])
     found = {
-        (name, length): evaluate(model, words, [257], DataSection(eval=path, max_length=length), "lm")
+        (name, length): evaluate(model, words, [257], DataSection(eval=path, max_length=length), Asked("lm")).figures()
         for name, path in (("chats", chats), ("texts", texts))
         for length in (16, 200)
     }

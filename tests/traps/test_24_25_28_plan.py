@@ -12,7 +12,7 @@ from jaxtune.data.chat import Example
 from jaxtune.data.examples import in_memory
 from jaxtune.data.loader import Plan, batches
 from jaxtune.data.packing import Layout, plan_epoch
-from jaxtune.evals.evaluate import evaluate
+from jaxtune.evals.evaluate import Asked, evaluate
 from jaxtune.train.loop import Evaluator
 from jaxtune.train.progress import Reporter
 from jaxtune.train.setup import setup
@@ -89,7 +89,8 @@ def test_trap24_evaluation_is_weighted_by_tokens_the_same_at_every_batch_size(ch
     rows = [tools.chat(f"say {'x' * (n % 5)}", "ab" * (1 + 7 * (n % 3)) + str(n)) for n in range(11)]
     path = tools.write_rows(tmp_path / "rows.jsonl", rows)
     found = [
-        evaluate(model, tokenizer, source.stop_ids(), DataSection(eval=path), task="lm", batch=size) for size in (1, 3, 11, 16)
+        evaluate(model, tokenizer, source.stop_ids(), DataSection(eval=path), Asked("lm", size)).figures()
+        for size in (1, 3, 11, 16)
     ]
     reference = AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float32)
     from jaxtune.data.formats import Conversation
@@ -106,7 +107,9 @@ def test_trap24_evaluation_on_the_way_is_that_of_the_whole_file_at_every_batch_s
     rows = [tools.chat(f"say {'x' * (n % 5)}", "ab" * (1 + 7 * (n % 3)) + str(n)) for n in range(11)]
     path = tools.write_rows(tmp_path / "rows.jsonl", rows)
     source = resolve(str(chat_model))
-    whole = evaluate(load_model(source, one_device), source.tokenizer(), source.stop_ids(), DataSection(eval=path), task="lm")
+    whole = evaluate(
+        load_model(source, one_device), source.tokenizer(), source.stop_ids(), DataSection(eval=path), Asked("lm")
+    ).figures()
     for size in (8, 16):  # eight devices
         sections = {
             "model": {"source": str(chat_model)},
@@ -126,9 +129,9 @@ def test_trap24_classification_by_cache_equals_the_plain_forward_pass(chat_model
         tools.chat(f"Which colour is this, number {n}?" + "!" * (n % 4), ["red", "green", "light blue"][n % 3]) for n in range(12)
     ]
     path = tools.write_rows(tmp_path / "rows.jsonl", rows)
-    plain = evaluate(model, tokenizer, source.stop_ids(), DataSection(eval=path), task="lm")
+    plain = evaluate(model, tokenizer, source.stop_ids(), DataSection(eval=path), Asked("lm")).figures()
     for size in (2, 5, 32):
-        result = evaluate(model, tokenizer, source.stop_ids(), DataSection(eval=path), batch=size)
+        result = evaluate(model, tokenizer, source.stop_ids(), DataSection(eval=path), Asked(batch=size)).figures()
         assert (result["task"], result["rows"], result["supervised_tokens"]) == ("classification", 12, plain["supervised_tokens"])
         assert result["loss"] == pytest.approx(plain["loss"], rel=1e-5)
         assert np.sum(result["confusion"]["rows_true_columns_predicted"]) == 12
