@@ -85,6 +85,7 @@ def test_question_answering_as_squad():
     assert found["token_f1"].value == pytest.approx((1 + 4 / 6 + 0 + 1) / 4)
     # a word counts as often as both have it: 2 * 1 / (2 + 1)
     assert metrics.token_f1("yes yes", "yes") == pytest.approx(2 / 3)
+    assert metrics.token_f1("yes yes no", "yes yes") == pytest.approx(4 / 5)
 
 
 TEXTS = ["the cat sat on the mat", "hello there my friend", "an entirely different sentence here"]

@@ -101,12 +101,21 @@ def test_counting_evaluations():
 
 
 def test_the_best_by_a_figure_of_the_task_is_exported(chat_model, files, tmp_path, capsys):
-    further = {"data__eval": files[0], "checkpoint__best": "token_f1", "train__steps": 12, "train__eval_every": 3}
+    """It learns to answer zq, and then unlearns it: rows in the order of the file, first of the one kind, then of the other."""
+    lines = [line for path in (files[1], files[1], files[0]) for line in Path(path).read_text().splitlines()]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    further = {
+        "data__train": tmp_path / "rows.jsonl", "data__shuffle": "false", "data__packing": "false", "checkpoint__best": "token_f1",
+        "train__steps": 20, "optimizer__warmup": 0, "optimizer__schedule": "constant",
+    }  # fmt: skip
     result = jaxtune.train(config(tmp_path / "run", chat_model, files, **further))
     found = {step: row["token_f1"] for step, row in evaluations(result.dir).items()}
-    assert result.after["token_f1"] == pytest.approx(max(found.values()))
-    assert {"exact_match", "loss"} <= evaluations(result.dir)[3].keys()
-    assert jaxtune.evaluate(str(result.dir), files[0])["token_f1"] == pytest.approx(max(found.values()))
+    best = max(found, key=found.get)
+    assert found[best] > found[20]
+    assert f"The evaluation was best after step {best} (token_f1 {found[best]:.4f})" in capsys.readouterr().err
+    assert result.after["token_f1"] == pytest.approx(found[best])
+    assert {"exact_match", "loss"} <= evaluations(result.dir)[2].keys()
+    assert jaxtune.evaluate(str(result.dir), files[1])["token_f1"] == pytest.approx(found[best])
     wrong = config(tmp_path / "wrong", chat_model, files, **(further | {"checkpoint__best": "rouge_l"}))
     with pytest.raises(UserError, match=r"checkpoint\.best = rouge_l: the evaluation \(qa\) has loss, .*token_f1"):
         jaxtune.train(wrong, quiet=True)
