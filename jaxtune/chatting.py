@@ -180,6 +180,8 @@ class Chat:
                 for part in self._base.answer(self.messages[:-1], self._attempts):
                     said += part
                     live.update(_columns(mine, said), refresh=True)
+            if not self.console.is_terminal:
+                self.console.print()
         except KeyboardInterrupt:
             return
 
