@@ -3,6 +3,8 @@
 import fcntl
 import itertools
 import json
+import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,7 @@ from jaxtune.config.sweep import Range, Sweep
 from jaxtune.core import processes, runtime
 from jaxtune.core.errors import Interrupted, RunFailure, UserError, listed, nearest
 from jaxtune.core.files import read_jsonl, write_jsonl, write_text
-from jaxtune.report.sweep import BASE, NAME, TRIALS, open_study, trial_directory, write_sweep_report
+from jaxtune.report.sweep import BASE, NAME, STUDY, TRIALS, open_study, trial_directory, write_sweep_report
 from jaxtune.train.metrics import FILE as METRICS
 from jaxtune.train.metrics import figures_of, read_metrics
 from jaxtune.train.progress import Reporter
@@ -35,6 +37,14 @@ _AFTER_THE_START = (
     "adapter.exclude", "adapter.method", "trainable", "train.epochs", "train.steps", "train.batch_size", "train.micro_batch_size",
     "train.neftune", "train.ema", "train.seed", "train.patience", "train.eval_every",
 )  # fmt: skip
+
+
+# What a trial may end with that costs only this trial; the last is, for one, a device's memory that is too small for it.
+_COSTS_A_TRIAL = (RunFailure, UserError, jax.errors.JaxRuntimeError)
+
+
+class _NoSuchFigure(Exception):
+    """The evaluation has not what trials are judged by."""
 
 
 def sweep(config: Path, description: Path | Sweep, reporter: Reporter) -> optuna.Study:
@@ -56,14 +66,19 @@ def sweep(config: Path, description: Path | Sweep, reporter: Reporter) -> optuna
     directory, base = Path(plan.dir), load_config(config)
     _check(base, plan)
     with _locked(directory):
-        _record(directory, base, plan)
+        _refuse_another(directory, base, plan)
         study = open_study(plan, directory, _pruner(plan))
+        _record(directory, base, plan)
         search = _Search(study, plan, base, directory, reporter)
         try:
             search.run()
         except Interrupted as stopped:
             how = f"Go on with: jaxtune sweep {config} {'SWEEP.yaml' if isinstance(description, Sweep) else description}"
-            raise Interrupted(stopped.number, f"Stopped in trial {search.at}; what was done is kept.\n{how}") from None
+            raise Interrupted(stopped.number, f"Stopped in trial {search.at + 1}; what was done is kept.\n{how}") from None
+        except _NoSuchFigure as error:
+            if len(study.trials) == 1:
+                _forget(directory)
+            raise UserError(str(error)) from None
     if not study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED]):
         reasons = {trial.user_attrs.get(_REASON, "") for trial in study.trials}
         raise UserError(f"Every trial failed. {listed(sorted(reasons), 3)}")
@@ -125,21 +140,26 @@ class _Search:
                 places["checkpoint.dir"] = f"{self.base.checkpoint.dir.rstrip('/')}/{directory.name}"
             config = _with(self.base, values | places)
             result = run(config, self.reporter, watch=lambda step, figures: self._watched(trial, step, figures))
-            assert result.after is not None
-            value = float(result.after[self.plan.metric])
         except optuna.TrialPruned:
             self.study.tell(trial.number, state=TrialState.PRUNED)
             self.reporter.say(f"Trial {trial.number + 1} is worse than others at this point and ends here (pruner)")
-        except (
-            RunFailure,
-            UserError,
-            jax.errors.JaxRuntimeError,
-        ) as error:  # the last: such as a device's memory that is too small
+        except Interrupted:
+            trial.set_user_attr(
+                _STARTS, trial.user_attrs[_STARTS] - 1
+            )  # it was asked to stop, and did not bring the program down
+            raise
+        except _COSTS_A_TRIAL as error:
             self._failed(trial, str(error).splitlines()[0])
         else:
-            self.study.tell(trial.number, value)
-            best = self.study.best_trial
-            self.reporter.say(f"{self.plan.metric} {value:.4f}; best so far {best.value:.4f} (trial {best.number + 1})")
+            self._judged(trial, (result.after or {}).get(self.plan.metric))
+
+    def _judged(self, trial: Trial, value: float | None) -> None:
+        if value is None or not math.isfinite(value):
+            self._failed(trial, f"the evaluation's {self.plan.metric} is not finite")
+            return
+        self.study.tell(trial.number, value)
+        best = self.study.best_trial
+        self.reporter.say(f"{self.plan.metric} {value:.4f}; best so far {best.value:.4f} (trial {best.number + 1})")
 
     def _failed(self, trial: Trial, reason: str) -> None:
         trial.set_user_attr(_REASON, reason)
@@ -148,11 +168,14 @@ class _Search:
 
     def _watched(self, trial: Trial, step: int, figures: dict[str, Any]) -> None:
         if step == 0 and self.plan.metric not in figures:
-            raise UserError(
-                f"metric: {self.plan.metric}: the evaluation has {', '.join(figures_of(figures))}. Take one of these, or set train.eval_task."
+            names = ", ".join(figures_of(figures))
+            raise _NoSuchFigure(
+                f"metric: {self.plan.metric}: the evaluation has {names}. Take one of these, or set train.eval_task."
             )
-        if step > 0 and self.plan.metric in figures:
-            trial.report(float(figures[self.plan.metric]), step)
+        value = figures.get(self.plan.metric)
+        told = self.study.trials[trial.number].intermediate_values  # of a trial that goes on, some were told before
+        if step > 0 and value is not None and step not in told:
+            trial.report(float(value), step)
             if trial.should_prune():
                 raise optuna.TrialPruned
 
@@ -202,24 +225,33 @@ def _with(base: Config, values: dict[str, Any]) -> Config:
     return validated(tree, origin="parameters")
 
 
-def _record(directory: Path, base: Config, plan: Sweep) -> None:
-    """Note what is searched; another search is not mixed into it.
+def _refuse_another(directory: Path, base: Config, plan: Sweep) -> None:
+    """Another search is not mixed into one.
 
     Raises:
-        UserError: the directory holds another search.
+        UserError: the directory holds another.
 
     """
-    shown = plan.model_dump(mode="json")
-    if (directory / NAME).exists():
-        before = yaml.safe_load((directory / NAME).read_text(encoding="utf-8"))
-        changed = [key for key in ("parameters", "metric") if before[key] != shown[key]]
-        changed += [] if yaml.safe_load((directory / BASE).read_text()) == base.model_dump(mode="json") else ["the configuration"]
-        if changed:
-            raise UserError(
-                f"{directory} holds a search with another {listed(changed)}. Set dir to another directory, or remove it."
-            )
+    if not (directory / NAME).exists():
+        return
+    shown, before = plan.model_dump(mode="json"), yaml.safe_load((directory / NAME).read_text(encoding="utf-8"))
+    changed = [key for key in ("parameters", "metric") if before[key] != shown[key]]
+    changed += [] if yaml.safe_load((directory / BASE).read_text()) == base.model_dump(mode="json") else ["the configuration"]
+    if changed:
+        raise UserError(f"{directory} holds a search with another {listed(changed)}. Set dir to another directory, or remove it.")
+
+
+def _record(directory: Path, base: Config, plan: Sweep) -> None:
+    """Note what is searched."""
     write_text(directory / BASE, dump(base))
-    write_text(directory / NAME, yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
+    write_text(directory / NAME, yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def _forget(directory: Path) -> None:
+    """Remove a search that never was one, so that its description can be mended."""
+    for name in (NAME, BASE, STUDY):
+        (directory / name).unlink(missing_ok=True)
+    shutil.rmtree(directory / TRIALS, ignore_errors=True)
 
 
 def _space(plan: Sweep) -> dict[str, BaseDistribution]:

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from jaxtune import sweeping
 from jaxtune.cli.main import main
 from jaxtune.config.loading import dump, load_config, load_sweep
-from jaxtune.core.errors import UserError
+from jaxtune.core.errors import Interrupted, UserError
 from jaxtune.core.mesh import make_mesh
 from jaxtune.report.sweep import importance
 from jaxtune.train import setup
@@ -168,8 +168,46 @@ def test_what_cannot_be_searched_is_said_before_anything_is_trained(base, tmp_pa
         with pytest.raises(UserError, match=message):
             search(base, described(tmp_path, **changes))
         assert not (tmp_path / "sweep" / "trials").exists()
-    with pytest.raises(UserError, match=r"Every trial failed.*metric: rouge_l: the evaluation has loss, "):
-        search(base, described(tmp_path, metric="rouge_l", dir=str(tmp_path / "other"), trials=1))
+    with pytest.raises(UserError, match=r"metric: rouge_l: the evaluation has loss, .*exact_match"):
+        search(base, described(tmp_path, metric="rouge_l"))
+    assert not (tmp_path / "sweep" / "trials").exists()
+    assert search(base, described(tmp_path, metric="token_f1", trials=1)).best_trial  # mended in place
+
+
+def test_every_trial_failed(base, tmp_path):
+    with pytest.raises(UserError, match=r"Every trial failed\. .*data.max_length"):
+        search(base, described(tmp_path, parameters={"data.max_length": [2, 3]}, sampler="grid"))
+
+
+def test_one_that_is_stopped_again_and_again_is_not_given_up(base, tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        raise Interrupted(15, "stopped")
+
+    description = described(tmp_path, trials=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeping, "run", stopped)
+        for _ in range(5):
+            with pytest.raises(Interrupted, match=r"Stopped in trial 1; what was done is kept\.\nGo on with: jaxtune sweep"):
+                search(base, description)
+    assert search(base, description).best_trial.user_attrs["starts"] == 1
+
+
+def test_one_that_brings_the_program_down_is_given_up(base, tmp_path, monkeypatch):
+    class Down(BaseException):
+        pass
+
+    def down(*_, **__):
+        raise Down
+
+    description = described(tmp_path, trials=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeping, "run", down)
+        for _ in range(3):
+            with pytest.raises(Down):
+                search(base, description)
+    study = search(base, description)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert study.trials[0].user_attrs["reason"] == "the program ended 3 times while it ran"
 
 
 def test_whole_numbers_and_nested_keys(tmp_path):
