@@ -81,7 +81,7 @@ def detect(value: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
     keys = value.keys() | columns.keys()
     if {"chosen", "rejected"} <= keys:
         return PREFERENCE
-    if "choices" in keys and keys & set(_QUESTION):
+    if "choices" in keys and keys & set(_QUESTION) and not keys & {"completion", "messages"}:
         return CHOICE
     for wanted, kind in (
         ({"messages"}, MESSAGES), ({"conversations"}, SHAREGPT), ({"conversation"}, SHAREGPT), ({"prompt"}, PROMPT_COMPLETION),

@@ -12,7 +12,6 @@ import json
 import os
 import resource
 import select
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -374,12 +373,6 @@ def by_turns(sides, turns):
     for side in alive:
         side.close()
     return alive
-
-
-def spread(values):
-    """The middle and the outer quarters' borders."""
-    values = sorted(values)
-    return statistics.median(values), values[len(values) // 4], values[-1 - len(values) // 4]
 
 
 def main():

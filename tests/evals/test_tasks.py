@@ -54,6 +54,8 @@ def test_choices_are_read_by_number_label_or_text():
     for answer in (2, -1, "blue", True, None):
         with pytest.raises(BadRow, match="neither the number of a choice"):
             row(question="?", choices=["red", "green"], answer=answer)
+    completed = row(prompt="?", completion="red", choices=["red", "green"])  # the column is there, and the answer is written out
+    assert (completed.answer, completed.choices) == ("red", ())
     with pytest.raises(BadRow, match="not a list of at least two texts"):
         row(question="?", choices=["red"], answer=0)
 

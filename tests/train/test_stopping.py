@@ -1,6 +1,5 @@
 """Early stopping, the best state by a figure of the task, answers on the way, and trackers."""
 
-import json
 from pathlib import Path
 
 import jax
@@ -183,9 +182,3 @@ def test_a_tracker_that_fails_costs_no_run(chat_model, files, tmp_path, monkeypa
     with pytest.raises(UserError, match=r"wandb is not installed: pip install 'jaxtune\[track\]'"):
         jaxtune.train(config(tmp_path / "other", chat_model, files, run__trackers="[wandb]"), quiet=True)
     assert not (tmp_path / "other").exists()
-
-
-def test_the_log_of_an_evaluation_is_json(chat_model, files, tmp_path):
-    result = jaxtune.train(config(tmp_path / "run", chat_model, files, train__steps=2), quiet=True)
-    for line in (result.dir / "metrics.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=lambda name: pytest.fail(name))
