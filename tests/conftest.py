@@ -11,6 +11,9 @@ os.environ.setdefault("JAXTUNE_CACHE", tempfile.mkdtemp(prefix="jaxtune-tests-")
 # Child processes of the tests share the folder of compiled programs.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "jaxtune-tests-xla"))
 
+# By itself XLA ends the process where one of eight devices comes 40 s late to a collective: on busy cores that is no deadlock.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_collective_call_terminate_timeout_seconds=600")
+
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
