@@ -34,6 +34,15 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Lets go of compiled programs before the kernel's limit of mappings (65,530) is met: beyond it the process crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def one_device():
     """A mesh of one device, for what does not concern sharding."""
