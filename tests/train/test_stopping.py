@@ -100,23 +100,28 @@ def test_counting_evaluations():
 
 
 def test_the_best_by_a_figure_of_the_task_is_exported(chat_model, files, tmp_path, capsys):
-    """It learns to answer zq, and then unlearns it: rows in the order of the file, first of the one kind, then of the other."""
-    lines = [line for path in (files[1], files[1], files[0]) for line in Path(path).read_text().splitlines()]
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    """It learns to answer a, and then b: rows in the order of the file. Of what it is asked, a is right three times in four."""
+    asked = [row["messages"][0]["content"] for row in tools.sums(64)]
+
+    def rows(name, answers):
+        return tools.write_rows(tmp_path / name, [tools.chat(*row) for row in zip(asked, answers, strict=False)])
+
+    held_out = rows("eval.jsonl", "aaab" * 4)
     further = {
-        "data__train": tmp_path / "rows.jsonl", "data__shuffle": "false", "data__packing": "false", "checkpoint__best": "token_f1",
-        "train__steps": 20, "optimizer__warmup": 0, "optimizer__schedule": "constant",
+        "data__train": rows("rows.jsonl", "a" * 24 + "b" * 40), "data__eval": held_out, "data__shuffle": "false", "data__packing": "false",
+        "checkpoint__best": "accuracy", "train__eval_task": "classification", "train__steps": 16, "optimizer__warmup": 0,
+        "optimizer__schedule": "constant", "optimizer__learning_rate": 1e-2,
     }  # fmt: skip
     result = jaxtune.train(config(tmp_path / "run", chat_model, files, **further))
-    found = {step: row["token_f1"] for step, row in evaluations(result.dir).items()}
+    found = {step: row["accuracy"] for step, row in evaluations(result.dir).items()}
     best = max(found, key=found.get)
-    assert found[best] > found[20]
-    assert f"The evaluation was best after step {best} (token_f1 {found[best]:.4f})" in capsys.readouterr().err
-    assert result.after["token_f1"] == pytest.approx(found[best])
-    assert {"exact_match", "loss"} <= evaluations(result.dir)[2].keys()
-    assert jaxtune.evaluate(str(result.dir), files[1])["token_f1"] == pytest.approx(found[best])
+    assert found[best] > found[16]
+    assert f"The evaluation was best after step {best} (accuracy {found[best]:.4f})" in capsys.readouterr().err
+    assert result.after["accuracy"] == pytest.approx(found[best])
+    assert {"accuracy", "loss"} <= evaluations(result.dir)[2].keys()
+    assert jaxtune.evaluate(str(result.dir), held_out, task="classification")["accuracy"] == pytest.approx(found[best])
     wrong = config(tmp_path / "wrong", chat_model, files, **(further | {"checkpoint__best": "rouge_l"}))
-    with pytest.raises(UserError, match=r"checkpoint\.best = rouge_l: the evaluation \(qa\) has loss, .*token_f1"):
+    with pytest.raises(UserError, match=r"checkpoint\.best = rouge_l: the evaluation \(classification\) has loss, .*accuracy"):
         jaxtune.train(wrong, quiet=True)
     assert not steps_saved(wrong)
 
