@@ -144,9 +144,8 @@ class _Search:
             self.study.tell(trial.number, state=TrialState.PRUNED)
             self.reporter.say(f"Trial {trial.number + 1} is worse than others at this point and ends here (pruner)")
         except Interrupted:
-            trial.set_user_attr(
-                _STARTS, trial.user_attrs[_STARTS] - 1
-            )  # it was asked to stop, and did not bring the program down
+            # It was asked to stop, and did not bring the program down.
+            trial.set_user_attr(_STARTS, trial.user_attrs[_STARTS] - 1)
             raise
         except _COSTS_A_TRIAL as error:
             self._failed(trial, str(error).splitlines()[0])
