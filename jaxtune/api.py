@@ -6,31 +6,31 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxtune.config.loading import load_config, validated
+from jaxtune.config.load import load_config, validated
 from jaxtune.config.schema import Config, DataSection
-from jaxtune.core import processes, runtime
+from jaxtune.core import distributed, runtime
 from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
-from jaxtune.data.chat import prompt_ids
-from jaxtune.data.formats import Conversation
-from jaxtune.evals.evaluate import Asked, Evaluation
-from jaxtune.evals.evaluate import evaluate as evaluate_model
-from jaxtune.exporting import export_run
-from jaxtune.generate.engine import Engine, Speed
-from jaxtune.generate.sampling import Sampling
-from jaxtune.generate.text import Said, Speaker
-from jaxtune.opening import Loaded, Pair, base_and_adapter, open_both, open_model, with_tokenizer
-from jaxtune.plan.plan import Plan
-from jaxtune.plan.plan import plan as plan_run
-from jaxtune.train.progress import Reporter
-from jaxtune.train.rundir import is_run, read_config
-from jaxtune.training import Run, run
+from jaxtune.data.chat.tokenize import prompt_ids
+from jaxtune.data.formats.conversation import Conversation
+from jaxtune.evaluation.evaluate import Asked, Evaluation
+from jaxtune.evaluation.evaluate import evaluate as evaluate_model
+from jaxtune.inference.engine import Engine, Speed
+from jaxtune.inference.sampling import Sampling
+from jaxtune.inference.text import Said, Speaker
+from jaxtune.planning.planner import Plan
+from jaxtune.planning.planner import plan as plan_run
+from jaxtune.tracking.progress import Reporter
+from jaxtune.tracking.run_directory import is_run, read_config
 from jaxtune.weights import hub
 from jaxtune.weights.convert import convert_model
 from jaxtune.weights.peft import open_adapter
 from jaxtune.weights.source import resolve
 from jaxtune.weights.verify import Comparison
 from jaxtune.weights.vocabulary import for_adapter, tokenizer_for
+from jaxtune.workflows.export import export_run
+from jaxtune.workflows.load import Loaded, Pair, base_and_adapter, open_both, open_model, with_tokenizer
+from jaxtune.workflows.train import Run, run
 
 Prompt = str | list[dict[str, Any]] | Conversation
 
@@ -85,7 +85,7 @@ def evaluate(
     against: str | None = None,
     quiet: bool = True,
 ) -> dict[str, Any]:
-    """Figures of a model on a file, directory or data set of the hub; see `evals.evaluate`.
+    """Figures of a model on a file, directory or data set of the hub; see `evaluation.evaluate`.
 
     The rows of a run directory's model are read as its configuration says (`data.format`, `data.columns`, `data.on_error`).
 
@@ -155,14 +155,14 @@ def harness(
     batch_size: int = 32,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """What lm-evaluation-harness finds, by `model` and, with `base` or `against`, `base`; see `evals.harness.run_tasks`.
+    """What lm-evaluation-harness finds, by `model` and, with `base` or `against`, `base`; see `evaluation.harness.run_tasks`.
 
     Raises:
         UserError: the harness is not installed, no such task, or a model without a tokenizer.
 
     """
     try:
-        from jaxtune.evals.harness import HarnessModel, run_tasks
+        from jaxtune.evaluation.harness import HarnessModel, run_tasks
     except ModuleNotFoundError as error:
         raise UserError(f"lm-evaluation-harness is not installed ({error.name}): pip install 'jaxtune[harness]'.") from None
     options = {"include_path": include_path, "limit": limit, "num_fewshot": num_fewshot, "chat": chat}
@@ -281,7 +281,7 @@ def exported(
         raise UserError("export: say where to with out=DIR (--out DIR).")
     if to not in ("peft", "hf", "gguf", "meta"):
         raise UserError(f"export: format {to!r} is not supported; supported are peft, hf, gguf and meta.")
-    with processes.own_place(Path(out)) as place:
+    with distributed.own_place(Path(out)) as place:
         _, proof = export_run(Path(run_dir), place, reporter, to, dtype)
     _push(Path(out), push, reporter)
     return Path(out), proof
@@ -317,7 +317,7 @@ def converted(
     opened = open_adapter(adapter) if adapter else None
     source = for_adapter(resolve(model), opened)
     reporter.say(f"Writing {out}, reading it again and comparing")
-    with processes.own_place(Path(out)) as place:
+    with distributed.own_place(Path(out)) as place:
         proof = convert_model(
             place, source, to, make_mesh(), dtype=dtype, adapter=opened, tokenizer=tokenizer_for(source, opened)
         )
@@ -326,7 +326,7 @@ def converted(
 
 
 def plan(config: Config | dict | str | Path, on: str) -> Plan:
-    """Does a run fit hardware that is not there, and what does it cost; see `plan.plan`.
+    """Does a run fit hardware that is not there, and what does it cost; see `planning.planner`.
 
     Args:
         config: a `Config`, nested keys, or a YAML file.
@@ -347,7 +347,7 @@ def _config(config: Config | dict | str | Path) -> Config:
 
 
 def _push(path: Path, name: str | None, reporter: Reporter) -> None:
-    if name and processes.is_lead():
+    if name and distributed.is_lead():
         reporter.say(f"Uploading to {name}")
         try:
             reporter.say(f"Uploaded: {hub.push(path, name)}")

@@ -23,7 +23,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 import pytest  # noqa: E402 (the settings above must stand before anything starts a backend)
 
 from jaxtune.core.mesh import make_mesh  # noqa: E402 (likewise)
-from tests import tools  # noqa: E402 (likewise: it imports torch and transformers, which read the environment above)
+from tests.support import tools
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,6 @@ def chat_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def smollm2():
     """The packaged real model's file."""
-    from jaxtune.weights.packaged import smollm2
+    from jaxtune.weights.bundled import smollm2
 
     return smollm2()

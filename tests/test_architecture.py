@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxtune.cli.main import _parser
-from jaxtune.config.loading import keys
+from jaxtune.config.load import keys
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxtune"
@@ -175,7 +175,7 @@ def test_command_line_options_are_frozen():
     assert found == OPTIONS
 
 
-@pytest.mark.parametrize("arguments", [["-m", "jaxtune.cli", "--help"], ["-c", "import jaxtune"]])
+@pytest.mark.parametrize("arguments", [["-m", "jaxtune", "--help"], ["-c", "import jaxtune"]])
 def test_help_and_import_load_nothing_heavy(arguments):
     code = ["-X", "importtime", *arguments]
     began = time.monotonic()

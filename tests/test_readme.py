@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests import tools
+from tests.support import tools
 
 
 def test_python_of_the_readme(chat_model, tmp_path):
@@ -15,7 +15,7 @@ def test_python_of_the_readme(chat_model, tmp_path):
     shutil.copytree(chat_model, tmp_path / "path" / "of" / "model")
     for name in ("train.jsonl", "test.jsonl"):
         tools.write_rows(tmp_path / name, tools.sums(16))
-    code = "import jaxtune.generate.engine, jaxtune.train.loop\n" + code
+    code = "import jaxtune.inference.engine, jaxtune.training.loop\n" + code
     environment = tools.child_environment()
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), environment["PYTHONPATH"]])
     done = subprocess.run(

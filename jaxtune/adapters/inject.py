@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from jaxtune.adapters.config import ALL_LINEAR, LoRAConfig, fits
 from jaxtune.adapters.lora import LoRAEmbedding, LoRALinear, LoRAParam, Part
 from jaxtune.adapters.tokens import TokenEmbedding, TokenLinear
-from jaxtune.core.axes import sharding
 from jaxtune.core.errors import UserError, listed, nearest
+from jaxtune.core.sharding import sharding
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.layers import Embedding, Linear

@@ -12,9 +12,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxtune.models.contractions import over_tokens
+from jaxtune.models.kernels.dot import over_tokens
+from jaxtune.models.kernels.quantized import Axes, Quantised
 from jaxtune.models.layers import Dropout, Embedding, Linear, matmul, matmul_back
-from jaxtune.models.quantised import Axes, Quantised
 from jaxtune.models.remat import LOW, PROJECTION, named, named_in_rule
 
 

@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 from jaxtune.adapters.config import LoRAConfig
 from jaxtune.adapters.inject import adapted
 from jaxtune.adapters.lora import LoRALinear, LoRAParam, LoRAStart
-from jaxtune.core.axes import sharding
+from jaxtune.core.distributed import fetch
 from jaxtune.core.errors import UserError
-from jaxtune.core.processes import fetch
+from jaxtune.core.sharding import sharding
 from jaxtune.models.decoder import CausalLM
 
 _OVERSAMPLING, _ITERATIONS = 32, 8

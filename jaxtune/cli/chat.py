@@ -22,15 +22,15 @@ def run(options: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from jaxtune.chatting import Chat, Voice
     from jaxtune.cli.options import sampling_of
-    from jaxtune.core import processes, runtime
-    from jaxtune.opening import base_and_adapter, open_both, open_model
-    from jaxtune.train.progress import Reporter
-    from jaxtune.train.rundir import is_run
+    from jaxtune.core import distributed, runtime
+    from jaxtune.inference.chat import Chat, Voice
+    from jaxtune.tracking.progress import Reporter
+    from jaxtune.tracking.run_directory import is_run
+    from jaxtune.workflows.load import base_and_adapter, open_both, open_model
 
     runtime.start()
-    processes.alone("jaxtune chat")
+    distributed.alone("jaxtune chat")
     sampling, reporter = sampling_of(options), Reporter()
     reporter.say(f"Loading {options.model}")
     if base_and_adapter(options.model, options.adapter)[1] or is_run(options.model):

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print it."""
-    from jaxtune.config.loading import dump, schema
+    from jaxtune.config.load import dump, schema
 
     print(schema() if options.schema else dump(from_arguments(options.arguments)).rstrip())
 
@@ -34,7 +34,7 @@ def from_arguments(arguments: list[str]) -> "Config":
         UserError: two files, or anything that is wrong with them.
 
     """
-    from jaxtune.config.loading import load_config
+    from jaxtune.config.load import load_config
     from jaxtune.core.errors import UserError, listed
 
     paths = [argument for argument in arguments if "=" not in argument]

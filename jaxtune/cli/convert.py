@@ -20,7 +20,7 @@ def run(options: argparse.Namespace) -> None:
     """Convert."""
     from jaxtune.api import converted
     from jaxtune.cli.options import print_proof
-    from jaxtune.train.progress import Reporter
+    from jaxtune.tracking.progress import Reporter
 
     path, proof = converted(options.model, options.out, options.to, options.dtype, options.adapter, options.push, Reporter())
     print_proof(path, proof, options.to, options.json)

@@ -34,8 +34,8 @@ def run(options: argparse.Namespace) -> None:
     from jaxtune.core import runtime
     from jaxtune.core.errors import UserError
     from jaxtune.data.inspect import classes, figures, overlap, warnings
-    from jaxtune.train.inputs import read_inputs
-    from jaxtune.train.progress import Reporter
+    from jaxtune.tracking.progress import Reporter
+    from jaxtune.training.inputs import read_inputs
 
     runtime.start()
     config = config_of(options)

@@ -51,9 +51,9 @@ def run(options: argparse.Namespace) -> None:
 
     from jaxtune.api import evaluated
     from jaxtune.cli.options import metrics_table, write_json
+    from jaxtune.core.distributed import is_lead
     from jaxtune.core.files import write_jsonl
-    from jaxtune.core.processes import is_lead
-    from jaxtune.train.progress import Reporter
+    from jaxtune.tracking.progress import Reporter
 
     found, predictions = evaluated(
         options.model,
@@ -80,7 +80,7 @@ def _harness(options: argparse.Namespace) -> None:
     """The tasks of lm-evaluation-harness, of the base too with `--base`."""
     from jaxtune.api import harness
     from jaxtune.cli.options import write_json
-    from jaxtune.train.progress import Reporter
+    from jaxtune.tracking.progress import Reporter
 
     found = harness(
         options.model,

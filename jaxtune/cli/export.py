@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> None:
     """Export."""
     from jaxtune.api import exported
     from jaxtune.cli.options import print_proof
-    from jaxtune.train.progress import Reporter
+    from jaxtune.tracking.progress import Reporter
 
     path, proof = exported(options.run_directory, options.to, options.out, options.dtype, options.push, Reporter())
     print_proof(path, proof, options.to, options.json)

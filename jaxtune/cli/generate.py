@@ -9,7 +9,7 @@ import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxtune.generate.engine import Speed
+    from jaxtune.inference.engine import Speed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
     from jaxtune.cli.options import sampling_of, write_json
     from jaxtune.config.schema import DataSection
     from jaxtune.data.prepare import conversations
-    from jaxtune.train.progress import Reporter
+    from jaxtune.tracking.progress import Reporter
 
     rows = list(conversations(DataSection(eval=options.file), "eval", answered=False)) if options.file else []
     prompts = [row.prompt[0]["content"] if row.plain else row.prompt for row in rows] or [options.prompt]

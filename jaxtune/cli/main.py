@@ -70,11 +70,11 @@ def _run(options: argparse.Namespace) -> int:
     if options.command not in _COMPUTE:
         return options.run(options) or 0
     from jaxtune.cli.options import cluster_of
-    from jaxtune.core import processes, runtime
+    from jaxtune.core import distributed, runtime
 
     runtime.start(cluster_of(options))
-    with processes.ending_together(), open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
-        if not processes.is_lead():
+    with distributed.ending_together(), open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
+        if not distributed.is_lead():
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         return options.run(options) or 0
 
@@ -113,8 +113,8 @@ def _version() -> str:
 
 
 def _unexpected(error: Exception) -> int:
+    from jaxtune.core.distributed import is_lead
     from jaxtune.core.errors import Interrupted
-    from jaxtune.core.processes import is_lead
 
     if isinstance(error, Interrupted):
         if is_lead():

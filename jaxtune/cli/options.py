@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxtune.config.schema import Config
-    from jaxtune.core.processes import Cluster
-    from jaxtune.generate.sampling import Sampling
+    from jaxtune.core.distributed import Cluster
+    from jaxtune.inference.sampling import Sampling
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +35,8 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
 
 def cluster_of(options: argparse.Namespace) -> "Cluster | None":
     """The processes that the arguments of `add_processes` say; None where they say nothing."""
+    from jaxtune.core.distributed import given
     from jaxtune.core.errors import UserError
-    from jaxtune.core.processes import given
 
     said = [getattr(options, name, None) for name in ("coordinator", "processes", "process")]
     if all(value is None for value in said):
@@ -83,7 +83,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def sampling_of(options: argparse.Namespace) -> "Sampling":
     """What the arguments of `add_sampling` say."""
-    from jaxtune.generate.sampling import Sampling
+    from jaxtune.inference.sampling import Sampling
 
     return Sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty, options.seed)
 
@@ -108,7 +108,7 @@ def print_proof(path: Any, proof: Any, to: str, json_path: str | None) -> None:
 
 def write_json(path: str | None, value: Any) -> None:
     """What `--json` asks for."""
-    from jaxtune.core.processes import is_lead
+    from jaxtune.core.distributed import is_lead
 
     if not is_lead():
         return
@@ -131,7 +131,7 @@ def metrics_table(columns: dict[str, dict[str, Any]], comparison: dict[str, dict
         comparison: what `statistics.compared` found, by figure.
 
     """
-    from jaxtune.train.metrics import figures_of
+    from jaxtune.tracking.metrics_log import figures_of
 
     last = list(columns.values())[-1]
     lines = [" " * 16 + "".join(f"{name:>12}" for name in columns) + ("  difference" if comparison else "")]

@@ -23,13 +23,13 @@ def run(options: argparse.Namespace) -> None:
     import dataclasses
 
     from jaxtune.cli.options import config_of, write_json
-    from jaxtune.plan.plan import plan
-    from jaxtune.plan.show import plan_text, search_text
-    from jaxtune.train.progress import Reporter
+    from jaxtune.planning.planner import plan
+    from jaxtune.planning.show import plan_text, search_text
+    from jaxtune.tracking.progress import Reporter
 
     config, quiet = config_of(options), options.json == "-"
     if options.search:
-        from jaxtune.plan.search import search
+        from jaxtune.planning.search import search
 
         with Reporter(quiet).task("Compiling", 1) as bar:
             found = search(config, options.on, bar.update_of)

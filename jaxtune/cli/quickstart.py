@@ -32,13 +32,13 @@ def run(options: argparse.Namespace) -> None:
     """Make the data, train, and say what to try next."""
     from pathlib import Path
 
-    from jaxtune.cli.news import write_news
     from jaxtune.cli.options import write_json
     from jaxtune.cli.train import figures, summary
-    from jaxtune.config.loading import validated
-    from jaxtune.train.progress import Reporter
-    from jaxtune.training import run as train
-    from jaxtune.weights.packaged import smollm2
+    from jaxtune.config.load import validated
+    from jaxtune.tracking.progress import Reporter
+    from jaxtune.weights.bundled import smollm2
+    from jaxtune.workflows.news import write_news
+    from jaxtune.workflows.train import run as train
 
     reporter = Reporter()
     directory = Path(options.dir)
@@ -60,8 +60,8 @@ def _next(directory: "Path", tested: "Path") -> str:
     import shutil
     import sys
 
-    from jaxtune.cli.news import QUESTION
     from jaxtune.core.files import shown
+    from jaxtune.workflows.news import QUESTION
 
     program = "jaxtune" if shutil.which("jaxtune") else shown(sys.argv[0])
     prompt = f"{QUESTION}\\n\\nStriker signs for three more years\\nThe club said its top scorer would stay until 2029."

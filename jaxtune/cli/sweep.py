@@ -30,10 +30,10 @@ def run(options: argparse.Namespace) -> None:
     from pathlib import Path
 
     from jaxtune.cli.options import write_json
-    from jaxtune.config.loading import load_sweep
+    from jaxtune.config.load import load_sweep
     from jaxtune.report.sweep import REPORT, trial_directory
-    from jaxtune.sweeping import sweep
-    from jaxtune.train.progress import Reporter
+    from jaxtune.tracking.progress import Reporter
+    from jaxtune.workflows.sweep import sweep
 
     plan = load_sweep(Path(options.sweep))
     study = sweep(Path(options.config), Path(options.sweep), Reporter(options.json == "-"))

@@ -8,7 +8,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxtune.training import Run
+    from jaxtune.workflows.train import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Train."""
     from jaxtune.cli.options import config_of, write_json
-    from jaxtune.train.progress import Reporter
-    from jaxtune.training import run as train
+    from jaxtune.tracking.progress import Reporter
+    from jaxtune.workflows.train import run as train
 
     result = train(config_of(options), Reporter(options.quiet), fresh=options.fresh)
     print(summary(result))

@@ -4,8 +4,8 @@ import logging
 import os
 from pathlib import Path
 
-from jaxtune.core import processes
-from jaxtune.core.processes import Cluster
+from jaxtune.core import distributed
+from jaxtune.core.distributed import Cluster
 
 
 def start(cluster: Cluster | None = None) -> None:
@@ -17,10 +17,10 @@ def start(cluster: Cluster | None = None) -> None:
     import jax
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what this program says itself
-    if os.environ.get("JAX_PLATFORMS") is None and processes.only_compiles_for_tpu():
+    if os.environ.get("JAX_PLATFORMS") is None and distributed.only_compiles_for_tpu():
         jax.config.update("jax_platforms", "cpu")
     if jax.config.values["jax_compilation_cache_dir"] is None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "jaxtune" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    processes.start(cluster)
+    distributed.start(cluster)

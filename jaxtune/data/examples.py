@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.data.chat import Example
+from jaxtune.data.chat.tokenize import Example
 from jaxtune.data.store import REWRITTEN, TEXT, Store
 
 _BLOCK = 1 << 17  # documents looked at together, so that what is made on the way stays small

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.data.chat import Example
+from jaxtune.data.chat.tokenize import Example
 from jaxtune.data.examples import Examples
+from jaxtune.data.formats.preference import Compared
 from jaxtune.data.loader import Plan
-from jaxtune.data.preference import Compared
 from jaxtune.data.store import NOT_ENDED, TWO_BOS
 from jaxtune.objectives.objective import CHOSEN, MISMATCHED, REJECTED
 

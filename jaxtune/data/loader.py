@@ -15,8 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtune.config.schema import Config
-from jaxtune.core.axes import sharding, ways
 from jaxtune.core.errors import UserError
+from jaxtune.core.sharding import sharding, ways
 from jaxtune.data.examples import Examples
 from jaxtune.data.packing import Epoch, Layout, PackedRow, build_batch, plan_epoch, row_length
 from jaxtune.objectives.objective import Batch

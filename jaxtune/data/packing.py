@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxtune.core.errors import RunFailure
-from jaxtune.data.chat import Example
+from jaxtune.data.chat.tokenize import Example
 from jaxtune.data.examples import Part, fed_length
-from jaxtune.data.preference import Compared
+from jaxtune.data.formats.preference import Compared
 from jaxtune.objectives.objective import Batch
 
 LOOK_AHEAD, OPEN_ROWS = 2048, 128

@@ -13,12 +13,12 @@ import numpy as np
 
 from jaxtune.config.schema import DataSection
 from jaxtune.core.errors import UserError, listed
-from jaxtune.data.chat import Tokeniser, template_of
+from jaxtune.data.chat.tokenize import Tokeniser, template_of
 from jaxtune.data.examples import Examples, cut, joined
-from jaxtune.data.formats import Conversation, conversation, detect
-from jaxtune.data.preference import Comparison, answers_of, compared
-from jaxtune.data.row import BadRow, Problems
-from jaxtune.data.sources import Source, open_source
+from jaxtune.data.formats.conversation import Conversation, conversation, detect
+from jaxtune.data.formats.preference import Comparison, answers_of, compared
+from jaxtune.data.sources.row import BadRow, Problems
+from jaxtune.data.sources.source import Source, open_source
 from jaxtune.data.store import VERSION, Store, Writer, cache_directory, new_store, open_store
 
 Which = Literal["train", "eval"]

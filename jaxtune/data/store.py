@@ -22,8 +22,8 @@ import numpy as np
 
 from jaxtune.core.errors import UserError
 from jaxtune.core.files import cache_root, read_json
-from jaxtune.data.chat import Document
-from jaxtune.data.row import Place
+from jaxtune.data.chat.tokenize import Document
+from jaxtune.data.sources.row import Place
 from jaxtune.objectives.objective import CHOSEN, REJECTED
 
 VERSION = 1

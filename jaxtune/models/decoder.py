@@ -10,14 +10,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxtune.core.axes import constrain
-from jaxtune.core.platforms import platform
-from jaxtune.models.attention import attend
-from jaxtune.models.cache import Cache
+from jaxtune.core.hardware import platform
+from jaxtune.core.sharding import constrain
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.experts import SparseMLP
+from jaxtune.models.kernels.attention import attend
+from jaxtune.models.kernels.mask import Mask
+from jaxtune.models.kv_cache import Cache
 from jaxtune.models.layers import ACTIVATIONS, Dropout, Embedding, Linear, RMSNorm, matmul, softcap
-from jaxtune.models.mask import Mask
+from jaxtune.models.moe import SparseMLP
 from jaxtune.models.remat import LAYER, as_bits, as_float, named, remat
 from jaxtune.models.rope import Rope, no_rotation, phases, rotate, segment_lengths
 

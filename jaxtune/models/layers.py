@@ -11,10 +11,10 @@ from flax import nnx
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, Key
 
-from jaxtune.core.axes import constrain, even
+from jaxtune.core.sharding import constrain, even
 from jaxtune.models.config import NormConfig
-from jaxtune.models.contractions import contract, over_tokens
-from jaxtune.models.quantised import Axes, Quantised, product, product_back
+from jaxtune.models.kernels.dot import contract, over_tokens
+from jaxtune.models.kernels.quantized import Axes, Quantised, product, product_back
 from jaxtune.models.remat import PROJECTION, named
 
 INIT_STD = 0.02

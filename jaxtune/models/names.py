@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.families import FAMILIES
+from jaxtune.models.families.from_hf import FAMILIES
 
 STACK, EXPERTS = "layers", "experts"
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, UInt16
 
-from jaxtune.core.platforms import platform
+from jaxtune.core.hardware import platform
 
 PROJECTION = "projection"
 """Name of the output of a linear layer, adapter included."""

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxtune.core.axes import constrain, cuts, ways
-from jaxtune.core.platforms import platform
-from jaxtune.models.contractions import contract
+from jaxtune.core.hardware import platform
+from jaxtune.core.sharding import constrain, cuts, ways
+from jaxtune.models.kernels.dot import contract
 from jaxtune.models.layers import matmul, softcap
 
 CHUNK = 256  # tokens; an accelerator reads the head anew for each chunk, so that fewer would starve it

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune.objectives.answers import answers
 from jaxtune.objectives.objective import CHOSEN, Batch, Networks, Objective, Pass, Sums
+from jaxtune.objectives.sequence_log_probs import answers
 
 
 def dpo(beta: float, kind: str, smoothing: float) -> Objective:

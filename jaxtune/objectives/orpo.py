@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune.objectives.answers import answers
 from jaxtune.objectives.dpo import pair_sums
 from jaxtune.objectives.objective import Batch, Networks, Objective, Pass, Sums
+from jaxtune.objectives.sequence_log_probs import answers
 
 
 def orpo(beta: float) -> Objective:

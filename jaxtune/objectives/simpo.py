@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 
-from jaxtune.objectives.answers import answers
 from jaxtune.objectives.dpo import pair_sums
 from jaxtune.objectives.objective import Batch, Networks, Objective, Pass, Sums
+from jaxtune.objectives.sequence_log_probs import answers
 
 
 def simpo(beta: float, margin: float, smoothing: float) -> Objective:

@@ -9,8 +9,8 @@ from jaxtune.core.errors import UserError
 from jaxtune.core.files import read_json, read_jsonl, write_text
 from jaxtune.report.charts import confusion, curve, histogram
 from jaxtune.report.document import document, ends, grid, number, table
-from jaxtune.train.metrics import figures_of, read_metrics
-from jaxtune.train.rundir import CONFIG, DATA_SUMMARY, ENVIRONMENT, PREDICTIONS, SAMPLES, VERIFICATION, read_config
+from jaxtune.tracking.metrics_log import figures_of, read_metrics
+from jaxtune.tracking.run_directory import CONFIG, DATA_SUMMARY, ENVIRONMENT, PREDICTIONS, SAMPLES, VERIFICATION, read_config
 
 _TITLES = {
     "loss": "Loss, nats per supervised token",

@@ -10,13 +10,13 @@ import optuna
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 
-from jaxtune.config.loading import load_sweep
+from jaxtune.config.load import load_sweep
 from jaxtune.config.sweep import Range, Sweep
 from jaxtune.core.errors import UserError
 from jaxtune.core.files import write_text
 from jaxtune.report.charts import curve, drawn
 from jaxtune.report.document import Cell, document, ends, grid, number, table
-from jaxtune.train.metrics import read_metrics
+from jaxtune.tracking.metrics_log import read_metrics
 
 NAME, BASE, STUDY, TRIALS, REPORT = "sweep.yaml", "base.yaml", "study.db", "trials", "report.html"
 _LEAST, _MANY = 4, 20  # completed trials for a word on importance, and for one that is to be believed

@@ -15,9 +15,12 @@ from jaxtune.core.dtypes import DTYPES
 from jaxtune.core.errors import RunFailure, UserError, listed
 from jaxtune.core.files import new_directory, new_file, refuse_existing, write_json, write_text
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.families import from_hf
-from jaxtune.weights import gguf_models, gguf_tokenizer, gguf_writer, meta, orbax_files, shards
+from jaxtune.models.families.from_hf import from_hf
 from jaxtune.weights.card import card
+from jaxtune.weights.formats import hf_directory, meta, orbax
+from jaxtune.weights.formats.gguf import models as gguf_models
+from jaxtune.weights.formats.gguf import tokenizer as gguf_tokenizer
+from jaxtune.weights.formats.gguf import writer as gguf_writer
 from jaxtune.weights.load import checked, load_model
 from jaxtune.weights.merge import merged
 from jaxtune.weights.peft import Adapter, attach

@@ -13,16 +13,16 @@ from jax.sharding import Mesh
 
 from jaxtune.adapters import pissa
 from jaxtune.adapters.lora import LoRAParam
+from jaxtune.core.distributed import fetch
 from jaxtune.core.errors import RunFailure
 from jaxtune.core.files import new_directory, write_text
-from jaxtune.core.processes import fetch
 from jaxtune.models.decoder import CausalLM
-from jaxtune.models.quantised import Quantised
+from jaxtune.models.kernels.quantized import Quantised
 from jaxtune.weights.card import card
 from jaxtune.weights.convert import convert_model
 from jaxtune.weights.load import checked, load_model
+from jaxtune.weights.mapping import rows
 from jaxtune.weights.peft import attach, open_adapter, write_adapter
-from jaxtune.weights.rows import rows
 from jaxtune.weights.source import Changed, Source
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
 from jaxtune.weights.verify import SAME, Comparison, Texts, difference, logits, texts_of, torch_logits, torch_model, why_not_torch

@@ -11,17 +11,17 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxtune.adapters.selection import Selection
-from jaxtune.core.axes import sharding, ways
 from jaxtune.core.dtypes import compute_dtype, storage_dtype
 from jaxtune.core.errors import UserError, listed
+from jaxtune.core.sharding import sharding, ways
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import CausalLM, abstract_model
-from jaxtune.models.experts import Stacked
-from jaxtune.models.families import from_hf
+from jaxtune.models.families.from_hf import from_hf
+from jaxtune.models.kernels.quantized import Quantised
 from jaxtune.models.layers import Linear
-from jaxtune.models.quantised import Quantised
-from jaxtune.weights.quantise import KINDS, check_quantisable, quantised, quantised_shapes
-from jaxtune.weights.rows import Row, check, rows
+from jaxtune.models.moe import Stacked
+from jaxtune.weights.mapping import Row, check, rows
+from jaxtune.weights.quantize import KINDS, check_quantisable, quantised, quantised_shapes
 from jaxtune.weights.source import Source
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
 

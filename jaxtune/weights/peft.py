@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 from jaxtune.adapters.config import ALL_LINEAR, LoRAConfig
 from jaxtune.adapters.inject import adapted, inject, module_names
 from jaxtune.adapters.lora import LoRAParam
-from jaxtune.core.axes import sharding
+from jaxtune.core.distributed import fetch
 from jaxtune.core.errors import UserError, listed
 from jaxtune.core.files import read_json, write_json
-from jaxtune.core.processes import fetch
+from jaxtune.core.sharding import sharding
 from jaxtune.models.decoder import CausalLM
-from jaxtune.weights.rows import rows
-from jaxtune.weights.safetensors_files import open_file
+from jaxtune.weights.formats.safetensors_files import open_file
+from jaxtune.weights.mapping import rows
 from jaxtune.weights.tensors import Tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -8,8 +8,11 @@ from typing import Any
 
 from jaxtune.core.errors import UserError
 from jaxtune.core.files import read_json
-from jaxtune.weights import gguf_models, gguf_tokenizer, hub, meta, orbax_files, shards
-from jaxtune.weights.gguf_file import GGUF, open_gguf
+from jaxtune.weights import hub
+from jaxtune.weights.formats import hf_directory, meta, orbax
+from jaxtune.weights.formats.gguf import models as gguf_models
+from jaxtune.weights.formats.gguf import tokenizer as gguf_tokenizer
+from jaxtune.weights.formats.gguf.file import GGUF, open_gguf
 from jaxtune.weights.tensors import Tensors
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
@@ -87,9 +90,9 @@ class Directory(Source):
     def tensors(self) -> Tensors:
         """See Source."""
         return (
-            orbax_files.open_directory(self.path)
-            if (self.path / orbax_files.FOLDER).is_dir()
-            else shards.open_directory(self.path)
+            orbax.open_directory(self.path)
+            if (self.path / orbax.FOLDER).is_dir()
+            else hf_directory.open_directory(self.path)
         )
 
     def tokenizer(self) -> Any | None:
@@ -104,7 +107,7 @@ class Directory(Source):
 
     def transformers(self) -> dict[str, str] | None:
         """See Source."""
-        return None if (self.path / orbax_files.FOLDER).is_dir() else {"pretrained_model_name_or_path": str(self.path)}
+        return None if (self.path / orbax.FOLDER).is_dir() else {"pretrained_model_name_or_path": str(self.path)}
 
 
 @dataclass(frozen=True)

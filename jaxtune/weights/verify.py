@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxtune.core.distributed import fetch, several
 from jaxtune.core.errors import RunFailure
-from jaxtune.core.processes import fetch, several
 from jaxtune.models.decoder import CausalLM
 from jaxtune.weights.source import Source
 

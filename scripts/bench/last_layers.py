@@ -16,14 +16,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxtune.config.loading import load_config
+from jaxtune.config.load import load_config
 from jaxtune.core.mesh import make_mesh
 from jaxtune.data.loader import on_devices
 from jaxtune.objectives.objective import Batch
-from jaxtune.train.methods import trained_model
-from jaxtune.train.setup import assembled, parameters
-from jaxtune.train.step import init_state, train_step
-from jaxtune.weights.packaged import smollm2
+from jaxtune.training.methods import trained_model
+from jaxtune.training.setup import assembled, parameters
+from jaxtune.training.step import init_state, train_step
+from jaxtune.weights.bundled import smollm2
 from jaxtune.weights.source import resolve
 
 ROWS, LENGTH, LAST = 4, 256, 4

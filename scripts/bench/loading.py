@@ -32,9 +32,9 @@ def make(directory: Path, parameters: float) -> int:
     from flax import nnx
 
     from jaxtune.models.decoder import abstract_model
-    from jaxtune.models.families import from_hf
-    from jaxtune.weights import shards
-    from jaxtune.weights.rows import rows
+    from jaxtune.models.families.from_hf import from_hf
+    from jaxtune.weights.formats import hf_directory
+    from jaxtune.weights.mapping import rows
     from jaxtune.weights.tensors import LazyTensor
 
     layers = max(1, round((parameters - 128256 * 3072) / (3072 * (3072 * 2 + 2 * 1024 + 3 * 8192))))
@@ -50,7 +50,7 @@ def make(directory: Path, parameters: float) -> int:
         return LazyTensor(shape, dtype, read)
 
     table = rows(nnx.split(abstract_model(config, dtype, dtype))[1], config)
-    shards.write_directory(directory, {name: tensor(row.shape) for row in table for name in row.names}, 2_000_000_000)
+    hf_directory.write_directory(directory, {name: tensor(row.shape) for row in table for name in row.names}, 2_000_000_000)
     (directory / "config.json").write_text(json.dumps(raw))
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
@@ -111,7 +111,7 @@ def _ours(task: str, directory: str, rank: int, port: int) -> dict:
     if task == "two":
         jax.distributed.initialize(f"localhost:{port}", 2, rank)
     from jaxtune.core.mesh import make_mesh
-    from jaxtune.weights import safetensors_files
+    from jaxtune.weights.formats import safetensors_files
     from jaxtune.weights.load import load_model
     from jaxtune.weights.source import resolve
     from jaxtune.weights.tensors import LazyTensor

@@ -12,8 +12,8 @@ what they replace + temporaries), `peak` the compiler's own figure. `--record` a
 import argparse
 from pathlib import Path
 
-from jaxtune.config.loading import load_config
-from jaxtune.plan.plan import Plan, plans
+from jaxtune.config.load import load_config
+from jaxtune.planning.planner import Plan, plans
 
 GIB, LENGTH = 2**30, 2048
 NAMES = {"1B": "Llama-3.2-1B", "8B": "Llama-3.1-8B", "70B": "Llama-3.3-70B", "405B": "Llama-3.1-405B"}

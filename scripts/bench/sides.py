@@ -35,7 +35,7 @@ def random_ids(rows=ROWS, length=LENGTH):
 
 
 def model_path():
-    from jaxtune.weights.packaged import smollm2
+    from jaxtune.weights.bundled import smollm2
 
     return Path(os.environ.get("BENCH_MODEL") or smollm2())
 
@@ -52,11 +52,11 @@ def torch_model(dtype, **options):
 
 def news():
     """The quickstart's rows: `(ids, supervised)` each."""
-    from jaxtune.cli.news import write_news
     from jaxtune.config.schema import DataSection
     from jaxtune.data.prepare import prepare
-    from jaxtune.weights.packaged import smollm2
+    from jaxtune.weights.bundled import smollm2
     from jaxtune.weights.source import resolve
+    from jaxtune.workflows.news import write_news
 
     with tempfile.TemporaryDirectory() as folder:
         trained, _ = write_news(Path(folder))
@@ -71,15 +71,15 @@ class Jaxtune:
         import jax
         import numpy as np
 
-        from jaxtune.config.loading import load_config
-        from jaxtune.core.memory import give_back
+        from jaxtune.config.load import load_config
+        from jaxtune.core.hardware import give_back
         from jaxtune.core.mesh import make_mesh
         from jaxtune.data.loader import Plan, on_devices
         from jaxtune.data.packing import Layout
         from jaxtune.objectives.objective import Batch
-        from jaxtune.train.methods import trained_model
-        from jaxtune.train.setup import assembled
-        from jaxtune.train.step import init_state, train_step
+        from jaxtune.training.methods import trained_model
+        from jaxtune.training.setup import assembled
+        from jaxtune.training.step import init_state, train_step
         from jaxtune.weights.source import resolve
 
         self.mesh, source = make_mesh(), resolve(str(model_path()))
@@ -264,7 +264,7 @@ class Tokens:
         self.rows, prompts = rows, random_ids(rows, 32)[:, :-1]
         if name == "jaxtune":
             from jaxtune.core.mesh import make_mesh
-            from jaxtune.generate.engine import Engine
+            from jaxtune.inference.engine import Engine
             from jaxtune.weights.load import load_model
             from jaxtune.weights.source import resolve
 

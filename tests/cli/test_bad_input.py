@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxtune.cli.main import main
 from jaxtune.core.errors import UserError
-from tests import tools
+from tests.support import tools
 
 GOOD = tools.chat("1+1?", "2")
 

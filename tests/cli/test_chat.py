@@ -13,12 +13,12 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from jaxtune.chatting import Chat, Voice
-from jaxtune.generate.sampling import Sampling
-from jaxtune.opening import Loaded
+from jaxtune.inference.chat import Chat, Voice
+from jaxtune.inference.sampling import Sampling
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
-from tests import tools
+from jaxtune.workflows.load import Loaded
+from tests.support import tools
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -111,7 +111,7 @@ def test_a_conversation_longer_than_the_model_says_so(loaded):
 def test_in_a_terminal_ctrl_c_stops_the_answer_and_not_the_program(chat_model):
     """The real program on a pseudo-terminal: the answer of up to 400 tokens comes in pieces, and is cut off."""
     lead, follow = pty.openpty()
-    command = [sys.executable, "-m", "jaxtune.cli", "chat", str(chat_model), "--max-new-tokens", "400", "--temperature", "1.5"]
+    command = [sys.executable, "-m", "jaxtune", "chat", str(chat_model), "--max-new-tokens", "400", "--temperature", "1.5"]
     process = subprocess.Popen(
         command,
         stdin=follow,

@@ -8,7 +8,7 @@ import pytest
 
 from jaxtune.cli.main import main
 from jaxtune.data.inspect import histogram
-from tests import tools
+from tests.support import tools
 
 ROWS = [tools.chat(f"{a}+{b}?", "odd" if (a + b) % 2 else "even") for a in range(5) for b in range(6)]
 

@@ -6,20 +6,20 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxtune.config.loading import dump, keys, load_config, schema
+from jaxtune.config.load import dump, keys, load_config, schema
 from jaxtune.config.schema import Config
 from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
-from jaxtune.train import setup
-from jaxtune.train.checkpoint import steps_saved
-from jaxtune.train.methods import adopt_adapter
-from jaxtune.train.metrics import read_metrics
-from jaxtune.train.progress import Reporter
-from jaxtune.train.rundir import read_config
-from jaxtune.training import run
+from jaxtune.tracking.metrics_log import read_metrics
+from jaxtune.tracking.progress import Reporter
+from jaxtune.tracking.run_directory import read_config
+from jaxtune.training import setup
+from jaxtune.training.checkpoint import steps_saved
+from jaxtune.training.methods import adopt_adapter
 from jaxtune.weights import export
 from jaxtune.weights.peft import write_adapter
-from tests import tools
+from jaxtune.workflows.train import run
+from tests.support import tools
 from tests.weights.test_peft import with_adapter
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -75,7 +75,7 @@ def observe(overrides, directory, monkeypatch):
     """All that a run records, times apart; on one device unless the mesh is the subject, and without sample answers, which cost time."""
     if not any(override.startswith("mesh.") for override in overrides):
         monkeypatch.setattr(setup, "make_mesh", lambda *sizes: make_mesh(devices=jax.devices()[:1]))
-    monkeypatch.setattr("jaxtune.samples._answers", lambda parts, model, samples: [""] * len(samples))
+    monkeypatch.setattr("jaxtune.workflows.samples._answers", lambda parts, model, samples: [""] * len(samples))
     monkeypatch.setattr(export, "why_not_torch", lambda source, *packages: "not the subject here")
     monkeypatch.setattr("jaxtune.core.runtime.start", lambda *_: None)
     config = load_config(overrides=[*overrides, f"run.dir={directory}"])

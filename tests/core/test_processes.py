@@ -3,8 +3,8 @@
 import pytest
 
 from jaxtune.cli.main import main
+from jaxtune.core.distributed import find, first_host, from_lead, is_lead, several
 from jaxtune.core.errors import UserError
-from jaxtune.core.processes import find, first_host, from_lead, is_lead, several
 
 SLURM = {
     "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",

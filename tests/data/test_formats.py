@@ -5,10 +5,10 @@ import json
 import pytest
 
 from jaxtune.config.schema import DataSection
-from jaxtune.data.formats import conversation, detect, preference
+from jaxtune.data.formats.conversation import conversation, detect, preference
 from jaxtune.data.prepare import conversations
-from jaxtune.data.row import BadRow, Place, Row
-from tests import tools
+from jaxtune.data.sources.row import BadRow, Place, Row
+from tests.support import tools
 
 U, A, S = ({"role": role, "content": text} for role, text in (("user", "1+1?"), ("assistant", "2"), ("system", "Add.")))
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

@@ -11,7 +11,7 @@ from jaxtune.data.loader import Plan
 from jaxtune.data.packing import Layout
 from jaxtune.data.prepare import prepare
 from jaxtune.objectives.objective import CHOSEN, MISMATCHED, REJECTED
-from tests import tools
+from tests.support import tools
 
 ROWS = [{"prompt": f"{n}?", "chosen": f"yes {n}", "rejected": "no" * (n + 1)} for n in range(6)]
 

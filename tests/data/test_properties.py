@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from jaxtune.config.schema import DataSection
 from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
-from jaxtune.data.chat import Tokeniser
+from jaxtune.data.chat.tokenize import Tokeniser
 from jaxtune.data.examples import Part, in_memory
-from jaxtune.data.formats import conversation
+from jaxtune.data.formats.conversation import conversation
 from jaxtune.data.loader import Plan, batches, local_rows
 from jaxtune.data.packing import Layout, plan_epoch
 from jaxtune.data.prepare import prepare
-from jaxtune.data.row import BadRow, Place, Row
-from tests import tools
-from tests.data.families import FAMILIES, tokenizer
+from jaxtune.data.sources.row import BadRow, Place, Row
+from tests.support import tools
+from tests.support.chat_families import FAMILIES, tokenizer
 
 WORDS = tools.byte_tokenizer()
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -202,7 +202,7 @@ def test_files_of_any_bytes_end_in_rows_or_one_clear_error(data, name):
 
 
 def test_a_row_of_a_million_tokens_and_a_line_beyond_the_limit(tmp_path, monkeypatch):
-    from jaxtune.data import readers
+    from jaxtune.data.sources import readers
 
     path = tmp_path / "rows.jsonl"
     rows = [tools.chat("x" * 1_000_000, "yes"), tools.chat("1+1?", "y" * 1_000_000), tools.chat("1+1?", "2")]
@@ -257,7 +257,7 @@ def test_each_pass_over_a_part_of_a_mixture_is_in_another_order():
     data=st.data(),
 )
 def test_trap28_any_batch_is_known_without_the_ones_before(lengths, packing, shuffle, rows, data):
-    from jaxtune.data.chat import Example
+    from jaxtune.data.chat.tokenize import Example
 
     def plan():
         items = [Example(np.full(size + 1, number, np.int32), np.arange(size + 1) > 0) for number, size in enumerate(lengths)]
@@ -273,7 +273,7 @@ def test_trap28_any_batch_is_known_without_the_ones_before(lengths, packing, shu
 
 
 def test_unpacked_batches_hold_rows_of_like_length_and_few_shapes():
-    from jaxtune.data.chat import Example
+    from jaxtune.data.chat.tokenize import Example
 
     random = np.random.default_rng(0)
     items = [Example(np.zeros(size + 1, np.int32), np.arange(size + 1) > 0) for size in random.integers(1, 500, 2000)]
@@ -307,7 +307,7 @@ def test_the_batches_are_the_same_on_every_mesh(axes):
 
 
 def example_of(size, number):
-    from jaxtune.data.chat import Example
+    from jaxtune.data.chat.tokenize import Example
 
     return Example(np.arange(number, number + size + 1, dtype=np.int32), np.arange(size + 1) > 0)
 
@@ -324,7 +324,7 @@ from jaxtune.core.mesh import make_mesh
 from jaxtune.data.examples import in_memory
 from jaxtune.data.loader import Plan, batches, local_rows
 from jaxtune.data.packing import Layout
-from jaxtune.data.chat import Example
+from jaxtune.data.chat.tokenize import Example
 def example_of(size, number):
     return Example(np.arange(number, number + size + 1, dtype=np.int32), np.arange(size + 1) > 0)
 items = in_memory([example_of(size, n) for n, size in enumerate(np.random.default_rng(1).integers(1, 30, 60))])

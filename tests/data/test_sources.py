@@ -16,9 +16,9 @@ import zstandard
 from jaxtune.config.schema import DataSection, DataSource
 from jaxtune.core.errors import UserError
 from jaxtune.data.prepare import conversations, prepare
-from jaxtune.data.row import BadRow
-from jaxtune.data.sources import EVAL, TRAIN, open_source
-from tests import tools
+from jaxtune.data.sources.row import BadRow
+from jaxtune.data.sources.source import EVAL, TRAIN, open_source
+from tests.support import tools
 
 ROWS = [{"prompt": f"what, is; {n}?\n", "completion": f'"{n}" é 🙂'} for n in range(5)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
@@ -261,7 +261,7 @@ def test_data_sets_of_the_hub(tmp_path, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Sets)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = (
-        "from jaxtune.config.schema import DataSource\nfrom jaxtune.data.sources import open_source\nimport json, sys\n"
+        "from jaxtune.config.schema import DataSource\nfrom jaxtune.data.sources.source import open_source\nimport json, sys\n"
         "for settings in json.loads(sys.argv[1]):\n"
         "    source = open_source(DataSource(source='org/model', **settings), 'train')\n"
         "    print(json.dumps([source.name, [row.value for row in source.rows()]]))\n"

@@ -15,10 +15,10 @@ from jaxtune.config.schema import DataSection
 from jaxtune.core.errors import UserError
 from jaxtune.data import prepare as preparing
 from jaxtune.data import store as stores
-from jaxtune.data.chat import Tokeniser
-from jaxtune.data.formats import Conversation
+from jaxtune.data.chat.tokenize import Tokeniser
+from jaxtune.data.formats.conversation import Conversation
 from jaxtune.data.prepare import prepare
-from tests import tools
+from tests.support import tools
 
 WORDS = tools.byte_tokenizer()
 

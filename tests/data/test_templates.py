@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from jaxtune.data.chat import Tokeniser, prompt_ids
-from jaxtune.data.formats import Conversation
-from jaxtune.data.row import BadRow
-from tests import tools
-from tests.data.families import FAMILIES, MARKED, Family, tokenizer
+from jaxtune.data.chat.tokenize import Tokeniser, prompt_ids
+from jaxtune.data.formats.conversation import Conversation
+from jaxtune.data.sources.row import BadRow
+from tests.support import tools
+from tests.support.chat_families import FAMILIES, MARKED, Family, tokenizer
 
 
 def talk(*contents, system=None, **last):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from jaxtune.core.mesh import make_mesh
-from jaxtune.models import attention, blockwise, cudnn
-from jaxtune.models.attention import attend
-from jaxtune.models.mask import Mask
+from jaxtune.models.kernels import attention, blockwise, cudnn
+from jaxtune.models.kernels.attention import attend
+from jaxtune.models.kernels.mask import Mask
+from jaxtune.models.kernels.splash import Splash
 from jaxtune.models.remat import CUDNN, remat
-from jaxtune.models.splash import Splash
 
 BATCH, TOKENS, HEADS, KV_HEADS, SIZE, SCALE = 2, 256, 4, 2, 32, 0.2
 EVERYTHING = np.iinfo(np.int32).max

@@ -10,15 +10,15 @@ from scipy.stats import norm
 
 from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
+from jaxtune.models.kernels.quantized import NF4_CODES, Quantised, dynamic_value
 from jaxtune.models.layers import matmul
-from jaxtune.models.quantised import NF4_CODES, Quantised, dynamic_value
 from jaxtune.weights.load import load_model
 from jaxtune.weights.merge import merged
 from jaxtune.weights.peft import open_adapter, write_adapter
-from jaxtune.weights.quantise import to_int8, to_nf4
+from jaxtune.weights.quantize import to_int8, to_nf4
 from jaxtune.weights.source import Changed, resolve
-from tests import tools
-from tests.steps import Steps, ragged_batch
+from tests.support import tools
+from tests.support.steps import Steps, ragged_batch
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

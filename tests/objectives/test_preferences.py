@@ -9,10 +9,9 @@ from torch.nn.functional import logsigmoid
 
 from jaxtune.objectives.objective import CHOSEN, MISMATCHED, REJECTED
 from jaxtune.weights.peft import write_adapter
-from tests import tools
-from tests.parity import peft_side
 from tests.parity.test_methods import assert_close, plain
-from tests.steps import Steps, batch_of, random_rows, tensors_of
+from tests.support import peft_side, tools
+from tests.support.steps import Steps, batch_of, random_rows, tensors_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -7,14 +7,13 @@ import pytest
 import torch
 from flax import nnx
 
-from jaxtune.generate.engine import Engine
+from jaxtune.inference.engine import Engine
 from jaxtune.models.names import names_of
 from jaxtune.objectives.objective import PLAIN, Batch
 from jaxtune.objectives.sft import sft
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
-from tests import tools
-from tests.parity import families
+from tests.support import families, tools
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

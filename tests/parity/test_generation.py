@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from jaxtune.generate.engine import Engine
+from jaxtune.inference.engine import Engine
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
 

@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
-from tests import tools
+from tests.support import tools
 
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 5000.0},
@@ -111,7 +111,7 @@ def test_packed_row_equals_each_segment_alone(tmp_path, one_device):
 
 
 def test_cache_equals_no_cache(tmp_path, one_device):
-    from jaxtune.models.cache import make_cache
+    from jaxtune.models.kv_cache import make_cache
 
     tools.save_model(tmp_path, tools.tiny_config())
     model = load(tmp_path, one_device)

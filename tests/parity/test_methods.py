@@ -12,9 +12,8 @@ from jaxtune.weights.load import load_model
 from jaxtune.weights.merge import merged
 from jaxtune.weights.peft import open_adapter, write_adapter
 from jaxtune.weights.source import Changed, resolve
-from tests import tools
-from tests.parity import peft_side
-from tests.steps import Steps, batch_of, random_rows, tensors_of
+from tests.support import peft_side, tools
+from tests.support.steps import Steps, batch_of, random_rows, tensors_of
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),

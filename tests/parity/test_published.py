@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from transformers import AutoConfig
 
-from jaxtune.models.families import from_hf
+from jaxtune.models.families.from_hf import from_hf
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
-from tests import tools
-from tests.parity import families
+from tests.support import families, tools
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -10,17 +10,16 @@ from flax import nnx
 from transformers import AutoModelForCausalLM
 
 from jaxtune.adapters.inject import split_trainable
-from jaxtune.config.loading import validated
+from jaxtune.config.load import validated
 from jaxtune.data.prepare import prepare
 from jaxtune.models.names import names_of
 from jaxtune.objectives.objective import PLAIN, Batch
 from jaxtune.objectives.sft import sft
-from jaxtune.train.metrics import read_metrics
+from jaxtune.tracking.metrics_log import read_metrics
 from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import attach, open_adapter
 from jaxtune.weights.source import resolve
-from tests import tools
-from tests.parity import peft_side
+from tests.support import peft_side, tools
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from jaxtune.config.loading import dump, load_config
+from jaxtune.config.load import dump, load_config
 from jaxtune.core.errors import UserError
 from jaxtune.report.page import write_report
 

@@ -9,9 +9,9 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 from jaxtune.config.schema import OptimizerSection
 from jaxtune.core.mesh import make_mesh
 from jaxtune.data.loader import on_devices
-from jaxtune.train.optim import schedule
-from jaxtune.train.step import eval_step
-from tests.steps import Steps, leaves, ragged_batch
+from jaxtune.training.optimizer import schedule
+from jaxtune.training.step import eval_step
+from tests.support.steps import Steps, leaves, ragged_batch
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -8,16 +8,16 @@ from flax import nnx
 
 from jaxtune.config.schema import DataSection
 from jaxtune.core.errors import RunFailure, UserError
-from jaxtune.data.chat import Example, Tokeniser, prompt_ids
+from jaxtune.data.chat.tokenize import Example, Tokeniser, prompt_ids
 from jaxtune.data.examples import fed_length, in_memory
-from jaxtune.data.formats import Conversation
+from jaxtune.data.formats.conversation import Conversation
 from jaxtune.data.packing import Layout, build_batch, plan_epoch
 from jaxtune.data.prepare import prepare
-from jaxtune.evals.evaluate import row_losses
+from jaxtune.evaluation.evaluate import row_losses
 from jaxtune.objectives.sft import sft
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
-from tests import tools
+from tests.support import tools
 
 TALK = [
     {"role": "user", "content": "hi there"},

@@ -6,20 +6,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtune.config.loading import validated
+from jaxtune.config.load import validated
 from jaxtune.config.schema import DataSection
-from jaxtune.data.chat import Example
+from jaxtune.data.chat.tokenize import Example
 from jaxtune.data.examples import in_memory
 from jaxtune.data.loader import Plan, batches
 from jaxtune.data.packing import Layout, plan_epoch
-from jaxtune.evals.evaluate import Asked, evaluate
-from jaxtune.train.loop import Evaluator
-from jaxtune.train.progress import Reporter
-from jaxtune.train.setup import setup
-from jaxtune.train.step import init_state
+from jaxtune.evaluation.evaluate import Asked, evaluate
+from jaxtune.tracking.progress import Reporter
+from jaxtune.training.loop import Evaluator
+from jaxtune.training.setup import setup
+from jaxtune.training.step import init_state
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
-from tests import tools
+from tests.support import tools
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -82,7 +82,7 @@ def test_trap24_evaluation_is_weighted_by_tokens_the_same_at_every_batch_size(ch
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tests.parity import peft_side
+    from tests.support import peft_side
 
     source = resolve(str(chat_model))
     model, tokenizer = load_model(source, one_device), source.tokenizer()
@@ -93,7 +93,7 @@ def test_trap24_evaluation_is_weighted_by_tokens_the_same_at_every_batch_size(ch
         for size in (1, 3, 11, 16)
     ]
     reference = AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float32)
-    from jaxtune.data.formats import Conversation
+    from jaxtune.data.formats.conversation import Conversation
 
     items = [tools.tokenise(tokenizer, Conversation("", row["messages"], False), "responses") for row in rows]
     total, count = peft_side.token_loss(reference, [(item.ids, item.supervised) for item in items])

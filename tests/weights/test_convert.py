@@ -11,13 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jaxtune import convert
 from jaxtune.core.errors import RunFailure, UserError
-from jaxtune.weights import shards
 from jaxtune.weights.convert import convert_model
+from jaxtune.weights.formats import hf_directory
 from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import open_adapter
 from jaxtune.weights.source import resolve
-from tests import tools
-from tests.parity import families, peft_side
+from tests.support import families, peft_side, tools
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -58,7 +57,7 @@ def test_mixed_dtypes_shards_and_the_files_beside_the_weights_survive(chat_model
         source, lambda tensors: {name: t.to(torch.bfloat16) if "mlp" in name else t for name, t in tensors.items()}
     )
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 259], "temperature": 0.5}))
-    monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(hf_directory, "SHARD_BYTES", 20_000)
     convert(str(source), tmp_path / "b")
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 3
     assert_identical(source, tmp_path / "b")
@@ -281,7 +280,7 @@ def test_what_is_not_the_same_is_not_written(chat_model, tmp_path, one_device, m
     reference.save_pretrained(tmp_path / "adapter")
     with pytest.raises(RunFailure, match="merged weights compute something else"):
         convert_model(tmp_path / "out", resolve(str(chat_model)), "hf", one_device, adapter=open_adapter(tmp_path / "adapter"))
-    monkeypatch.setattr(shards, "write_directory", wrong_by_one_bit(shards.write_directory))
+    monkeypatch.setattr(hf_directory, "write_directory", wrong_by_one_bit(hf_directory.write_directory))
     with pytest.raises(RunFailure, match=r"model\.layers\.1\.mlp\.up_proj\.weight are not what was to be written"):
         convert_model(tmp_path / "out", resolve(str(chat_model)), "hf", one_device)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -10,11 +10,11 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jaxtune.core.errors import UserError
-from jaxtune.models.families import from_hf
+from jaxtune.models.families.from_hf import from_hf
+from jaxtune.weights.bundled import package_directory
 from jaxtune.weights.load import load_model
-from jaxtune.weights.packaged import package_directory
 from jaxtune.weights.source import resolve
-from tests import tools
+from tests.support import tools
 
 
 def test_trap11_real_file_logits_equal_transformers(smollm2, one_device):

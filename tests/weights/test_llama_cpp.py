@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import jaxtune
-from tests import tools
-from tests.parity import families
+from tests.support import families, tools
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -20,8 +20,7 @@ from jaxtune.weights.export import export_adapter
 from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import attach, entries, open_adapter, write_adapter
 from jaxtune.weights.source import resolve
-from tests import tools
-from tests.parity import peft_side
+from tests.support import peft_side, tools
 
 TEXTS = verify.padded([[5, 9, 200, 7, 3], [1, 2, 3, 4, 5, 6, 7]])
 

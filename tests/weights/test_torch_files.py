@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from jaxtune.core.errors import UserError
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
-from tests import tools
+from tests.support import tools
 
 IDS = np.random.default_rng(0).integers(0, 256, (2, 12))
 

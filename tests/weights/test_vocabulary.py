@@ -11,17 +11,16 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import jaxtune
-from jaxtune.config.loading import load_config
+from jaxtune.config.load import load_config
 from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
-from jaxtune.train.progress import Reporter
-from jaxtune.training import run
+from jaxtune.tracking.progress import Reporter
 from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import write_adapter
 from jaxtune.weights.source import resolve
 from jaxtune.weights.vocabulary import with_tokens
-from tests import tools
-from tests.parity import peft_side
+from jaxtune.workflows.train import run
+from tests.support import peft_side, tools
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

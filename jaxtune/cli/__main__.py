@@ -1,7 +1,0 @@
-"""`python -m jaxtune.cli`, the same as the command `jaxtune`."""
-
-import sys
-
-from jaxtune.cli.main import main
-
-sys.exit(main())

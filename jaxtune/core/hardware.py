@@ -1,0 +1,80 @@
+"""Devices: what kind a program is made for, what memory they have, and what programs and arrays take of it."""
+
+import ctypes
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+_UNKNOWN = 8 * 2**30
+
+
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: of the current mesh, whose devices may be described only (see `plan`), else of this machine."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    found = (device.platform if device is not None else None) or jax.default_backend()
+    return "gpu" if found in ("cuda", "rocm") else found
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device, as the compiler counts them.
+
+    Attributes:
+        argument: weights, state and batch.
+        output: results.
+        alias: results that take the place of arguments.
+        temp: everything between.
+
+    """
+
+    argument: int
+    output: int
+    alias: int
+    temp: int
+
+    @classmethod
+    def of(cls, program: Any) -> "Memory | None":
+        """Of a program of JAX; None where its platform does not tell."""
+        found = program.memory_analysis()
+        if found is None:
+            return None
+        sizes = (getattr(found, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp"))
+        return cls(*sizes)
+
+    @property
+    def peak(self) -> int:
+        """Bytes at most: arguments, results that do not replace them, and temporaries, as if all were there at once."""
+        return self.argument + self.output - self.alias + self.temp
+
+
+def bytes_here(tree: Any) -> int:
+    """Bytes of a tree of arrays, or of shapes with shardings, on one device."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
+        key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        total += math.prod(shape) * (8 if key else leaf.dtype.itemsize)
+    return total
+
+
+def give_back() -> None:
+    """Return to the system what was freed, such as a compiler's memory, where the C library keeps it otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def capacity() -> int:
+    """Bytes that a device of this machine has for programs; CPU devices share the machine's."""
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit:
+        return int(limit)
+    info = Path("/proc/meminfo")
+    lines = dict(line.split(":") for line in info.read_text().splitlines()) if info.exists() else {}
+    whole = int(lines["MemTotal"].split()[0]) * 1024 if "MemTotal" in lines else _UNKNOWN
+    return whole // jax.local_device_count()

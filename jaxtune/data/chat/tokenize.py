@@ -1,0 +1,202 @@
+"""From conversations to the tokens that are fed and the ones that are supervised.
+
+Tokens are what the tokenizer's own chat template gives, here, in evaluation and in generation. The mask is made by position: the
+characters of the answers are known from the rendering, and mapped to tokens by the tokenizer's own offsets.
+"""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxtune.data.chat.template import ChatTemplate, Rendering, Span, plain_template
+from jaxtune.data.formats.conversation import Conversation
+from jaxtune.data.sources.readers import is_text
+from jaxtune.data.sources.row import BadRow
+
+_NEAR_END = 4
+
+
+@dataclass(frozen=True)
+class Example:
+    """Tokens of a row.
+
+    Attributes:
+        ids: int32 token ids.
+        weights: for every token how much predicting it counts; 0 where it is not supervised.
+
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """For every token whether predicting it is trained."""
+        return self.weights > 0
+
+
+class Document(NamedTuple):
+    """A tokenised row, or one answer's part of it, uncut.
+
+    Attributes:
+        conversation: what it says.
+        ids: int32 token ids.
+        spans: token ranges that are supervised, disjoint and in order, with their weights.
+        rewritten: see `template.Rendering`.
+
+    """
+
+    conversation: Conversation
+    ids: np.ndarray
+    spans: tuple[Span, ...]
+    rewritten: bool = False
+
+    def example(self) -> Example:
+        """Its tokens with a weight each."""
+        weights = np.zeros(len(self.ids), np.float32)
+        for span in self.spans:
+            weights[span.begin : span.end] = span.weight
+        return Example(self.ids, weights)
+
+
+class Tokeniser:
+    """Tokenises rows for training, many at a time.
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        train_on: `responses`, `last` (the last response only) or `all` tokens. Of a text all tokens are trained.
+        day: the date for templates that print one; today's by default.
+
+    """
+
+    def __init__(self, tokenizer: Any, train_on: str, day: date | None = None) -> None:
+        self.tokenizer, self.train_on = tokenizer, train_on
+        self._template = template_of(tokenizer, day)
+        self._has_own = bool(tokenizer.chat_template)
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+
+    def __call__(self, conversations: Sequence[Conversation]) -> list[list[Document] | BadRow]:
+        """The documents of each conversation; bad ones as errors."""
+        return self.encode(self.render(conversations))
+
+    def render(self, conversations: Sequence[Conversation]) -> list[list[Rendering] | BadRow]:
+        """The texts to encode; for what goes through no template, the conversation as it is."""
+        found: list[list[Rendering] | BadRow] = [[] for _ in conversations]
+        chats = []
+        for number, conversation in enumerate(conversations):
+            if not all(is_text(message["content"]) for message in conversation.messages):
+                found[number] = BadRow(conversation.place, "a text has half of a surrogate pair, which is no character.")
+            elif self._templated(conversation):
+                chats.append(number)
+            elif not self._has_own and self._eos is None:
+                found[number] = BadRow(
+                    conversation.place,
+                    "the tokenizer has neither a chat template nor an EOS token, so an answer could not be ended.",
+                )
+            else:
+                found[number] = [Rendering(conversation, "", ())]
+        texts = self._template.renderings([conversations[number] for number in chats], self.train_on)
+        for number, text in zip(chats, texts, strict=True):
+            found[number] = text
+        return found
+
+    def encode(self, rendered: Sequence[list[Rendering] | BadRow]) -> list[list[Document] | BadRow]:
+        """The tokens of what was rendered. Runs without Python's lock for most of its time."""
+        flat = [part for parts in rendered if not isinstance(parts, BadRow) for part in parts]
+        documents = iter(self._documents(flat))
+        return [parts if isinstance(parts, BadRow) else [next(documents) for _ in parts] for parts in rendered]
+
+    def _documents(self, parts: list[Rendering]) -> list[Document]:
+        found: list[Document | None] = [None] * len(parts)
+        chats = [number for number, part in enumerate(parts) if self._templated(part.conversation)]
+        for number, encoding in zip(chats, self._encode([parts[n].text for n in chats], False), strict=True):
+            part = parts[number]
+            spans = tuple(_tokens_of(encoding, span, len(part.text)) for span in part.spans)
+            found[number] = Document(part.conversation, _int32(encoding.ids), spans, part.rewritten)
+        plain = [number for number, part in enumerate(parts) if not self._templated(part.conversation)]
+        prompts = self._encode([_opening(parts[n].conversation) for n in plain], True)
+        answers = self._encode(["" if parts[n].conversation.text else parts[n].conversation.answer or "" for n in plain], False)
+        for number, prompt, answer in zip(plain, prompts, answers, strict=True):
+            found[number] = self._plain(parts[number].conversation, prompt.ids, answer.ids)
+        return [document for document in found if document is not None]
+
+    def _plain(self, conversation: Conversation, prompt: list[int], answer: list[int]) -> Document:
+        """Prompt, completion and EOS, which is also how generation begins: with the prompt's own tokens."""
+        ids = _int32([*prompt, *answer])
+        if self._eos is not None and (len(ids) == 0 or ids[-1] != self._eos) and conversation.answer is not None:
+            ids = np.append(ids, np.int32(self._eos))
+        begin = 0 if conversation.text or self.train_on == "all" else len(prompt)
+        return Document(conversation, ids, (Span(begin, len(ids), 1.0),) if begin < len(ids) else ())
+
+    def _encode(self, texts: list[str], special: bool) -> list[Any]:
+        return self._backend.encode_batch(texts, add_special_tokens=special) if texts else []
+
+    def _templated(self, conversation: Conversation) -> bool:
+        return not conversation.text and (self._has_own or not conversation.plain)
+
+    @cached_property
+    def _eos(self) -> int | None:
+        return self.tokenizer.eos_token_id
+
+
+def prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
+    """The ids that generation starts from, the answer not begun; of a text, those of the text.
+
+    Raises:
+        BadRow: the chat template refuses the conversation.
+
+    """
+    if conversation.text or (conversation.plain and not tokenizer.chat_template):
+        return tokenizer(_opening(conversation))["input_ids"]
+    asked = Conversation(conversation.place, conversation.prompt, options=conversation.options)
+    (text,) = template_of(tokenizer).render([(asked, True)])
+    if isinstance(text, BadRow):
+        raise text
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def template_of(tokenizer: Any, day: date | None = None) -> ChatTemplate:
+    """The tokenizer's chat template, or the plain one for tokenizers that bring none."""
+    return ChatTemplate(tokenizer, tokenizer.chat_template or plain_template(tokenizer), day)
+
+
+def _int32(ids: list[int]) -> np.ndarray:
+    return np.frombuffer(array("i", ids), np.int32)  # twice as fast as np.array, which looks at every number's type
+
+
+def _opening(conversation: Conversation) -> str:
+    """What a row without template begins with: the prompt, or of a text the whole."""
+    return conversation.messages[0]["content"]
+
+
+def _tokens_of(encoding: Any, span: Span, length: int) -> Span:
+    """The tokens that overlap a span of characters."""
+    return Span(_token_at(encoding, span.begin, length), _end_token(encoding, span.end, length), span.weight)
+
+
+def _end_token(encoding: Any, char: int, length: int) -> int:
+    """The first token that begins at or after `char`; an answer's end is sought from the end of the row, where it mostly is."""
+    end = len(encoding)
+    for token in range(end - 1, max(end - _NEAR_END, -1), -1):
+        begin, stop = encoding.token_to_chars(token) or (0, 0)
+        if begin < char and stop:
+            return token + 1
+    token = _token_at(encoding, char, length)
+    return token + 1 if token < end and encoding.token_to_chars(token)[0] < char else token
+
+
+def _token_at(encoding: Any, char: int, length: int) -> int:
+    """The first token that has `char` or, where no token has it, the next character that one has."""
+    while char < length:
+        token = encoding.char_to_token(char)
+        if token is not None:
+            return token
+        char += 1
+    return len(encoding)

@@ -1,0 +1,1 @@
+"""Forms of attention, and products of matrices, quantized ones among them."""

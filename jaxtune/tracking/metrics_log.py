@@ -1,0 +1,129 @@
+"""The record of a run: `metrics.jsonl`, each step once, and what a device could do at best."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from jaxtune.core.files import write_jsonl
+from jaxtune.tracking.trackers import Trackers
+
+FILE = "metrics.jsonl"
+
+# Dense bf16 FLOP/s per chip, from the makers' data sheets.
+_PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+class MetricsLog:
+    """Appends rows to `metrics.jsonl`; a row survives the death of the process when `write` returns, and of the machine after `sync`.
+
+    Args:
+        directory: the run directory.
+        step: the step that the run goes on from; rows of later steps, written by a run that was killed, are removed.
+        trackers: take each row too.
+
+    """
+
+    def __init__(self, directory: Path, step: int, trackers: Trackers | None = None) -> None:
+        self._trackers = trackers
+        self.path = directory / FILE
+        kept = [row for row in read_metrics(directory) if row["step"] <= step]
+        write_jsonl(self.path, kept)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row."""
+        self._file.write(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")
+        self._file.flush()
+        if self._trackers:
+            self._trackers.write(row)
+
+    def sync(self) -> None:
+        """Make what was written durable; a checkpoint must not be newer than the rows before it."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Make the file durable and close it."""
+        self.sync()
+        self._file.close()
+        if self._trackers:
+            self._trackers.close()
+
+
+class NoLog(MetricsLog):
+    """What a process that does not write has for a log."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """All whole rows of a run's metrics; a last line cut short by a kill is left out."""
+    path = directory / FILE
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def no_better(rows: list[dict[str, Any]], figure: str) -> int:
+    """How many of the evaluations, from the last one back, were no better than one before them.
+
+    Args:
+        rows: of the log; those that name a task, from before and after training, do not count.
+        figure: by which; less is better of `loss`, more of anything else.
+
+    """
+    on_the_way = (row for row in rows if row["split"] == "eval" and "task" not in row and row.get(figure) is not None)
+    values = [-row[figure] if figure == "loss" else row[figure] for row in on_the_way]
+    return len(values) - 1 - values.index(max(values)) if values else 0
+
+
+def figures_of(row: dict[str, Any]) -> list[str]:
+    """The names of what a row of an evaluation measures, in its order."""
+    return [name for name, value in row.items() if name == "perplexity" or (isinstance(value, float) and name != "epoch")]
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bf16 FLOP/s of a chip, or None where it is not known."""
+    return next((value for name, value in _PEAK_FLOPS.items() if device_kind.startswith(name)), None)
+
+
+def flops_per_token(frozen: int, trainable: int) -> float:
+    """FLOPs of a training step per token: 4 for a frozen parameter (forward, activations' gradient), 6 for one that trains."""
+    return 4.0 * frozen + 6.0 * trainable
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinity where it overflows."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

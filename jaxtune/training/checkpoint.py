@@ -1,0 +1,305 @@
+"""Checkpoints of all that changes: step, trainable leaves, optimizer state, random key. Written while training goes on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxtune.config.schema import Config
+from jaxtune.core import distributed
+from jaxtune.core.errors import RunFailure, UserError, listed
+from jaxtune.training.step import TrainState
+
+DIRECTORY = "checkpoints"
+_SIZES, _BEST, _BAD = "sizes", "best", "bad"
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Of every one that is whole the sizes of its files are kept beside it, by which one that was cut short later is known.
+
+    Args:
+        directory: where they lie, on disk or in an object store (`gs://`, `s3://`).
+        keep: how many stay; older ones are removed when a newer one is whole.
+        warn: called with what is wrong with one that is passed over.
+        before: called before one is written.
+
+    """
+
+    def __init__(
+        self, directory: Any, keep: int = 2, warn: Callable[[str], None] = print, before: Callable[[], None] | None = None
+    ) -> None:
+        import orbax.checkpoint as ocp
+
+        self._ocp, self._warn, self._before, self.path = ocp, warn, before, epath.Path(directory)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=ocp.StandardCheckpointHandler())
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest checkpoint that was finished, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Begin to write a checkpoint; the state may be donated to the next step at once.
+
+        Raises:
+            RunFailure: it, or the one before, cannot be written; those before it are whole.
+
+        """
+        step = int(state.step)
+        if step == self.latest:
+            return
+        try:
+            if self._before:
+                self._before()
+            self._note_sizes()
+            self._manager.save(step, args=self._ocp.args.StandardSave(_flatten(state)))
+        except Exception as error:
+            raise self._unwritten(error) from error
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The newest checkpoint that can be read, laid out like `like`; ones that cannot are put aside.
+
+        Args:
+            like: the state, as arrays or as shapes with shardings.
+
+        Raises:
+            UserError: its leaves are not those of this run, or none can be read.
+
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            wrong = distributed.from_lead(lambda step=step: self._wrong(step))
+            if wrong is None:
+                try:
+                    return self._restored(step, like)
+                except UserError:
+                    raise
+                except Exception as error:
+                    if distributed.several():  # the others may have read their parts
+                        where, why = self.path / str(step), _reason(error)
+                        raise RunFailure(f"{where} cannot be read: {why}. Remove it, to go on from the one before.") from None
+                    wrong = _reason(error)
+            self._put_aside(step, wrong)
+        raise UserError(f"{self.path}: no checkpoint can be read. Start over with --fresh.")
+
+    def _restored(self, step: int, like: TrainState) -> TrainState:
+        flat = _flatten(like)
+        self._check_leaves(step, flat)
+        abstract = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in flat.items()}
+        found = self._manager.restore(step, args=self._ocp.args.StandardRestore(abstract))
+        leaves = [found[name] for name in flat]
+        restored = jax.tree.unflatten(jax.tree.structure(_without_key(like)), leaves[:-1])
+        return restored._replace(key=jax.random.wrap_key_data(leaves[-1]))
+
+    def _check_leaves(self, step: int, flat: dict[str, Any]) -> None:
+        """That a checkpoint has the leaves of this run.
+
+        Raises:
+            UserError: it has not.
+
+        """
+        metadata: Any = self._manager.item_metadata(step)
+        found = {name: tuple(leaf.shape) for name, leaf in metadata.items()}
+        wanted = {name: tuple(leaf.shape) for name, leaf in flat.items()}
+        if found.keys() != wanted.keys():
+            names = listed(sorted(found.keys() ^ wanted.keys()))
+            raise UserError(f"The checkpoint of step {step} has other leaves: {names}.")
+        if wrong := [name for name, shape in wanted.items() if found[name] != shape]:
+            shapes = listed(f"{name} {list(found[name])} instead of {list(wanted[name])}" for name in wrong)
+            raise UserError(f"The checkpoint of step {step} does not fit this configuration: {shapes}.")
+
+    def _wrong(self, step: int) -> str | None:
+        """What is wrong with the files of a checkpoint; None where nothing is, or where nothing is known of them."""
+        noted = self.path / _SIZES / f"{step}.json"
+        if not noted.exists():
+            return None
+        try:
+            wanted, found = json.loads(noted.read_text()), _sizes(self.path / str(step))
+        except (OSError, ValueError) as error:
+            return _reason(error)
+        bad = [name for name, size in wanted.items() if found.get(name) != size]
+        return f"{listed(bad, 2)} missing or cut short" if bad else None
+
+    def _put_aside(self, step: int, wrong: str) -> None:
+        self._warn(f"WARNING: the checkpoint of step {step} cannot be used ({wrong}); going back to the one before.")
+        place = self.path / str(step)
+        if distributed.is_lead():
+            kept = self.path / _BAD / str(step)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            if kept.exists():
+                kept.rmtree()
+            place.rename(kept)
+            (self.path / _SIZES / f"{step}.json").unlink(missing_ok=True)  # not those of the one that will take its place
+        distributed.together("put aside")
+        self._manager.reload()
+
+    def _note_sizes(self) -> None:
+        """Of the checkpoints that are whole note the sizes of their files, and of no others.
+
+        Orbax's callback after a checkpoint comes before it has its name, so this is done when the next one begins and at the end.
+        """
+        if not distributed.is_lead():
+            return
+        folder = self.path / _SIZES
+        folder.mkdir(parents=True, exist_ok=True)
+        steps = set(map(str, steps_in(self.path)))
+        for step in steps:
+            note = folder / f"{step}.json"
+            if not note.exists():
+                _write(note, json.dumps(_sizes(self.path / step)))
+        for note in folder.iterdir():
+            if note.name.removesuffix(".json") not in steps:
+                note.unlink(missing_ok=True)
+
+    def wait(self) -> None:
+        """Block until what is being written is whole.
+
+        Raises:
+            RunFailure: it cannot be written.
+
+        """
+        try:
+            self._manager.wait_until_finished()
+            self._note_sizes()
+        except Exception as error:
+            raise self._unwritten(error) from error
+
+    def close(self) -> None:
+        """Finish writing and release the directory."""
+        self._manager.close()
+
+    def _unwritten(self, error: Exception) -> RunFailure:
+        last = max(steps_in(self.path), default=None)
+        kept = "none was written before" if last is None else f"the one of step {last} is whole"
+        return RunFailure(
+            f"{self.path}: a checkpoint cannot be written: {_reason(error)}; {kept}. Make room or set checkpoint.dir, and start again."
+        )
+
+
+class Best:
+    """The checkpoint with the best evaluation.
+
+    Args:
+        directory: where the run's checkpoints lie.
+        metric: by which; `loss` is better lower, the others higher.
+        warn: see `Checkpoints`.
+
+    """
+
+    def __init__(self, directory: Any, metric: str, warn: Callable[[str], None]) -> None:
+        self.metric = metric
+        self._checkpoints = Checkpoints(epath.Path(directory) / _BEST, 1, warn)
+
+    @property
+    def value(self) -> float | None:
+        """Its metric, or None before the first."""
+        step = self._checkpoints.latest
+        return None if step is None else distributed.from_lead(lambda: json.loads(self._noted(step).read_text()))
+
+    @property
+    def step(self) -> int | None:
+        """Its step."""
+        return self._checkpoints.latest
+
+    def offer(self, state: TrainState, metrics: dict[str, float]) -> None:
+        """Keep this state if it is better than the one that is kept."""
+        value, before = metrics[self.metric], self.value
+        if before is not None and not (value < before if self.metric == "loss" else value > before):
+            return
+        if distributed.is_lead():
+            self._noted(int(state.step)).parent.mkdir(parents=True, exist_ok=True)
+            _write(self._noted(int(state.step)), json.dumps(value))
+        self._checkpoints.save(state)
+        self._checkpoints.wait()
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The best state."""
+        return self._checkpoints.restore(like)
+
+    def close(self) -> None:
+        """Release the directory."""
+        self._checkpoints.close()
+
+    def _noted(self, step: int) -> Any:
+        return self._checkpoints.path / "values" / f"{step}.json"
+
+
+def checkpoints_of(config: Config) -> Any:
+    """Where a run's checkpoints lie.
+
+    Raises:
+        UserError: in an object store whose library is not installed.
+
+    """
+    if config.checkpoint.dir is None:
+        return epath.Path(Path(config.run.dir).resolve() / DIRECTORY)
+    if "://" not in config.checkpoint.dir:
+        return epath.Path(Path(config.checkpoint.dir).expanduser().resolve())
+    try:
+        path = epath.Path(config.checkpoint.dir)
+        path.exists()
+    except (ImportError, KeyError, OSError) as error:
+        raise UserError(
+            f"checkpoint.dir: {config.checkpoint.dir} cannot be reached: {_reason(error)}. For gs:// install gcsfs, for s3:// s3fs, and "
+            "log in there."
+        ) from None
+    return path
+
+
+def steps_saved(config: Config) -> list[int]:
+    """Steps of the whole checkpoints of a run, in order, without opening them."""
+    return steps_in(checkpoints_of(config))
+
+
+def steps_in(path: Any) -> list[int]:
+    """Steps of the whole checkpoints in a folder, in order."""
+    return sorted(int(entry.name) for entry in path.iterdir() if entry.name.isdigit()) if path.is_dir() else []
+
+
+def _sizes(folder: Any) -> dict[str, int]:
+    """Bytes of every file below a folder, by its path in it."""
+    found, left = {}, [folder]
+    while left:
+        for entry in left.pop().iterdir():
+            if entry.is_dir():
+                left.append(entry)
+            else:
+                found[str(entry)[len(str(folder)) + 1 :]] = entry.stat().length
+    return found
+
+
+def _write(path: Any, text: str) -> None:
+    """Write a small file, whole or not at all."""
+    staging = path.parent / f".{path.name}.tmp"
+    staging.write_text(text)
+    staging.replace(path)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _without_key(state: TrainState) -> TrainState:
+    return state._replace(key=None)
+
+
+def _key_data(key: Any) -> Any:
+    """The numbers of a key, or their shape."""
+    if not isinstance(key, jax.ShapeDtypeStruct):
+        return jax.random.key_data(key)
+    shape = jax.eval_shape(jax.random.key_data, key)
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=key.sharding)
+
+
+def _flatten(state: TrainState) -> dict[str, Any]:
+    """Leaves by name, in the tree's order, the key's numbers last."""
+    leaves, _ = jax.tree.flatten_with_path(_without_key(state))
+    flat = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    flat["key"] = _key_data(state.key)
+    return {name: np.asarray(leaf) if isinstance(leaf, np.generic | int | float) else leaf for name, leaf in flat.items()}

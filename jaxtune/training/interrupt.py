@@ -1,0 +1,45 @@
+"""Ctrl-C and SIGTERM end a run after the step at hand, with a checkpoint; of several processes, all after the same step."""
+
+import os
+import signal
+from types import FrameType
+
+from jaxtune.core import distributed
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """While entered, the first signal is remembered; a second one ends the process as it would have without this.
+
+    Where there are several processes, SIGTERM is JAX's: its service agrees with all of them on a step. Ctrl-C is passed on as that.
+    """
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+        self._shared = distributed.several()
+
+    def __enter__(self) -> "StopRequest":
+        mine = (signal.SIGINT,) if self._shared else SIGNALS
+        self._before = {number: signal.signal(number, self._remember) for number in mine}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def after(self, step: int) -> int | None:
+        """The signal for which the run stops after this step; to be asked once a step."""
+        if not self._shared:
+            return self._number
+        from jax.experimental import multihost_utils
+
+        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self._shared:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        self._number = number
+        for other, handler in self._before.items():
+            signal.signal(other, handler)

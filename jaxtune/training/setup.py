@@ -1,0 +1,216 @@
+"""From a configuration to everything a run needs: data first, weights last, so that a mistake is found before they load."""
+
+from dataclasses import dataclass
+from datetime import date
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxtune.adapters.inject import split_trainable
+from jaxtune.config.schema import Config
+from jaxtune.core import distributed
+from jaxtune.core.files import shown
+from jaxtune.core.hardware import bytes_here, capacity
+from jaxtune.core.mesh import make_mesh
+from jaxtune.data.loader import Plan, check_divides
+from jaxtune.models.decoder import CausalLM
+from jaxtune.models.kernels.quantized import Quantised
+from jaxtune.tracking.progress import Reporter
+from jaxtune.training.inputs import account, read_inputs
+from jaxtune.training.methods import described, objective, trained_model
+from jaxtune.training.optimizer import auto_rate, evaluated, leaves_of, optimizer
+from jaxtune.training.remat_auto import Room, chosen
+from jaxtune.training.step import Computation, Frozen, TrainState, init_state, layout
+from jaxtune.weights.load import load_model
+from jaxtune.weights.source import Source
+from jaxtune.weights.vocabulary import Grown
+
+_COPIES = 4  # of what trains: itself, two moments, a gradient
+
+
+class Assembled(NamedTuple):
+    """The step's parts.
+
+    Attributes:
+        computation: the model's structure, the objective and how it is run.
+        trainable: the leaves that train, as training begins.
+        frozen: everything else.
+        optimizer: the update rule over the whole run.
+
+    """
+
+    computation: Computation
+    trainable: nnx.State
+    frozen: Frozen
+    optimizer: optax.GradientTransformation
+
+
+@dataclass
+class Setup:
+    """The parts of a run.
+
+    Attributes:
+        config: the resolved configuration, its learning rate a number.
+        mesh: the devices.
+        source, tokenizer: the base model's origin and its tokenizer.
+        computation, trainable, frozen, optimizer: see `Assembled`.
+        plan: every batch of the run.
+        eval_plan: the evaluation's batches, None where there is no evaluation data.
+
+    """
+
+    config: Config
+    mesh: Mesh
+    source: Source
+    tokenizer: Any
+    computation: Computation
+    trainable: nnx.State
+    frozen: Frozen
+    optimizer: optax.GradientTransformation
+    plan: Plan
+    eval_plan: Plan | None
+
+    @property
+    def cuts(self) -> int:
+        """Micro-batches per optimizer step."""
+        return cuts_of(self.config)
+
+    @cached_property
+    def layout(self) -> TrainState:
+        """Shapes and shardings of the state."""
+        train = self.config.train
+        return layout(self.trainable, self.optimizer, train.seed, self.mesh, average=train.ema > 0)
+
+    def initial(self) -> TrainState:
+        """The state before the first step. Its leaves are copies: the step donates its state, and these are used again."""
+        train, optimizer = self.config.train, self.optimizer
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.layout)
+        make = jax.jit(
+            lambda leaves: init_state(jax.tree.map(jnp.copy, leaves), optimizer, train.seed, average=train.ema > 0),
+            out_shardings=places,
+        )
+        return make(self.trainable)
+
+    def release(self) -> None:
+        """Let go of the leaves as training began, once there is a state."""
+        self.trainable = self.layout.trainable
+
+    def best(self, state: TrainState) -> nnx.State:
+        """The leaves to evaluate and export: those that train, or their average."""
+        return evaluated(self.config.optimizer, state.opt_state, state.trainable) if state.average is None else state.average
+
+    def model(self, state: TrainState) -> CausalLM:
+        """The model to evaluate and export."""
+        return nnx.merge(self.computation.graph, self.best(state), self.frozen.base)
+
+
+def setup(config: Config, reporter: Reporter, day: date | None = None) -> Setup:
+    """Build a run.
+
+    Args:
+        config: the resolved configuration.
+        reporter: progress.
+        day: the date for chat templates that print one; today's by default.
+
+    Raises:
+        UserError: anything that is wrong with the configuration, the data or the weights.
+
+    """
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.context, config.mesh.slices)
+    check_divides(config, mesh)
+    inputs = read_inputs(config, reporter, day)
+    account(inputs.plans, reporter)
+    source = inputs.source
+    reporter.say(f"Loading {shown(config.model.source)}")
+    model = trained_model(config, source, inputs.adapter, mesh)
+    config = _with_rate(config, model, reporter)
+    teacher = None
+    if inputs.teacher is not None:
+        reporter.say(f"Loading {shown(inputs.teacher.name)}, the teacher")
+        teacher = load_model(inputs.teacher, mesh, compute=config.model.compute_dtype)
+    parts = assembled(config, model, len(inputs.plan), teacher, mesh)
+    if config.train.remat == "auto" and parts.computation.remat != "dots":
+        reporter.say(f"train.remat=auto: {parts.computation.remat}, since more seems not to fit")
+    reporter.say(described(config, model, parameters(parts.trainable), parameters(parts.frozen.base), mesh))
+    if isinstance(source, Grown) and inputs.adapter is None:
+        _announce_tokens(source, config, reporter)
+    return Setup(config, mesh, source, inputs.tokenizer, *parts, inputs.plan, inputs.eval_plan)
+
+
+def assembled(
+    config: Config,
+    model: CausalLM,
+    steps: int,
+    teacher: CausalLM | None = None,
+    mesh: Mesh | None = None,
+    memory: int | None = None,
+) -> Assembled:
+    """What the step is made of.
+
+    Args:
+        config: the resolved configuration, its learning rate a number.
+        model: as training begins; see `methods.trained_model`.
+        steps: optimizer steps of the whole run.
+        teacher: for distillation.
+        mesh: the devices; one by default.
+        memory: bytes that each has, by which train.remat=auto goes; by default those of this machine's.
+
+    Raises:
+        UserError: see `optim.optimizer`.
+
+    """
+    train, found = config.train, objective(config)
+    graph, trainable, base = split_trainable(model)
+    structure, leaves = (None, None) if teacher is None else nnx.split(teacher)
+    policy = train.remat
+    if policy == "auto":
+        fixed = bytes_here((base, leaves)) + _COPIES * bytes_here(trainable)
+        room = Room(capacity() if memory is None else memory, fixed)
+        policy = distributed.from_lead(lambda: chosen(config, model, mesh, room))
+    computation = Computation(
+        graph,
+        found,
+        policy,
+        config.model.products == "int8",
+        random=config.adapter.dropout > 0 or train.neftune > 0,
+        noise=train.neftune,
+        teacher=structure,
+    )
+    start = jax.tree.map(_copied, trainable) if found.has_reference else None
+    update = optimizer(config.optimizer, steps, leaves_of(trainable, model.config))
+    return Assembled(computation, trainable, Frozen(base, start, leaves), update)
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.copy(leaf)
+
+
+def _with_rate(config: Config, model: CausalLM, reporter: Reporter) -> Config:
+    """The configuration with a number for the learning rate."""
+    if config.optimizer.learning_rate != "auto":
+        return config
+    rate = auto_rate(model.config, lora=config.adapter.method != "none")
+    reporter.say(f"optimizer.learning_rate=auto: {rate:.2e}")
+    return config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"learning_rate": rate})})
+
+
+def _announce_tokens(source: Grown, config: Config, reporter: Reporter) -> None:
+    note = "train" if config.adapter.train_tokens != "none" else "do NOT train; to train them set adapter.train_tokens=new"
+    if config.adapter.method == "none":
+        note = "train where trainable takes the embeddings"
+    reporter.say(f"{source.describe()}: their rows begin at the mean of the others and {note}")
+
+
+def cuts_of(config: Config) -> int:
+    """Micro-batches per optimizer step."""
+    return config.train.batch_size // (config.train.micro_batch_size or config.train.batch_size)
+
+
+def parameters(state: nnx.State) -> int:
+    """Numbers in a state."""
+    return sum(leaf.size for leaf in jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, Quantised)))
