@@ -1,4 +1,6 @@
-"""Fine-tune LLaMA-family models on TPUs and GPUs with JAX, and hand them back to Hugging Face, proven."""
+"""Fine-tune LLaMA-family models on TPUs and GPUs with JAX, and hand them back to Hugging Face,
+proven.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any

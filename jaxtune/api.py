@@ -13,11 +13,11 @@ from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
 from jaxtune.data.chat.tokenize import prompt_ids
 from jaxtune.data.formats.conversation import Conversation
-from jaxtune.evaluation.evaluate import Asked, Evaluation
+from jaxtune.evaluation.evaluate import EvalOptions, Evaluation
 from jaxtune.evaluation.evaluate import evaluate as evaluate_model
 from jaxtune.inference.engine import Engine, Speed
 from jaxtune.inference.sampling import Sampling
-from jaxtune.inference.text import Said, Speaker
+from jaxtune.inference.text import Completion, TextGenerator
 from jaxtune.planning.planner import Plan
 from jaxtune.planning.planner import plan as plan_run
 from jaxtune.tracking.progress import Reporter
@@ -27,20 +27,29 @@ from jaxtune.weights.convert import convert_model
 from jaxtune.weights.peft import open_adapter
 from jaxtune.weights.source import resolve
 from jaxtune.weights.verify import Comparison
-from jaxtune.weights.vocabulary import for_adapter, tokenizer_for
+from jaxtune.weights.vocabulary import resize_for_adapter, tokenizer_for
 from jaxtune.workflows.export import export_run
-from jaxtune.workflows.load import Loaded, Pair, base_and_adapter, open_both, open_model, with_tokenizer
+from jaxtune.workflows.load import (
+    LoadedModel,
+    Pair,
+    base_and_adapter,
+    open_both,
+    open_model,
+    with_tokenizer,
+)
 from jaxtune.workflows.train import Run, run
 
 Prompt = str | list[dict[str, Any]] | Conversation
 
 
-def load(model: str, adapter: str | None = None, dtype: str = "auto", mesh: Mesh | None = None) -> Pair:
+def load(
+    model: str, adapter: str | None = None, dtype: str = "auto", mesh: Mesh | None = None
+) -> Pair:
     """`(model, tokenizer)`; `model(input_ids)` gives float32 logits.
 
     Args:
-        model: a hub id (org/name or org/name@revision), a directory of Hugging Face's or of Meta's files, a .gguf file or a run
-            directory (whose adapter comes with it).
+        model: a hub id (org/name or org/name@revision), a directory of Hugging Face's or of Meta's
+            files, a .gguf file or a run directory (whose adapter comes with it).
         adapter: a PEFT adapter directory.
         dtype: storage of the weights: auto, float32, bfloat16, float16, int8 or nf4.
         mesh: the devices; all of them by default.
@@ -62,11 +71,12 @@ def train(config: Config | dict | str | Path, *, fresh: bool = False, quiet: boo
         quiet: no progress.
 
     Returns:
-        The run: `dir`, `metrics` (rows of metrics.jsonl), `adapter` or `model` (the directory of what trained), `before` and `after`.
+        The run: `dir`, `metrics` (rows of metrics.jsonl), `adapter` or `model` (the directory of
+            what trained), `before` and `after`.
 
     Raises:
         UserError: anything that is wrong with the configuration, the data or the model.
-        RunFailure: a loss that is not finite, or an export that does not verify.
+        RunError: a loss that is not finite, or an export that does not verify.
 
     """
     runtime.start()
@@ -87,7 +97,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Figures of a model on a file, directory or data set of the hub; see `evaluation.evaluate`.
 
-    The rows of a run directory's model are read as its configuration says (`data.format`, `data.columns`, `data.on_error`).
+    The rows of a run directory's model are read as its configuration says (`data.format`,
+    `data.columns`, `data.on_error`).
 
     Args:
         model: as in `load`, or a loaded pair.
@@ -95,20 +106,25 @@ def evaluate(
         adapter: a PEFT adapter directory.
         task: auto (by the answers), lm, classification, qa, generation or choice.
         batch_size: rows computed together; it changes no number.
-        max_new_tokens: of a generated answer; by default half as many again as the longest one wanted.
-        base: also evaluate the model without its adapter, or what a run began with, and compare the two row by row.
+        max_new_tokens: of a generated answer; by default half as many again as the longest one
+            wanted.
+        base: also evaluate the model without its adapter, or what a run began with, and compare the
+            two row by row.
         against: the same with another model.
         quiet: no progress.
 
     Returns:
-        The figures, with their 95% intervals under `intervals`; with `base` or `against` that model's under `base`, and under
-        `comparison` for each figure the difference, its interval and a p-value.
+        The figures, with their 95% intervals under `intervals`; with `base` or `against` that
+        model's under `base`, and under `comparison` for each figure the difference, its interval
+        and a p-value.
 
     Raises:
         UserError: a bad file, model or task, or a model without a tokenizer.
 
     """
-    return evaluated(model, data, adapter, task, batch_size, max_new_tokens, base, against, Reporter(quiet))[0]
+    return evaluated(
+        model, data, adapter, task, batch_size, max_new_tokens, base, against, Reporter(quiet)
+    )[0]
 
 
 def evaluated(
@@ -125,19 +141,33 @@ def evaluated(
     """Like `evaluate`, with the predictions, row by row."""
     if batch_size < 1:
         raise UserError(f"batch_size = {batch_size}: must be at least 1.")
-    trained_on = read_config(Path(model)).data if isinstance(model, str | Path) and is_run(model) else DataSection()
+    trained_on = (
+        read_config(Path(model)).data
+        if isinstance(model, str | Path) and is_run(model)
+        else DataSection()
+    )
     section = trained_on.model_copy(update={"train": None, "split": None, "eval": str(data)})
     found: list[Evaluation] = []
     for side in _sides(model, adapter, base, against):
-        with reporter.task("Evaluating" if not found else "Evaluating what it is compared with", 1) as bar:
-            asked = Asked(found[0].task if found else task, batch_size, max_new_tokens, bar.update_of)
-            found.append(evaluate_model(side.model, with_tokenizer(side), side.stop_ids, section, asked))
+        with reporter.task(
+            "Evaluating" if not found else "Evaluating what it is compared with", 1
+        ) as bar:
+            asked = EvalOptions(
+                found[0].task if found else task, batch_size, max_new_tokens, bar.update_of
+            )
+            found.append(
+                evaluate_model(side.model, with_tokenizer(side), side.stop_ids, section, asked)
+            )
         del side  # the next is opened when this one is gone
     mine, figures = found[0], found[0].figures()
     for other in found[1:]:
         figures |= {"base": other.figures(), "comparison": mine.against(other)}
         for row, theirs in zip(mine.predictions, other.predictions, strict=True):
-            row["base"] = {name: value for name, value in theirs.items() if name not in ("place", "prompt", "wanted")}
+            row["base"] = {
+                name: value
+                for name, value in theirs.items()
+                if name not in ("place", "prompt", "wanted")
+            }
     return figures, mine.predictions
 
 
@@ -155,7 +185,8 @@ def harness(
     batch_size: int = 32,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """What lm-evaluation-harness finds, by `model` and, with `base` or `against`, `base`; see `evaluation.harness.run_tasks`.
+    """What lm-evaluation-harness finds, by `model` and, with `base` or `against`, `base`; see
+    `evaluation.harness.run_tasks`.
 
     Raises:
         UserError: the harness is not installed, no such task, or a model without a tokenizer.
@@ -164,18 +195,30 @@ def harness(
     try:
         from jaxtune.evaluation.harness import HarnessModel, run_tasks
     except ModuleNotFoundError as error:
-        raise UserError(f"lm-evaluation-harness is not installed ({error.name}): pip install 'jaxtune[harness]'.") from None
-    options = {"include_path": include_path, "limit": limit, "num_fewshot": num_fewshot, "chat": chat}
+        raise UserError(
+            f"lm-evaluation-harness is not installed ({error.name}): pip install "
+            "'jaxtune[harness]'."
+        ) from None
+    options = {
+        "include_path": include_path,
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "chat": chat,
+    }
     found: dict[str, Any] = {}
     for side in _sides(model, adapter, base, against):
         found["base" if found else "model"] = run_tasks(
-            HarnessModel(side.model, with_tokenizer(side), side.stop_ids, batch_size, reporter), tasks, **options
+            HarnessModel(side.model, with_tokenizer(side), side.stop_ids, batch_size, reporter),
+            tasks,
+            **options,
         )
         del side  # the next is opened when this one is gone
     return found
 
 
-def _sides(model: str | Pair, adapter: str | None, base: bool, against: str | None) -> Iterator[Loaded]:
+def _sides(
+    model: str | Pair, adapter: str | None, base: bool, against: str | None
+) -> Iterator[LoadedModel]:
     """The model, and what it is compared with."""
     if base and against:
         raise UserError("--base and --against both name what to compare with. Keep one of them.")
@@ -209,8 +252,8 @@ def generate(
 
     Args:
         model: as in `load`, or a loaded pair.
-        prompts: texts, or lists of messages with role and content. A text is a user's message where the tokenizer has a chat
-            template, and is continued as it is where it has none.
+        prompts: texts, or lists of messages with role and content. A text is a user's message where
+            the tokenizer has a chat template, and is continued as it is where it has none.
         adapter: a PEFT adapter directory.
         max_new_tokens: at most so many tokens each.
         temperature: 0 is greedy.
@@ -228,7 +271,10 @@ def generate(
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     return [
-        said.text for said in generated(model, prompts, adapter, max_new_tokens, sampling, stop, batch_size, Reporter(True))[0]
+        said.text
+        for said in generated(
+            model, prompts, adapter, max_new_tokens, sampling, stop, batch_size, Reporter(True)
+        )[0]
     ]
 
 
@@ -241,54 +287,83 @@ def generated(
     stop: Sequence[str],
     batch_size: int,
     reporter: Reporter,
-) -> tuple[list[Said], Speed]:
+) -> tuple[list[Completion], Speed]:
     """Like `generate`, with tokens, log-probabilities, why each answer ended, and the speed."""
     if max_new_tokens < 1 or batch_size < 1:
-        raise UserError(f"max_new_tokens = {max_new_tokens} and batch_size = {batch_size}: both must be at least 1.")
+        raise UserError(
+            f"max_new_tokens = {max_new_tokens} and batch_size = {batch_size}: both must be at "
+            "least 1."
+        )
     loaded = open_model(model, adapter)
     tokenizer = with_tokenizer(loaded)
-    ids = [prompt_ids(tokenizer, as_conversation(prompt, f"prompt {number + 1}")) for number, prompt in enumerate(prompts)]
+    ids = [
+        prompt_ids(tokenizer, as_conversation(prompt, f"prompt {number + 1}"))
+        for number, prompt in enumerate(prompts)
+    ]
     engine = Engine(loaded.model, loaded.stop_ids, min(batch_size, max(len(prompts), 1)))
     with reporter.task("Generating", len(ids), lazy=True) as bar:
-        return Speaker(engine, tokenizer, stop).answers(ids, max_new_tokens, sampling, bar.update), engine.speed
+        return TextGenerator(engine, tokenizer, stop).answers(
+            ids, max_new_tokens, sampling, bar.update
+        ), engine.speed
 
 
 def export(
-    run_dir: str | Path, to: str = "peft", out: str | Path | None = None, *, dtype: str | None = None, push: str | None = None
+    run_dir: str | Path,
+    to: str = "peft",
+    out: str | Path | None = None,
+    *,
+    dtype: str | None = None,
+    push: str | None = None,
 ) -> Path:
-    """Write what a run trained in another program's format, verified; see `weights.export` and `weights.convert`.
+    """Write what a run trained in another program's format, verified; see `weights.export` and
+    `weights.convert`.
 
     Args:
         run_dir: the run, finished or not (then its newest checkpoint is taken).
         to: `peft` (the adapter), or with the adapter merged into its base `hf`, `gguf` or `meta`.
         out: the directory to make; for gguf also a file that ends in .gguf.
-        dtype: of merged weights: float32, bfloat16, float16, for gguf also q8_0; the base's by default.
+        dtype: of merged weights: float32, bfloat16, float16, for gguf also q8_0; the base's by
+            default.
         push: a repository of the hub to upload it to.
 
     Raises:
-        UserError: not a run, no checkpoint, `out` exists, or a format that has no place for the model.
-        RunFailure: the export does not compute what was trained.
+        UserError: not a run, no checkpoint, `out` exists, or a format that has no place for the
+            model.
+        RunError: the export does not compute what was trained.
 
     """
     return exported(run_dir, to, out, dtype, push, Reporter(quiet=True))[0]
 
 
 def exported(
-    run_dir: str | Path, to: str, out: str | Path | None, dtype: str | None, push: str | None, reporter: Reporter
+    run_dir: str | Path,
+    to: str,
+    out: str | Path | None,
+    dtype: str | None,
+    push: str | None,
+    reporter: Reporter,
 ) -> tuple[Path, Comparison]:
     """Like `export`, with what was verified."""
     if out is None:
         raise UserError("export: say where to with out=DIR (--out DIR).")
     if to not in ("peft", "hf", "gguf", "meta"):
-        raise UserError(f"export: format {to!r} is not supported; supported are peft, hf, gguf and meta.")
-    with distributed.own_place(Path(out)) as place:
+        raise UserError(
+            f"export: format {to!r} is not supported; supported are peft, hf, gguf and meta."
+        )
+    with distributed.main_only_path(Path(out)) as place:
         _, proof = export_run(Path(run_dir), place, reporter, to, dtype)
     _push(Path(out), push, reporter)
     return Path(out), proof
 
 
 def convert(
-    model: str, out: str | Path, to: str = "hf", dtype: str | None = None, *, adapter: str | None = None, push: str | None = None
+    model: str,
+    out: str | Path,
+    to: str = "hf",
+    dtype: str | None = None,
+    *,
+    adapter: str | None = None,
+    push: str | None = None,
 ) -> Path:
     """Write a model in another format, verified; see `weights.convert`.
 
@@ -296,30 +371,43 @@ def convert(
         model: as in `load`; the adapter of a run directory is merged.
         out: the directory to make; for gguf also a file that ends in .gguf.
         to: `hf`, `gguf`, `meta` or `orbax`.
-        dtype: of the weights: float32, bfloat16, float16, for gguf also q8_0; each tensor's own by default.
+        dtype: of the weights: float32, bfloat16, float16, for gguf also q8_0; each tensor's own by
+            default.
         adapter: a PEFT adapter directory to merge.
         push: a repository of the hub to upload it to.
 
     Raises:
         UserError: a bad model, `out` exists, or a format that has no place for the model.
-        RunFailure: what was written is not the same model.
+        RunError: what was written is not the same model.
 
     """
     return converted(model, out, to, dtype, adapter, push, Reporter(quiet=True))[0]
 
 
 def converted(
-    model: str, out: str | Path, to: str, dtype: str | None, adapter: str | None, push: str | None, reporter: Reporter
+    model: str,
+    out: str | Path,
+    to: str,
+    dtype: str | None,
+    adapter: str | None,
+    push: str | None,
+    reporter: Reporter,
 ) -> tuple[Path, Comparison]:
     """Like `convert`, with what was verified."""
     runtime.start()
     model, adapter = base_and_adapter(str(model), adapter)
     opened = open_adapter(adapter) if adapter else None
-    source = for_adapter(resolve(model), opened)
+    source = resize_for_adapter(resolve(model), opened)
     reporter.say(f"Writing {out}, reading it again and comparing")
-    with distributed.own_place(Path(out)) as place:
+    with distributed.main_only_path(Path(out)) as place:
         proof = convert_model(
-            place, source, to, make_mesh(), dtype=dtype, adapter=opened, tokenizer=tokenizer_for(source, opened)
+            place,
+            source,
+            to,
+            make_mesh(),
+            dtype=dtype,
+            adapter=opened,
+            tokenizer=tokenizer_for(source, opened),
         )
     _push(Path(out), push, reporter)
     return Path(out), proof
@@ -334,7 +422,7 @@ def plan(config: Config | dict | str | Path, on: str) -> Plan:
 
     Raises:
         UserError: no such target or model, or a configuration that does not fit the mesh.
-        RunFailure: the compiler failed.
+        RunError: the compiler failed.
 
     """
     return plan_run(_config(config), on)
@@ -347,7 +435,7 @@ def _config(config: Config | dict | str | Path) -> Config:
 
 
 def _push(path: Path, name: str | None, reporter: Reporter) -> None:
-    if name and distributed.is_lead():
+    if name and distributed.is_main():
         reporter.say(f"Uploading to {name}")
         try:
             reporter.say(f"Uploaded: {hub.push(path, name)}")

@@ -5,13 +5,18 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compiler for TPUs is installed, and none is there
+os.environ.setdefault(
+    "JAX_PLATFORMS", "cpu"
+)  # the compiler for TPUs is installed, and none is there
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("JAXTUNE_CACHE", tempfile.mkdtemp(prefix="jaxtune-tests-"))
 # Child processes of the tests share the folder of compiled programs.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "jaxtune-tests-xla"))
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "jaxtune-tests-xla")
+)
 
-# By itself XLA ends the process where one of eight devices comes 40 s late to a collective: on busy cores that is no deadlock.
+# By itself XLA ends the process where one of eight devices comes 40 s late to a collective: on busy
+# cores that is no deadlock.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_collective_call_terminate_timeout_seconds=600")
 
 import jax
@@ -28,7 +33,9 @@ from tests.support import tools
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """For modules whose every test compiles programs of its own: what they compute counts there, not how fast."""
+    """For modules whose every test compiles programs of its own: what they compute counts there,
+    not how fast.
+    """
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -36,7 +43,9 @@ def quick_compilation():
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
-    """Lets go of compiled programs before the kernel's limit of mappings (65,530) is met: beyond it the process crashes."""
+    """Lets go of compiled programs before the kernel's limit of mappings (65,530) is met: beyond
+    it the process crashes.
+    """
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
@@ -52,7 +61,9 @@ def one_device():
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory):
     """Directory of a tiny random Llama with a byte-level tokenizer and a ChatML template."""
-    return tools.save_model(tmp_path_factory.mktemp("chat_model"), tools.tiny_config(), tools.byte_tokenizer())
+    return tools.save_model(
+        tmp_path_factory.mktemp("chat_model"), tools.tiny_config(), tools.byte_tokenizer()
+    )
 
 
 @pytest.fixture(scope="session")

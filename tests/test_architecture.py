@@ -16,8 +16,10 @@ from jaxtune.config.load import keys
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxtune"
 LEVELS = {
-    "config": 0, "core": 0, "models": 1, "adapters": 2, "weights": 2, "data": 2, "objectives": 2, "train": 3, "generate": 3,
-    "evals": 4, "plan": 4, "report": 4, "training": 5, "exporting": 5, "opening": 5, "chatting": 5, "samples": 5, "sweeping": 5, "api": 5, "cli": 5, "": 5,
+    "config": 0, "core": 0, "models": 1, "adapters": 2, "weights": 2, "data": 2, "objectives": 2,
+    "train": 3, "generate": 3,
+    "evals": 4, "plan": 4, "report": 4, "training": 5, "exporting": 5, "opening": 5, "chatting": 5,
+    "samples": 5, "sweeping": 5, "api": 5, "cli": 5, "": 5,
 }  # fmt: skip
 # Beside arrows that point down, and any level to level 0.
 SIDEWAYS = {
@@ -65,7 +67,12 @@ def test_imports_point_down():
     for path in sources():
         here = module(path)
         for there in imports(path):
-            if there != here and LEVELS[there] and LEVELS[there] >= LEVELS[here] and (here, there) not in SIDEWAYS:
+            if (
+                there != here
+                and LEVELS[there]
+                and LEVELS[there] >= LEVELS[here]
+                and (here, there) not in SIDEWAYS
+            ):
                 wrong.add(f"{path.relative_to(ROOT)} imports {there}")
     assert not wrong
 
@@ -76,7 +83,9 @@ def test_no_import_cycles_between_files():
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         tree = ast.parse(path.read_text())
         graph[name] = {
-            node.module for node in tree.body if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxtune")
+            node.module
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxtune")
         }
     done, path = set(), []
 
@@ -95,7 +104,11 @@ def test_no_import_cycles_between_files():
 
 
 def test_files_and_functions_are_small():
-    long = [f"{path} has {n} lines" for path in sources() if (n := len(path.read_text().splitlines())) > 400]
+    long = [
+        f"{path} has {n} lines"
+        for path in sources()
+        if (n := len(path.read_text().splitlines())) > 400
+    ]
     for path in sources():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -113,12 +126,20 @@ def test_no_pickle_no_remote_code_no_torch_at_import_time():
         assert not re.search(r"trust_remote_code\s*=\s*True", text), path
         assert "allow_pickle=True" not in text, path
         for node in ast.parse(text).body:
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", [])]
-            assert not any(name.split(".")[0] in ("torch", "peft") for name in names if isinstance(name, str)), path
+            names = (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [a.name for a in getattr(node, "names", [])]
+            )
+            assert not any(
+                name.split(".")[0] in ("torch", "peft") for name in names if isinstance(name, str)
+            ), path
 
 
 def test_every_config_field_is_read():
-    """Each key's name stands as an attribute (or in getattr by the adapter's table) in code other than the schema."""
+    """Each key's name stands as an attribute (or in getattr by the adapter's table) in code
+    other than the schema.
+    """
     text = "\n".join(path.read_text() for path in sources() if path.name != "schema.py")
     unread = [key for key in keys() if not re.search(rf"\.{key.rpartition('.')[2]}\b", text)]
     assert not unread
@@ -144,15 +165,18 @@ OPTIONS = {
     "plan": ["--data", "--json", "--model", "--on", "--search", "arguments"],
     "data": ["--data", "--json", "--model", "--rows", "arguments"],
     "eval": [
-        "--adapter", "--against", "--base", "--batch-size", "--chat", "--data", "--harness", "--include-path", "--json", "--limit",
+        "--adapter", "--against", "--base", "--batch-size", "--chat", "--data", "--harness",
+        "--include-path", "--json", "--limit",
         "--max-new-tokens", "--num-fewshot", "--predictions", "--task", "model",
     ],
     "generate": [
-        "--adapter", "--batch-size", "--file", "--json", "--max-new-tokens", "--min-p", "--prompt", "--repetition-penalty", "--seed", "--stop",
+        "--adapter", "--batch-size", "--file", "--json", "--max-new-tokens", "--min-p", "--prompt",
+        "--repetition-penalty", "--seed", "--stop",
         "--temperature", "--top-k", "--top-p", "model",
     ],
     "chat": [
-        "--adapter", "--max-new-tokens", "--min-p", "--repetition-penalty", "--seed", "--system", "--temperature", "--top-k", "--top-p", "model",
+        "--adapter", "--max-new-tokens", "--min-p", "--repetition-penalty", "--seed", "--system",
+        "--temperature", "--top-k", "--top-p", "model",
     ],
     "export": ["--dtype", "--json", "--out", "--push", "--to", "run_directory"],
     "convert": ["--adapter", "--dtype", "--json", "--push", "--to", "model", "out"],
@@ -163,7 +187,9 @@ OPTIONS = {
 
 
 def test_command_line_options_are_frozen():
-    (commands,) = (action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    (commands,) = (
+        action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)
+    )
     found = {
         name: sorted(
             (action.option_strings[-1] if action.option_strings else action.dest)
@@ -186,10 +212,14 @@ def test_help_and_import_load_nothing_heavy(arguments):
         if f"| {name}\n" in done.stderr.replace("  ", " ")
     ]
     assert not heavy
-    assert time.monotonic() - began < 5  # half a second on a quiet machine; this only catches a slip of a heavy import
+    assert (
+        time.monotonic() - began < 5
+    )  # half a second on a quiet machine; this only catches a slip of a heavy import
 
 
 def test_the_house_is_formatted_and_typed():
     for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["pyright"]):
-        done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr

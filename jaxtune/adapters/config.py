@@ -16,18 +16,22 @@ class LoRAConfig:
 
     Attributes:
         rank: r, rows of A and columns of B.
-        alpha: the update is scaled by alpha / r, or by alpha / sqrt(r) with `rslora` (Kalajdzievski 2023).
+        alpha: the update is scaled by alpha / r, or by alpha / sqrt(r) with `rslora` (Kalajdzievski
+            2023).
         dropout: rate on the adapter's input in training.
         rslora: see alpha.
-        dora: the adapted rows are normalised and get a trained magnitude (Liu et al. 2024).
-        targets: `all-linear` (the blocks' linear layers), names of modules, or a regular expression for a whole name.
+        dora: the adapted rows are normalized and get a trained magnitude (Liu et al. 2024).
+        targets: `all-linear` (the blocks' linear layers), names of modules, or a regular expression
+            for a whole name.
         excluded: names, or a regular expression, of modules that are left out.
         layers: numbers of the layers that are adapted; None: all.
         layers_pattern: what the list of layers is called, for `layers`; empty: any.
-        ranks, alphas: `(end of a name or regular expression, value)` where rank or alpha differ; the first that fits counts.
+        ranks, alphas: `(end of a name or regular expression, value)` where rank or alpha differ;
+            the first that fits counts.
         saved: ends of names of modules that are trained whole.
         bias: biases that train: none, those of adapted layers, or all.
-        tokens: `(name of the embedding or the head, ids)` whose rows are the adapter's own (PEFT's trainable tokens).
+        tokens: `(name of the embedding or the head, ids)` whose rows are the adapter's own (PEFT's
+            trainable tokens).
         tokens_train: whether those rows train, or only come with the adapter.
         copies: tensors of the base that the adapter's file repeats.
 
@@ -51,7 +55,9 @@ class LoRAConfig:
     copies: tuple[str, ...] = ()
 
     def is_target(self, name: str, in_block: bool) -> bool:
-        """Whether the module of this name is adapted; `in_block`: whether it is a linear layer of a block."""
+        """Whether the module of this name is adapted; `in_block`: whether it is a linear layer
+        of a block.
+        """
         if self.is_saved(name) or (self.excluded and fits(self.excluded, name)):
             return False
         chosen = in_block if self.targets == ALL_LINEAR else fits(self.targets, name)
@@ -59,13 +65,20 @@ class LoRAConfig:
 
     def _layer(self, name: str) -> int | None:
         patterns = self.layers_pattern or (r"[^.]*",)
-        found = next((hit for pattern in patterns if (hit := re.match(rf".*\.{pattern}\.(\d+)\.", name))), None)
+        found = next(
+            (hit for pattern in patterns if (hit := re.match(rf".*\.{pattern}\.(\d+)\.", name))),
+            None,
+        )
         return int(found[1]) if found else None
 
     def is_saved(self, name: str) -> bool:
         """Whether the module of this name, or one around it, is trained whole."""
         parts = name.split(".")
-        return any(".".join(parts[:size]).endswith(end) for size in range(1, len(parts) + 1) for end in self.saved)
+        return any(
+            ".".join(parts[:size]).endswith(end)
+            for size in range(1, len(parts) + 1)
+            for end in self.saved
+        )
 
     def rank_of(self, name: str) -> int:
         """The rank on the module of this name."""
@@ -78,11 +91,15 @@ class LoRAConfig:
 
 
 def fits(targets: tuple[str, ...] | str, name: str) -> bool:
-    """Whether a module's name is one of the names, ends with one, or is what the regular expression describes."""
+    """Whether a module's name is one of the names, ends with one, or is what the regular
+    expression describes.
+    """
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
 def _pattern(patterns: tuple[tuple[str, Number], ...], name: str, otherwise: Number) -> Number:
-    return next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", name)), otherwise)
+    return next(
+        (value for key, value in patterns if re.match(rf"(.*\.)?({key})$", name)), otherwise
+    )

@@ -1,7 +1,8 @@
 """PiSSA: an adapter that begins as the principal part of the weight it lies on (Meng et al. 2024).
 
-The paper subtracts that part from the base. Here the base stays as it is and the start is subtracted in the forward pass, which
-computes the same and makes the first step exactly the base's; the export is an ordinary adapter of twice the rank.
+The paper subtracts that part from the base. Here the base stays as it is and the start is
+subtracted in the forward pass, which computes the same and makes the first step exactly the base's;
+the export is an ordinary adapter of twice the rank.
 """
 
 from dataclasses import replace
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 
 from jaxtune.adapters.config import LoRAConfig
 from jaxtune.adapters.inject import adapted
-from jaxtune.adapters.lora import LoRALinear, LoRAParam, LoRAStart
+from jaxtune.adapters.lora import LoRAInit, LoRALinear, LoRAParam
 from jaxtune.core.distributed import fetch
 from jaxtune.core.errors import UserError
 from jaxtune.core.sharding import sharding
@@ -26,7 +27,8 @@ _OVERSAMPLING, _ITERATIONS = 32, 8
 
 
 def begin(model: CausalLM, mesh: Mesh) -> None:
-    """Set the factors of the model's adapter to the principal singular vectors, A = sqrt(S / scale) V^T and B = U sqrt(S / scale).
+    """Set the factors of the model's adapter to the principal singular vectors, A = sqrt(S / scale)
+    V^T and B = U sqrt(S / scale).
 
     Raises:
         UserError: an adapter on the embedding.
@@ -34,7 +36,10 @@ def begin(model: CausalLM, mesh: Mesh) -> None:
     """
     for module in adapted(model).values():
         if not isinstance(module, LoRALinear):
-            raise UserError("adapter.init=pissa on the embedding is not supported. Leave embed_tokens out of the targets.")
+            raise UserError(
+                "adapter.init=pissa on the embedding is not supported. Leave embed_tokens out of "
+                "the targets."
+            )
         rank, stack = max(module.part.ranks), module.weight.shape[:-2]
         weights = module.weight[...].astype(jnp.float32)
         flat = weights.reshape(-1, *weights.shape[-2:]), module.scale[...].reshape(-1)
@@ -47,15 +52,19 @@ def begin(model: CausalLM, mesh: Mesh) -> None:
             axes = variable.get_metadata()["axes"]
             placed = jax.device_put(shaped, sharding(mesh, axes, shaped.shape))
             variable.set_value(placed)
-            setattr(module, start, nnx.data(LoRAStart(jnp.copy(placed), axes=axes)))
+            setattr(module, start, nnx.data(LoRAInit(jnp.copy(placed), axes=axes)))
 
 
 def _principal(rank: int, layer: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """`(A, B)` of one matrix, by subspace iteration (Halko et al. 2011, algorithm 4.4); exact where all its directions fit."""
+    """`(A, B)` of one matrix, by subspace iteration (Halko et al. 2011, algorithm 4.4); exact
+    where all its directions fit.
+    """
     weight, scale = layer
     size = min(2 * rank + _OVERSAMPLING, *weight.shape)
     product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    basis = jnp.linalg.qr(product(weight, jax.random.normal(jax.random.key(0), (weight.shape[1], size))))[0]
+    basis = jnp.linalg.qr(
+        product(weight, jax.random.normal(jax.random.key(0), (weight.shape[1], size)))
+    )[0]
     for _ in range(_ITERATIONS):
         basis = jnp.linalg.qr(product(weight, jnp.linalg.qr(product(weight.T, basis))[0]))[0]
     left, values, right = jnp.linalg.svd(product(basis.T, weight), full_matrices=False)
@@ -64,7 +73,9 @@ def _principal(rank: int, layer: tuple[jax.Array, jax.Array]) -> tuple[jax.Array
 
 
 def as_lora(model: CausalLM) -> CausalLM:
-    """The same model with ordinary factors of twice the rank: [A; A0] and [B, -B0]. A model that did not begin so is returned as it is."""
+    """The same model with ordinary factors of twice the rank: [A; A0] and [B, -B0]. A model that
+    did not begin so is returned as it is.
+    """
     if not any(getattr(module, "start_A", None) is not None for module in adapted(model).values()):
         return model
     graph, state = nnx.split(model)
@@ -75,7 +86,9 @@ def as_lora(model: CausalLM) -> CausalLM:
         assert module.start_B is not None
         ranks = module.part.ranks
         a = _joined(module.lora_A[...], module.start_A[...], ranks)
-        b = _joined(module.lora_B[...].swapaxes(-1, -2), -module.start_B[...].swapaxes(-1, -2), ranks).swapaxes(-1, -2)
+        b = _joined(
+            module.lora_B[...].swapaxes(-1, -2), -module.start_B[...].swapaxes(-1, -2), ranks
+        ).swapaxes(-1, -2)
         module.lora_A = LoRAParam(jnp.asarray(a), axes=module.lora_A.get_metadata()["axes"])
         module.lora_B = LoRAParam(jnp.asarray(b), axes=module.lora_B.get_metadata()["axes"])
         module.part = replace(module.part, ranks=tuple(2 * rank for rank in ranks))

@@ -21,8 +21,9 @@ class Selection:
     """The weights that train.
 
     Attributes:
-        entries: `all`, `last:N` (the last N layers), `norms`, `biases`, `embeddings`, `head`, and regular expressions for consecutive
-            parts of a tensor's name in Hugging Face's words, such as `q_proj` or `layers.29`.
+        entries: `all`, `last:N` (the last N layers), `norms`, `biases`, `embeddings`, `head`, and
+            regular expressions for consecutive parts of a tensor's name in Hugging Face's words,
+            such as `q_proj` or `layers.29`.
         layers: layers of the model.
 
     """
@@ -46,15 +47,29 @@ class Selection:
             try:
                 hits = any(self._fits(entry, name) for name in names)
             except re.error as error:
-                raise UserError(f"trainable: {entry!r} is not a regular expression: {error}.") from None
-            if not hits:
-                tied = " The head is tied to the embedding: name embeddings." if entry in ("head", "lm_head") else ""
-                known = sorted({part for name in names for part in name.split(".")[:-1] if not part.isdecimal()})
                 raise UserError(
-                    f"trainable: '{entry}' fits no weight.{tied} There are all, last:N, {', '.join(_GROUPS)} and parts of names: {listed(known, 20)}."
+                    f"trainable: {entry!r} is not a regular expression: {error}."
+                ) from None
+            if not hits:
+                tied = (
+                    " The head is tied to the embedding: name embeddings."
+                    if entry in ("head", "lm_head")
+                    else ""
+                )
+                known = sorted(
+                    {
+                        part
+                        for name in names
+                        for part in name.split(".")[:-1]
+                        if not part.isdecimal()
+                    }
+                )
+                raise UserError(
+                    f"trainable: '{entry}' fits no weight.{tied} There are all, last:N, "
+                    f"{', '.join(_GROUPS)} and parts of names: {listed(known, 20)}."
                 )
 
-    def cuts(self, names: Iterable[str]) -> tuple[int, ...]:
+    def layer_boundaries(self, names: Iterable[str]) -> tuple[int, ...]:
         """The layers in which other tensors train than in the layer before."""
         chosen: list[set[str]] = [set() for _ in range(self.layers)]
         for name in names:

@@ -1,4 +1,6 @@
-"""Rows of single tokens that an adapter has for itself, in the embedding and in the head; the rest of the matrix stays as it is."""
+"""Rows of single tokens that an adapter has for itself, in the embedding and in the head; the
+rest of the matrix stays as it is.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,9 @@ def _rows(weight: nnx.Param, ids: tuple[int, ...], trains: bool) -> LoRAParam:
     return LoRAParam(rows, axes=(None, weight.get_metadata()["axes"][1]), trained=trains)
 
 
-def _as_head(x: jax.Array, weight: nnx.Param, ids: tuple[int, ...], rows: LoRAParam) -> tuple[jax.Array, jax.Array]:
+def _as_head(
+    x: jax.Array, weight: nnx.Param, ids: tuple[int, ...], rows: LoRAParam
+) -> tuple[jax.Array, jax.Array]:
     return x, weight[...].astype(x.dtype).at[jnp.asarray(ids)].set(rows[...].astype(x.dtype))
 
 
@@ -26,13 +30,17 @@ class TokenEmbedding(Embedding):
         self.weight, self.ids = base.weight, ids
         self.trainable_tokens_delta = _rows(base.weight, ids, trains)
 
-    def __call__(self, tokens: Int[Array, "batch seq"], dtype: np.dtype) -> Float[Array, "batch seq embed"]:
+    def __call__(
+        self, tokens: Int[Array, "batch seq"], dtype: np.dtype
+    ) -> Float[Array, "batch seq embed"]:
         """The tokens' rows in the compute dtype."""
         hits = tokens[..., None] == jnp.asarray(self.ids)
         own = self.trainable_tokens_delta[...][jnp.argmax(hits, axis=-1)].astype(dtype)
         return jnp.where(hits.any(axis=-1, keepdims=True), own, super().__call__(tokens, dtype))
 
-    def as_head(self, x: Float[Array, "*batch embed"], dropout: Dropout | None) -> tuple[jax.Array, jax.Array]:
+    def as_head(
+        self, x: Float[Array, "*batch embed"], dropout: Dropout | None
+    ) -> tuple[jax.Array, jax.Array]:
         """See Linear: where the head is tied it has the same rows."""
         return _as_head(x, self.weight, self.ids, self.trainable_tokens_delta)
 
@@ -44,6 +52,8 @@ class TokenLinear(Linear):
         self.weight, self.bias, self.ids = base.weight, base.bias, ids
         self.trainable_tokens_delta = _rows(base.weight, ids, trains)
 
-    def as_head(self, x: Float[Array, "*batch in"], dropout: Dropout | None) -> tuple[jax.Array, jax.Array]:
+    def as_head(
+        self, x: Float[Array, "*batch in"], dropout: Dropout | None
+    ) -> tuple[jax.Array, jax.Array]:
         """See Linear."""
         return _as_head(x, self.weight, self.ids, self.trainable_tokens_delta)

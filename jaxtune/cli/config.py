@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument(
-        "arguments", nargs="*", metavar="CONFIG.yaml | key=value", help="a configuration file, and keys that override it"
+        "arguments",
+        nargs="*",
+        metavar="CONFIG.yaml | key=value",
+        help="a configuration file, and keys that override it",
     )
     parser.add_argument("--schema", action="store_true", help="print the JSON schema instead")
 
@@ -39,5 +42,10 @@ def from_arguments(arguments: list[str]) -> "Config":
 
     paths = [argument for argument in arguments if "=" not in argument]
     if len(paths) > 1:
-        raise UserError(f"one configuration file at most, not {listed(paths)}. Overrides have the form section.key=value.")
-    return load_config(Path(paths[0]) if paths else None, [argument for argument in arguments if "=" in argument])
+        raise UserError(
+            f"one configuration file at most, not {listed(paths)}. Overrides have the form "
+            "section.key=value."
+        )
+    return load_config(
+        Path(paths[0]) if paths else None, [argument for argument in arguments if "=" in argument]
+    )

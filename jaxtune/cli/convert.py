@@ -11,8 +11,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from jaxtune.cli.options import add_model, add_writing
 
     add_model(parser)
-    parser.add_argument("out", metavar="OUT", help="the directory to make, for gguf also a file that ends in .gguf")
-    parser.add_argument("--to", required=True, choices=("hf", "gguf", "meta", "orbax"), help="the format")
+    parser.add_argument(
+        "out", metavar="OUT", help="the directory to make, for gguf also a file that ends in .gguf"
+    )
+    parser.add_argument(
+        "--to", required=True, choices=("hf", "gguf", "meta", "orbax"), help="the format"
+    )
     add_writing(parser)
 
 
@@ -22,5 +26,13 @@ def run(options: argparse.Namespace) -> None:
     from jaxtune.cli.options import print_proof
     from jaxtune.tracking.progress import Reporter
 
-    path, proof = converted(options.model, options.out, options.to, options.dtype, options.adapter, options.push, Reporter())
+    path, proof = converted(
+        options.model,
+        options.out,
+        options.to,
+        options.dtype,
+        options.adapter,
+        options.push,
+        Reporter(),
+    )
     print_proof(path, proof, options.to, options.json)

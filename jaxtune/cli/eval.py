@@ -1,4 +1,5 @@
-"""Loss, perplexity and the task's figures of a model on a file of answered rows, with 95% intervals; or tasks of lm-evaluation-harness.
+"""Loss, perplexity and the task's figures of a model on a file of answered rows, with 95%
+intervals; or tasks of lm-evaluation-harness.
 
 jaxtune eval MODEL [--adapter DIR] --data FILE [--task auto|lm|classification|qa|generation|choice]
 jaxtune eval RUN --data FILE --base                  before and after, compared row by row
@@ -14,15 +15,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add_model(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", metavar="FILE", help="a file, directory or data set of the hub with answered rows")
-    what.add_argument("--harness", metavar="TASKS", help="names of tasks of lm-evaluation-harness instead, separated by commas")
-    parser.add_argument(
-        "--task", default="auto", help="auto (by the answers), lm, classification, qa, generation or choice (default: auto)"
+    what.add_argument(
+        "--data", metavar="FILE", help="a file, directory or data set of the hub with answered rows"
     )
-    parser.add_argument("--base", action="store_true", help="also the model before training, and the two compared row by row")
+    what.add_argument(
+        "--harness",
+        metavar="TASKS",
+        help="names of tasks of lm-evaluation-harness instead, separated by commas",
+    )
+    parser.add_argument(
+        "--task",
+        default="auto",
+        help="auto (by the answers), lm, classification, qa, generation or choice (default: auto)",
+    )
+    parser.add_argument(
+        "--base",
+        action="store_true",
+        help="also the model before training, and the two compared row by row",
+    )
     parser.add_argument("--against", metavar="MODEL", help="the same with another model")
     parser.add_argument(
-        "--predictions", metavar="FILE", help="write each row's prompt, wanted answer and what the model said (JSON Lines)"
+        "--predictions",
+        metavar="FILE",
+        help="write each row's prompt, wanted answer and what the model said (JSON Lines)",
     )
     parser.add_argument(
         "--max-new-tokens",
@@ -31,14 +46,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a generated answer (default: half as many again as the longest wanted)",
     )
     parser.add_argument(
-        "--batch-size", type=int, default=32, metavar="N", help="rows computed together; changes no number (default: 32)"
+        "--batch-size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="rows computed together; changes no number (default: 32)",
     )
-    parser.add_argument("--include-path", metavar="DIR", help="with --harness: a directory with tasks of your own (YAML)")
-    parser.add_argument("--limit", type=int, metavar="N", help="with --harness: only the first N rows of each task")
     parser.add_argument(
-        "--num-fewshot", type=int, metavar="N", help="with --harness: examples before each question (default: the task's)"
+        "--include-path",
+        metavar="DIR",
+        help="with --harness: a directory with tasks of your own (YAML)",
     )
-    parser.add_argument("--chat", action="store_true", help="with --harness: through the model's chat template")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="with --harness: only the first N rows of each task"
+    )
+    parser.add_argument(
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help="with --harness: examples before each question (default: the task's)",
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="with --harness: through the model's chat template"
+    )
     add_json(parser)
 
 
@@ -51,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
 
     from jaxtune.api import evaluated
     from jaxtune.cli.options import metrics_table, write_json
-    from jaxtune.core.distributed import is_lead
+    from jaxtune.core.distributed import is_main
     from jaxtune.core.files import write_jsonl
     from jaxtune.tracking.progress import Reporter
 
@@ -68,10 +98,12 @@ def run(options: argparse.Namespace) -> None:
     )
     if options.json != "-":
         sides = (
-            {"base" if options.base else "the other": found["base"], "this": found} if "base" in found else {found["task"]: found}
+            {"base" if options.base else "the other": found["base"], "this": found}
+            if "base" in found
+            else {found["task"]: found}
         )
         print(metrics_table(sides, found.get("comparison")))
-    if options.predictions and is_lead():
+    if options.predictions and is_main():
         write_jsonl(Path(options.predictions), predictions)
     write_json(options.json, found)
 

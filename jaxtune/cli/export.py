@@ -1,4 +1,5 @@
-"""Write what a run trained in another program's format; it takes its name only once, read again, it computes the same.
+"""Write what a run trained in another program's format; it takes its name only once, read again, it
+computes the same.
 
 jaxtune export RUN --to peft --out DIR               the adapter
 jaxtune export RUN --to hf --out DIR                 the base with the adapter merged
@@ -13,8 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from jaxtune.cli.options import add_writing
 
     parser.add_argument("run_directory", metavar="RUN", help="a run directory, finished or stopped")
-    parser.add_argument("--to", required=True, choices=("peft", "hf", "gguf", "meta"), help="the format")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the directory to make, for gguf also a file")
+    parser.add_argument(
+        "--to", required=True, choices=("peft", "hf", "gguf", "meta"), help="the format"
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="the directory to make, for gguf also a file"
+    )
     add_writing(parser)
 
 
@@ -24,5 +29,7 @@ def run(options: argparse.Namespace) -> None:
     from jaxtune.cli.options import print_proof
     from jaxtune.tracking.progress import Reporter
 
-    path, proof = exported(options.run_directory, options.to, options.out, options.dtype, options.push, Reporter())
+    path, proof = exported(
+        options.run_directory, options.to, options.out, options.dtype, options.push, Reporter()
+    )
     print_proof(path, proof, options.to, options.json)

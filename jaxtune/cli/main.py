@@ -1,4 +1,6 @@
-"""The command line: one parser, one thin module a command, nothing heavy imported until a command runs."""
+"""The command line: one parser, one thin module a command, nothing heavy imported until a
+command runs.
+"""
 
 import argparse
 import contextlib
@@ -28,11 +30,13 @@ _HUGE_PAGES = "glibc.malloc.hugetlb"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 0 on success, 2 on wrong usage or input, 1 on a failure, 128 + n on signal n."""
+    """Run a command; the exit status is 0 on success, 2 on wrong usage or input, 1 on a failure,
+    128 + n on signal n.
+    """
     options = _parsed(arguments)
     if arguments is None and options.command in (*_COMPUTE, "quickstart", "chat", "sweep"):
         _begin_with_huge_pages()
-    from jaxtune.core.errors import RunFailure, UserError
+    from jaxtune.core.errors import RunError, UserError
 
     if os.environ.get("JAXTUNE_DEBUG") == "1":
         return _run(options)
@@ -41,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"jaxtune: {error}", file=sys.stderr)
         return 2
-    except RunFailure as error:
+    except RunError as error:
         print(f"jaxtune: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -53,34 +57,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _begin_with_huge_pages() -> None:
-    """Begin this program anew with its memory in huge pages, where the system leaves that to programs.
+    """Begin this program anew with its memory in huge pages, where the system leaves that to
+    programs.
 
-    On a CPU every step takes its working memory anew, hundreds of megabytes: in small pages up to a sixth of the time went into page
-    faults. The C library reads the setting once, as a program begins. Who has set it keeps what they set.
+    On a CPU every step takes its working memory anew, hundreds of megabytes: in small pages up to a
+    sixth of the time went into page faults. The C library reads the setting once, as a program
+    begins. Who has set it keeps what they set.
     """
-    pages, tunables = Path("/sys/kernel/mm/transparent_hugepage/enabled"), os.environ.get("GLIBC_TUNABLES", "")
-    if not sys.executable or _HUGE_PAGES in tunables or not pages.exists() or "[madvise]" not in pages.read_text():
+    pages, tunables = (
+        Path("/sys/kernel/mm/transparent_hugepage/enabled"),
+        os.environ.get("GLIBC_TUNABLES", ""),
+    )
+    if (
+        not sys.executable
+        or _HUGE_PAGES in tunables
+        or not pages.exists()
+        or "[madvise]" not in pages.read_text()
+    ):
         return
     settings = ":".join(part for part in (tunables, f"{_HUGE_PAGES}=1") if part)
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"GLIBC_TUNABLES": settings})
+    os.execve(
+        sys.executable,
+        [sys.executable, *sys.orig_argv[1:]],
+        os.environ | {"GLIBC_TUNABLES": settings},
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
-    """Run a command; one that computes runs in all processes that were started together, and the lead prints."""
+    """Run a command; one that computes runs in all processes that were started together, and the
+    lead prints.
+    """
     if options.command not in _COMPUTE:
         return options.run(options) or 0
     from jaxtune.cli.options import cluster_of
     from jaxtune.core import distributed, runtime
 
     runtime.start(cluster_of(options))
-    with distributed.ending_together(), open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
-        if not distributed.is_lead():
+    with (
+        distributed.fail_together(),
+        open(os.devnull, "w") as nowhere,
+        contextlib.ExitStack() as stack,
+    ):
+        if not distributed.is_main():
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         return options.run(options) or 0
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; argparse gives up on key=value arguments that stand behind an option, so they are gathered here."""
+    """The options; argparse gives up on key=value arguments that stand behind an option, so they
+    are gathered here.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(options, "arguments") or any(word.startswith("-") for word in rest)):
@@ -92,14 +118,18 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="jaxtune", description="Fine-tune LLaMA-family models with JAX, and hand them back to Hugging Face."
+        prog="jaxtune",
+        description="Fine-tune LLaMA-family models with JAX, and hand them back to Hugging Face.",
     )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, text in COMMANDS.items():
         module = importlib.import_module(f"jaxtune.cli.{name}")
         command = commands.add_parser(
-            name, help=text, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=text,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run, command=name)
@@ -113,15 +143,16 @@ def _version() -> str:
 
 
 def _unexpected(error: Exception) -> int:
-    from jaxtune.core.distributed import is_lead
+    from jaxtune.core.distributed import is_main
     from jaxtune.core.errors import Interrupted
 
     if isinstance(error, Interrupted):
-        if is_lead():
+        if is_main():
             print(f"jaxtune: {error}", file=sys.stderr)
         return INTERRUPTED + error.number
     print(
-        f"jaxtune: {type(error).__name__}: {error}\nThis is a defect of jaxtune. Set JAXTUNE_DEBUG=1 to see where.",
+        f"jaxtune: {type(error).__name__}: {error}\nThis is a defect of jaxtune. Set "
+        "JAXTUNE_DEBUG=1 to see where.",
         file=sys.stderr,
     )
     return 1

@@ -13,13 +13,18 @@ if TYPE_CHECKING:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """`--json FILE`."""
-    parser.add_argument("--json", metavar="FILE", help="also write the figures as JSON ('-': to stdout)")
+    parser.add_argument(
+        "--json", metavar="FILE", help="also write the figures as JSON ('-': to stdout)"
+    )
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """`[CONFIG.yaml] [key=value ...] [--model MODEL] [--data FILE]`."""
     parser.add_argument(
-        "arguments", nargs="*", metavar="CONFIG.yaml | key=value", help="a configuration file, and keys that override it"
+        "arguments",
+        nargs="*",
+        metavar="CONFIG.yaml | key=value",
+        help="a configuration file, and keys that override it",
     )
     parser.add_argument("--model", help="the same as model.source=...")
     parser.add_argument("--data", help="the same as data.train=...")
@@ -28,14 +33,20 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 def add_processes(parser: argparse.ArgumentParser) -> None:
     """`--coordinator HOST:PORT --processes N --process I`."""
     text = "of several processes: {}; found by itself on Cloud TPU, SLURM, Open MPI and GKE"
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help=text.format("where the first one is"))
-    parser.add_argument("--processes", type=int, metavar="N", help=text.format("how many there are"))
-    parser.add_argument("--process", type=int, metavar="I", help=text.format("which this is, from 0"))
+    parser.add_argument(
+        "--coordinator", metavar="HOST:PORT", help=text.format("where the first one is")
+    )
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help=text.format("how many there are")
+    )
+    parser.add_argument(
+        "--process", type=int, metavar="I", help=text.format("which this is, from 0")
+    )
 
 
 def cluster_of(options: argparse.Namespace) -> "Cluster | None":
     """The processes that the arguments of `add_processes` say; None where they say nothing."""
-    from jaxtune.core.distributed import given
+    from jaxtune.core.distributed import explicit_cluster
     from jaxtune.core.errors import UserError
 
     said = [getattr(options, name, None) for name in ("coordinator", "processes", "process")]
@@ -44,32 +55,54 @@ def cluster_of(options: argparse.Namespace) -> "Cluster | None":
     if any(value is None for value in said):
         raise UserError("--coordinator, --processes and --process go together: give all three.")
     address, total, number = said
-    return given(str(address), int(total or 0), int(number or 0))
+    return explicit_cluster(str(address), int(total or 0), int(number or 0))
 
 
 def config_of(options: argparse.Namespace) -> "Config":
     """The configuration that the arguments of `add_config` say."""
     from jaxtune.cli.config import from_arguments
 
-    shortcuts = [f"{key}={value}" for key, value in (("model.source", options.model), ("data.train", options.data)) if value]
+    shortcuts = [
+        f"{key}={value}"
+        for key, value in (("model.source", options.model), ("data.train", options.data))
+        if value
+    ]
     return from_arguments([*options.arguments, *shortcuts])
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """`MODEL [--adapter DIR]`."""
     parser.add_argument(
-        "model", metavar="MODEL", help="hub id, directory of Hugging Face's or Meta's files, .gguf file or run directory"
+        "model",
+        metavar="MODEL",
+        help="hub id, directory of Hugging Face's or Meta's files, .gguf file or run directory",
     )
-    parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter (a run directory brings its own)")
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="a PEFT adapter (a run directory brings its own)"
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """`--temperature T --top-k K --top-p P --min-p P --repetition-penalty X --seed N`."""
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K most likely tokens; 0 is all")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens that reach P together")
     parser.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="only tokens at least P times so likely as the likeliest"
+        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="only the K most likely tokens; 0 is all"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="only the likeliest tokens that reach P together",
+    )
+    parser.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="only tokens at least P times so likely as the likeliest",
     )
     parser.add_argument(
         "--repetition-penalty",
@@ -85,32 +118,50 @@ def sampling_of(options: argparse.Namespace) -> "Sampling":
     """What the arguments of `add_sampling` say."""
     from jaxtune.inference.sampling import Sampling
 
-    return Sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty, options.seed)
+    return Sampling(
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        options.min_p,
+        options.repetition_penalty,
+        options.seed,
+    )
 
 
 def add_writing(parser: argparse.ArgumentParser) -> None:
     """`--dtype NAME --push REPO --json FILE`."""
     parser.add_argument(
-        "--dtype", metavar="NAME", help="of the weights: float32, bfloat16, float16, for gguf also q8_0 (default: as they are)"
+        "--dtype",
+        metavar="NAME",
+        help="of the weights: float32, bfloat16, float16, for gguf also q8_0 (default: as they are)",
     )
-    parser.add_argument("--push", metavar="REPO", help="upload to this repository of the hub afterwards")
+    parser.add_argument(
+        "--push", metavar="REPO", help="upload to this repository of the hub afterwards"
+    )
     add_json(parser)
 
 
 def print_proof(path: Any, proof: Any, to: str, json_path: str | None) -> None:
     """What was verified, for people and for `--json`."""
     whose = "PEFT" if to == "peft" else "transformers"
-    theirs = f"{whose} {proof.torch_difference:.1e}" if proof.torch_note is None else f"{whose} not run ({proof.torch_note})"
+    theirs = (
+        f"{whose} {proof.torch_difference:.1e}"
+        if proof.torch_note is None
+        else f"{whose} not run ({proof.torch_note})"
+    )
     if json_path != "-":
-        print(f"{path}: verified over {proof.tokens} tokens; read again it differs by {proof.reload_difference:.1e}, {theirs}")
+        print(
+            f"{path}: verified over {proof.tokens} tokens; read again it differs by "
+            f"{proof.reload_difference:.1e}, {theirs}"
+        )
     write_json(json_path, {"out": str(path), **proof.as_dict()})
 
 
 def write_json(path: str | None, value: Any) -> None:
     """What `--json` asks for."""
-    from jaxtune.core.distributed import is_lead
+    from jaxtune.core.distributed import is_main
 
-    if not is_lead():
+    if not is_main():
         return
     if path == "-":
         json.dump(value, sys.stdout, indent=2)
@@ -123,19 +174,26 @@ def write_json(path: str | None, value: Any) -> None:
         files.write_json(Path(path), value)
 
 
-def metrics_table(columns: dict[str, dict[str, Any]], comparison: dict[str, dict[str, Any]] | None = None) -> str:
-    """Figures side by side, one column a name, with the interval of the last or with what it has more than the first.
+def metrics_table(
+    columns: dict[str, dict[str, Any]], comparison: dict[str, dict[str, Any]] | None = None
+) -> str:
+    """Figures side by side, one column a name, with the interval of the last or with what it has
+    more than the first.
 
     Args:
         columns: what `jaxtune eval --json` holds, or rows of metrics.jsonl.
         comparison: what `statistics.compared` found, by figure.
 
     """
-    from jaxtune.tracking.metrics_log import figures_of
+    from jaxtune.tracking.metrics_log import metric_names
 
     last = list(columns.values())[-1]
-    lines = [" " * 16 + "".join(f"{name:>12}" for name in columns) + ("  difference" if comparison else "")]
-    for name in ("rows", *figures_of(last)):
+    lines = [
+        " " * 16
+        + "".join(f"{name:>12}" for name in columns)
+        + ("  difference" if comparison else "")
+    ]
+    for name in ("rows", *metric_names(last)):
         cells = "".join(_cell(values.get(name)) for values in columns.values())
         lines.append(f"{name:<16}{cells}{_more(name, last, comparison)}")
     return "\n".join(lines)
@@ -148,7 +206,9 @@ def _more(name: str, last: dict[str, Any], comparison: dict[str, dict[str, Any]]
     if name not in comparison:
         return ""
     found = comparison[name]
-    return f"{found['difference']:>+12.4f}   95%: {_ends(found['interval'])}, p {_p(found['p_value'])}"
+    return (
+        f"{found['difference']:>+12.4f}   95%: {_ends(found['interval'])}, p {_p(found['p_value'])}"
+    )
 
 
 def _ends(interval: list[float]) -> str:
@@ -160,4 +220,10 @@ def _p(value: float) -> str:
 
 
 def _cell(value: Any) -> str:
-    return f"{'-':>12}" if value is None else f"{value:>12.4f}" if isinstance(value, float) else f"{value!s:>12}"
+    return (
+        f"{'-':>12}"
+        if value is None
+        else f"{value:>12.4f}"
+        if isinstance(value, float)
+        else f"{value!s:>12}"
+    )

@@ -1,4 +1,5 @@
-"""Does a run fit hardware that is not there, and what does it cost: its step compiled for it, without weights, data or accelerator.
+"""Does a run fit hardware that is not there, and what does it cost: its step compiled for it,
+without weights, data or accelerator.
 
 jaxtune plan CONFIG.yaml --on v5e:4x4 [key=value ...]
 """
@@ -12,9 +13,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add_config(parser)
     parser.add_argument(
-        "--on", required=True, metavar="TARGET", help="here, v5e:4x4, v5p:4x4x4, v6e:8x8, 2*v5e:4x4 (two slices), h100:16, h200:8"
+        "--on",
+        required=True,
+        metavar="TARGET",
+        help="here, v5e:4x4, v5p:4x4x4, v6e:8x8, 2*v5e:4x4 (two slices), h100:16, h200:8",
     )
-    parser.add_argument("--search", action="store_true", help="try meshes, micro-batches, remat and dtype, and show the best few")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="try meshes, micro-batches, remat and dtype, and show the best few",
+    )
     add_json(parser)
 
 
@@ -35,7 +43,9 @@ def run(options: argparse.Namespace) -> None:
             found = search(config, options.on, bar.update_of)
         if not quiet:
             print(search_text(found, options.on))
-        write_json(options.json, [{"set": one.keys, **dataclasses.asdict(one.plan)} for one in found])
+        write_json(
+            options.json, [{"set": one.keys, **dataclasses.asdict(one.plan)} for one in found]
+        )
         return
     Reporter(quiet).say(f"Compiling the step for {options.on}")
     made = plan(config, options.on)

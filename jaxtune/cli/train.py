@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add_config(parser)
     parser.add_argument(
-        "--fresh", action="store_true", help="remove an earlier run in the same directory instead of going on with it"
+        "--fresh",
+        action="store_true",
+        help="remove an earlier run in the same directory instead of going on with it",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     add_processes(parser)
@@ -37,7 +39,10 @@ def run(options: argparse.Namespace) -> None:
 
 def figures(result: "Run") -> dict[str, Any]:
     """What `--json` holds of a run."""
-    places = {name: str(path) if path else None for name, path in (("adapter", result.adapter), ("model", result.model))}
+    places = {
+        name: str(path) if path else None
+        for name, path in (("adapter", result.adapter), ("model", result.model))
+    }
     return {"dir": str(result.dir), **places, "before": result.before, "after": result.after}
 
 
@@ -51,7 +56,8 @@ def summary(result: "Run") -> str:
     proof = result.verification
     lines.append(f"Adapter: {result.adapter}" if result.adapter else f"Model:   {result.model}")
     lines.append(
-        f"  verified over {proof.tokens} tokens: reloaded logits differ by {proof.reload_difference:.1e} (largest {proof.largest_logit:.1f})"
+        f"  verified over {proof.tokens} tokens: reloaded logits differ by "
+        f"{proof.reload_difference:.1e} (largest {proof.largest_logit:.1f})"
     )
     whose = "PEFT" if result.adapter else "transformers"
     theirs = (

@@ -1,4 +1,6 @@
-"""From YAML and `key=value` overrides to a `Config`, with errors that name file, line, key and the right name."""
+"""From YAML and `key=value` overrides to a `Config`, with errors that name file, line, key and
+the right name.
+"""
 
 import json
 import re
@@ -23,13 +25,19 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 with the floats of YAML 1.2: 2e-4 is a number here, not a string."""
 
 
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.yaml_implicit_resolvers = {
+    key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"), list("-+.0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"),
+    list("-+.0123456789"),
 )
 
 
-def load_config(path: Path | None = None, overrides: list[str] | None = None, values: dict | None = None) -> Config:
+def load_config(
+    path: Path | None = None, overrides: list[str] | None = None, values: dict | None = None
+) -> Config:
     """The resolved configuration of a run.
 
     Args:
@@ -38,7 +46,8 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None, va
         values: nested keys that lie between the file and the overrides.
 
     Raises:
-        UserError: the file is missing or not YAML, a key is unknown, a value has the wrong type; with file, line and key.
+        UserError: the file is missing or not YAML, a key is unknown, a value has the wrong type;
+            with file, line and key.
 
     """
     tree, places = _read(path) if path else ({}, {})
@@ -51,7 +60,9 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None, va
         try:
             _assign(tree, key.strip(), yaml.load(text, _Loader))
         except yaml.YAMLError:
-            raise UserError(f"{COMMAND_LINE}: the value of {key} is not YAML: {text!r}. Quote it.") from None
+            raise UserError(
+                f"{COMMAND_LINE}: the value of {key} is not YAML: {text!r}. Quote it."
+            ) from None
         places[key.strip()] = COMMAND_LINE
     return validated(tree, places, str(path) if path else COMMAND_LINE)
 
@@ -96,9 +107,13 @@ def _validated(model: type[Model], tree: dict, places: dict[str, str], origin: s
         return model.model_validate(tree)
     except ValidationError as error:
         lines: dict[str, str] = {}
-        for item in sorted(error.errors(), key=lambda item: (-len(item["loc"]), item["type"] != "extra_forbidden")):
+        for item in sorted(
+            error.errors(), key=lambda item: (-len(item["loc"]), item["type"] != "extra_forbidden")
+        ):
             key, line = _explain(model, item, places, origin)
-            lines.setdefault(key, line)  # the branches of a union each report; the one that got furthest is meant
+            lines.setdefault(
+                key, line
+            )  # the branches of a union each report; the one that got furthest is meant
         raise UserError("\n".join(lines.values())) from None
 
 
@@ -137,11 +152,15 @@ def _read(path: Path) -> tuple[dict, dict[str, str]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}.") from None
+        raise UserError(
+            f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}."
+        ) from None
     if tree is None:
         return {}, {}
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: a configuration is a mapping of keys, not a {type(tree).__name__}.")
+        raise UserError(
+            f"{path}: a configuration is a mapping of keys, not a {type(tree).__name__}."
+        )
     places: dict[str, str] = {}
     _locate(node, path, "", places)
     return tree, places
@@ -153,7 +172,9 @@ def _locate(node: yaml.Node, path: Path, prefix: str, places: dict[str, str]) ->
     for key, value in node.value:
         name, place = f"{prefix}{key.value}", f"{path}:{key.start_mark.line + 1}"
         if name in places:
-            raise UserError(f"{place}: {name} is given twice (first at {places[name]}). Remove one.")
+            raise UserError(
+                f"{place}: {name} is given twice (first at {places[name]}). Remove one."
+            )
         places[name] = place
         _locate(value, path, name + ".", places)
 
@@ -161,7 +182,11 @@ def _locate(node: yaml.Node, path: Path, prefix: str, places: dict[str, str]) ->
 def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= (
+            _flatten(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 
@@ -176,7 +201,9 @@ def _assign(tree: dict, dotted: str, value: Any) -> None:
     tree[last] = value
 
 
-def _explain(model: type[BaseModel], item: Any, places: dict[str, str], origin: str) -> tuple[str, str]:
+def _explain(
+    model: type[BaseModel], item: Any, places: dict[str, str], origin: str
+) -> tuple[str, str]:
     parts = [str(part) for part in item["loc"]]
     known = keys(model)
     key = ".".join(parts)
@@ -188,29 +215,44 @@ def _explain(model: type[BaseModel], item: Any, places: dict[str, str], origin: 
         return key, f"{place}: {item['msg'].removeprefix('Value error, ')}."
     inner = _inner([str(part) for part in item["loc"]][len(parts) :])
     if item["type"] == "extra_forbidden" and inner:
-        return key, f"{place}: unknown key '{key}{inner}'. {_expected(model, key).removeprefix('. ')}."
+        return (
+            key,
+            f"{place}: unknown key '{key}{inner}'. {_expected(model, key).removeprefix('. ')}.",
+        )
     if item["type"] == "extra_forbidden":
         sections = {name.split(".")[0] for name in known}
         candidates = known if "." in key else [*known, *sections]
         return key, f"{place}: unknown key '{key}'.{nearest(key, candidates)}"
-    return key, f"{place}: {key}{inner} = {item['input']!r}: {item['msg'].lower()}{_expected(model, key)}."
+    return (
+        key,
+        f"{place}: {key}{inner} = {item['input']!r}: {item['msg'].lower()}{_expected(model, key)}.",
+    )
 
 
 def _inner(parts: list[str]) -> str:
     """Positions and keys within a list, without the types that pydantic names between them."""
-    kept = (part for part in parts if part.isdecimal() or (part.islower() and part.isidentifier() and part not in _TYPES))
+    kept = (
+        part
+        for part in parts
+        if part.isdecimal() or (part.islower() and part.isidentifier() and part not in _TYPES)
+    )
     return "".join(f"[{part}]" if part.isdecimal() else f".{part}" for part in kept)
 
 
 def _inside(key: str, known: list[str]) -> bool:
-    """Whether `key` lies below a known leaf (pydantic appends union branches and list positions)."""
+    """Whether `key` lies below a known leaf (pydantic appends union branches and list
+    positions).
+    """
     return any(key.startswith(name + ".") for name in known)
 
 
 def _expected(root: type[BaseModel], key: str) -> str:
     model: Any = root
     for part in key.split("."):
-        if not (isinstance(model, type) and issubclass(model, BaseModel)) or part not in model.model_fields:
+        if (
+            not (isinstance(model, type) and issubclass(model, BaseModel))
+            or part not in model.model_fields
+        ):
             return ""
         field = model.model_fields[part]
         model = field.annotation

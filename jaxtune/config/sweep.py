@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from jaxtune.config.schema import Count, Figure, Section
+from jaxtune.config.schema import Count, MetricName, Section
 
 Scalar = int | float
 
@@ -32,22 +32,34 @@ class Range(Section):
     @property
     def whole(self) -> bool:
         """Whether it gives whole numbers."""
-        return all(isinstance(value, int) for value in (self.low, self.high, self.step) if value is not None)
+        return all(
+            isinstance(value, int)
+            for value in (self.low, self.high, self.step)
+            if value is not None
+        )
 
 
 class Sweep(Section):
     """What is searched, how, and where it is recorded."""
 
-    parameters: Annotated[dict[str, Range | Annotated[list[Any], Field(min_length=1)]], Field(min_length=1)]
+    parameters: Annotated[
+        dict[str, Range | Annotated[list[Any], Field(min_length=1)]], Field(min_length=1)
+    ]
     """Keys of a configuration, each with a list of values or with {low, high, log, step}."""
-    metric: Figure = "loss"
-    """By which trials are judged, from the evaluation after training; less is better of the loss, more of anything else."""
+    metric: MetricName = "loss"
+    """By which trials are judged, from the evaluation after training; less is better of the
+    loss, more of anything else.
+    """
     trials: Count = 20
     """How many in all, those of earlier calls counted."""
     sampler: Literal["tpe", "random", "grid"] = "tpe"
-    """How values are chosen: by what went well before (Optuna's TPE), at random, or all combinations of lists."""
+    """How values are chosen: by what went well before (Optuna's TPE), at random, or all
+    combinations of lists.
+    """
     pruner: Literal["none", "median", "hyperband", "successive-halving"] = "none"
-    """Whether a trial ends early that is worse on the way (see train.eval_every); Optuna's pruners."""
+    """Whether a trial ends early that is worse on the way (see train.eval_every); Optuna's
+    pruners.
+    """
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of the sampler."""
     dir: str = "runs/sweep"
@@ -57,8 +69,11 @@ class Sweep(Section):
 
     @model_validator(mode="after")
     def _a_grid_is_of_lists(self) -> "Sweep":
-        if self.sampler == "grid" and any(isinstance(values, Range) for values in self.parameters.values()):
+        if self.sampler == "grid" and any(
+            isinstance(values, Range) for values in self.parameters.values()
+        ):
             raise ValueError(
-                "sampler: grid takes lists of values, and a parameter has a range. Write the values out, or take tpe"
+                "sampler: grid takes lists of values, and a parameter has a range. Write the "
+                "values out, or take tpe"
             )
         return self

@@ -1,7 +1,8 @@
 """Several processes of one run: how they find each other, speak as one, and end together.
 
-Every process runs the same program; what is printed and written is the first one's, the lead's. A process that fails tells the others,
-which then end too; one that dies untold is missed by JAX's heartbeat, which ends them within `HEARTBEAT` seconds and a few more.
+Every process runs the same program; what is printed and written is the first one's, the lead's. A
+process that fails tells the others, which then end too; one that dies untold is missed by JAX's
+heartbeat, which ends them within `HEARTBEAT` seconds and a few more.
 """
 
 import atexit
@@ -28,9 +29,13 @@ from jaxtune.core.errors import Interrupted, UserError, status
 
 HEARTBEAT = 20
 _FAILURE, _SHOWN = "jaxtune/failure", "jaxtune/shown"
-_LONGEST = 24 * 3600 * 1000  # milliseconds that one process may let the others wait, say while it downloads a model
+_LONGEST = (
+    24 * 3600 * 1000
+)  # milliseconds that one process may let the others wait, say while it downloads a model
 _GRACE, _LOOK = 5.0, 1.0
-_numbers = count()  # every process asks in the same order, so the same number means the same question
+_numbers = (
+    count()
+)  # every process asks in the same order, so the same number means the same question
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Cluster:
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
-def find(environment: Mapping[str, str], has_tpu: bool = False) -> Cluster | None:
+def find_cluster(environment: Mapping[str, str], has_tpu: bool = False) -> Cluster | None:
     """What started this process beside others, by its environment; None where it is alone.
 
     Args:
@@ -63,9 +68,10 @@ def find(environment: Mapping[str, str], has_tpu: bool = False) -> Cluster | Non
         number = environment.get("JAX_PROCESS_ID", environment.get("JOB_COMPLETION_INDEX"))
         if total is None or number is None:
             raise UserError(
-                "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID (or JOB_COMPLETION_INDEX) must be too."
+                "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID (or "
+                "JOB_COMPLETION_INDEX) must be too."
             )
-        return given(address, int(total), int(number)) if int(total) > 1 else None
+        return explicit_cluster(address, int(total), int(number)) if int(total) > 1 else None
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return _slurm(environment)
     if int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
@@ -78,7 +84,7 @@ def find(environment: Mapping[str, str], has_tpu: bool = False) -> Cluster | Non
     return None
 
 
-def given(address: str, total: int, number: int) -> Cluster:
+def explicit_cluster(address: str, total: int, number: int) -> Cluster:
     """Processes that were told where the first is, how many they are and which this is.
 
     Raises:
@@ -88,23 +94,32 @@ def given(address: str, total: int, number: int) -> Cluster:
     if ":" not in address:
         raise UserError(f"--coordinator {address}: give host:port, such as {address}:8476.")
     if not 0 <= number < total:
-        raise UserError(f"--process {number}: with {total} processes they are numbered 0 to {total - 1}.")
+        raise UserError(
+            f"--process {number}: with {total} processes they are numbered 0 to {total - 1}."
+        )
     where = {"coordinator_address": address, "num_processes": total, "process_id": number}
     return Cluster("given", where | {"cluster_detection_method": "deactivate"})
 
 
 def _slurm(environment: Mapping[str, str]) -> Cluster:
-    """A step of SLURM. A task has all GPUs of its node that it sees, or where several tasks see the same its share of them."""
+    """A step of SLURM. A task has all GPUs of its node that it sees, or where several tasks see
+    the same its share of them.
+    """
     nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
     job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", "0"))
     port = 61440 + (job * 31 + step) % 4096  # beyond what systems give to outgoing connections
     number, local = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
-    found = given(f"{first_host(nodes)}:{port}", int(environment["SLURM_STEP_NUM_TASKS"]), number)
+    found = explicit_cluster(
+        f"{first_host(nodes)}:{port}", int(environment["SLURM_STEP_NUM_TASKS"]), number
+    )
     tasks = re.split(r"[(,]", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0]
     gpus = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     if int(tasks) > 1 and len(gpus) > 1 and len(gpus) % int(tasks) == 0:
         share = len(gpus) // int(tasks)
-        return Cluster("SLURM", found.arguments | {"local_device_ids": list(range(local * share, (local + 1) * share))})
+        return Cluster(
+            "SLURM",
+            found.arguments | {"local_device_ids": list(range(local * share, (local + 1) * share))},
+        )
     return Cluster("SLURM", found.arguments)
 
 
@@ -116,7 +131,8 @@ def first_host(nodes: str) -> str:
 
 
 def start(cluster: Cluster | None = None) -> None:
-    """Join the other processes, where there are any; call before the first computation. A second call does nothing.
+    """Join the other processes, where there are any; call before the first computation. A second
+    call does nothing.
 
     Args:
         cluster: where they are; found by itself by default.
@@ -129,17 +145,21 @@ def start(cluster: Cluster | None = None) -> None:
 
     if jax.distributed.is_initialized():
         return
-    cluster = cluster or find(os.environ, _has_tpu())
+    cluster = cluster or find_cluster(os.environ, _has_tpu())
     if cluster is None:
         return
     try:
         jax.distributed.initialize(**cluster.arguments, heartbeat_timeout_seconds=HEARTBEAT)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"The processes of this run ({cluster.name}) did not find each other: {reason}") from None
+        raise UserError(
+            f"The processes of this run ({cluster.name}) did not find each other: {reason}"
+        ) from None
     if jax.process_count() > 1:
         over = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(over,), name="jaxtune-failures", daemon=True)
+        watcher = threading.Thread(
+            target=_watch, args=(over,), name="jaxtune-failures", daemon=True
+        )
         watcher.start()
         atexit.register(lambda: (over.set(), watcher.join()))  # before JAX leaves the others
 
@@ -151,62 +171,71 @@ def _has_tpu() -> bool:
 
 
 def only_compiles_for_tpu() -> bool:
-    """Whether the compiler for TPUs is installed (for plans), and neither a TPU nor JAX for another accelerator is there."""
-    others = any(importlib.util.find_spec(name) for name in ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin"))
+    """Whether the compiler for TPUs is installed (for plans), and neither a TPU nor JAX for
+    another accelerator is there.
+    """
+    others = any(
+        importlib.util.find_spec(name)
+        for name in ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin")
+    )
     return importlib.util.find_spec("libtpu") is not None and not _has_tpu() and not others
 
 
-def several() -> bool:
+def is_multiprocess() -> bool:
     """Whether there are other processes."""
     import jax
 
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def alone(command: str) -> None:
+def require_single_process(command: str) -> None:
     """Refuse to go on as one of several.
 
     Raises:
         UserError: there are other processes.
 
     """
-    if several():
-        raise UserError(f"{command} runs in one process, and there are several. Start it once, on one machine.")
+    if is_multiprocess():
+        raise UserError(
+            f"{command} runs in one process, and there are several. Start it once, on one machine."
+        )
 
 
-def is_lead() -> bool:
+def is_main() -> bool:
     """Whether this process prints and writes."""
     import jax
 
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def from_lead(ask: Callable[[], Any]) -> Any:
+def broadcast_from_main(ask: Callable[[], Any]) -> Any:
     """What the lead's `ask` returns, which JSON must hold; only the lead calls it."""
-    if not several():
+    if not is_multiprocess():
         return ask()
     client, key = _client(), f"jaxtune/said/{next(_numbers)}"
-    if is_lead():
+    if is_main():
         said = ask()
         client.key_value_set(key, json.dumps(said))
         return said
     return json.loads(client.blocking_key_value_get(key, _LONGEST))
 
 
-def alike(what: str, value: str) -> None:
+def assert_same(what: str, value: str) -> None:
     """That all processes have the same `value`.
 
     Raises:
         UserError: this one has another than the lead.
 
     """
-    if from_lead(lambda: value) != value:
-        raise UserError(f"Process {_index()} has another {what} than process 0. All must read the same files.")
+    if broadcast_from_main(lambda: value) != value:
+        raise UserError(
+            f"Process {_index()} has another {what} than process 0. All must read the same files."
+        )
 
 
-def together(name: str) -> None:
+def barrier(name: str) -> None:
     """Wait until every process is here."""
-    if several():
+    if is_multiprocess():
         _client().wait_at_barrier(f"jaxtune/{name}/{next(_numbers)}", _LONGEST)
 
 
@@ -224,12 +253,13 @@ def fetch(tree: Any) -> Any:
 
 
 @contextlib.contextmanager
-def own_place(target: Path) -> Iterator[Path]:
-    """Where this process writes what only the lead keeps: `target`, for the others a place of their own that is removed.
+def main_only_path(target: Path) -> Iterator[Path]:
+    """Where this process writes what only the lead keeps: `target`, for the others a place of their
+    own that is removed.
 
     So all run the same code, and what they must compute together to write it they do.
     """
-    if is_lead():
+    if is_main():
         yield target
         return
     scratch = Path(tempfile.mkdtemp(prefix="jaxtune-"))
@@ -240,22 +270,23 @@ def own_place(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def ending_together() -> Iterator[None]:
-    """What fails in here ends all processes: the lead prints the first error, and each exits with its status.
+def fail_together() -> Iterator[None]:
+    """What fails in here ends all processes: the lead prints the first error, and each exits with
+    its status.
 
     A process that is alone is left to its own.
     """
     try:
         yield
     except BaseException as error:
-        if not several() or isinstance(error, SystemExit | Interrupted):
+        if not is_multiprocess() or isinstance(error, SystemExit | Interrupted):
             raise
         _report(error)
 
 
-def end_all(error: Exception) -> None:
+def fail_all(error: Exception) -> None:
     """End this process and all others with an error, from any thread."""
-    if several():
+    if is_multiprocess():
         _report(error)
     print(f"jaxtune: {error}", file=sys.stderr, flush=True)
     _leave(status(error))
@@ -267,8 +298,14 @@ def _report(error: BaseException) -> None:
 
     if os.environ.get("JAXTUNE_DEBUG") == "1":
         traceback.print_exception(error)
-    client, lead = _client(), is_lead()
-    message = json.dumps({"process": jax.process_index(), "text": str(error) or type(error).__name__, "status": status(error)})
+    client, lead = _client(), is_main()
+    message = json.dumps(
+        {
+            "process": jax.process_index(),
+            "text": str(error) or type(error).__name__,
+            "status": status(error),
+        }
+    )
     try:
         client.key_value_set(_FAILURE, message)
     except jax.errors.JaxRuntimeError:  # another was first
@@ -292,7 +329,7 @@ def _watch(over: threading.Event) -> None:
             message = json.loads(client.key_value_try_get(_FAILURE))
         except jax.errors.JaxRuntimeError:  # there is none
             continue
-        if is_lead():
+        if is_main():
             _show_and_leave(client)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             client.blocking_key_value_get(_SHOWN, int(_GRACE * 1000))
@@ -322,7 +359,9 @@ def _index() -> int:
 
 
 def _client() -> Any:
-    """The processes' common notice board. JAX has no public name for it; orbax takes it from here too."""
+    """The processes' common notice board. JAX has no public name for it; orbax takes it from
+    here too.
+    """
     from jax._src import distributed
 
     return distributed.global_state.client

@@ -11,7 +11,7 @@ class UserError(Exception):
     """
 
 
-class RunFailure(Exception):
+class RunError(Exception):
     """A run that was set up correctly and failed (a NaN, an export that does not verify).
 
     The command line prints it as one message without a traceback and exits with 1.
@@ -48,6 +48,11 @@ def listed(names: Iterable[str], limit: int = 8) -> str:
     names = list(names)
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says, or its type's name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def status(error: BaseException) -> int:

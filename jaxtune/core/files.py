@@ -14,7 +14,9 @@ from jaxtune.core.errors import UserError
 
 
 def shown(path: str | Path) -> str:
-    """A path as a person would type it: relative to the working directory where it lies below it."""
+    """A path as a person would type it: relative to the working directory where it lies below
+    it.
+    """
     try:
         return str(Path(path).relative_to(Path.cwd()))
     except ValueError:
@@ -22,7 +24,9 @@ def shown(path: str | Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file at `path` by `text`; a reader sees the old file or the new one, never a part."""
+    """Replace the file at `path` by `text`; a reader sees the old file or the new one, never a
+    part.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -64,18 +68,26 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}. Write or download the file again.") from None
+        raise UserError(
+            f"{path} is not valid JSON: {error}. Write or download the file again."
+        ) from None
 
 
 def cache_root() -> Path:
     """Where what can be made again is kept: `JAXTUNE_CACHE`, or `~/.cache/jaxtune`."""
     given = os.environ.get("JAXTUNE_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtune"
+    return (
+        Path(given)
+        if given
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtune"
+    )
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file at `path`, which no two processes or threads do at a time; who comes second waits."""
+    """Hold the lock file at `path`, which no two processes or threads do at a time; who comes
+    second waits.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -90,12 +102,15 @@ def refuse_existing(target: Path) -> None:
 
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} already exists and is not empty. Choose another name or remove it.")
+        raise UserError(
+            f"{target} already exists and is not empty. Choose another name or remove it."
+        )
 
 
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """A path in a temporary directory beside `target`; the file made there takes the name `target` only if the block succeeds.
+    """A path in a temporary directory beside `target`; the file made there takes the name `target`
+    only if the block succeeds.
 
     Raises:
         UserError: `target` exists.
@@ -113,7 +128,8 @@ def new_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A temporary sibling of `target` to fill; it takes the name `target` only if the block succeeds.
+    """A temporary sibling of `target` to fill; it takes the name `target` only if the block
+    succeeds.
 
     Args:
         target: the directory to make.

@@ -1,4 +1,6 @@
-"""Devices: what kind a program is made for, what memory they have, and what programs and arrays take of it."""
+"""Devices: what kind a program is made for, what memory they have, and what programs and arrays
+take of it.
+"""
 
 import ctypes
 import math
@@ -9,11 +11,58 @@ from typing import Any
 
 import jax
 
-_UNKNOWN = 8 * 2**30
+_GIB = 2**30
+_UNKNOWN = 8 * _GIB
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one chip has.
+
+    Attributes:
+        device_kind: what JAX calls it, or how that begins.
+        flops: dense bfloat16 FLOP/s.
+        memory: bytes that a program may use.
+        bandwidth: of its memory, bytes/s.
+        link: bytes/s that one chip sends along one mesh axis within a slice or host.
+        network: bytes/s that one chip sends between slices or hosts.
+
+    """
+
+    device_kind: str
+    flops: float
+    memory: int
+    bandwidth: float
+    link: float
+    network: float
+
+
+# Makers' data sheets; a TPU's memory is what its compiler lets a program use. A TPU's `link` is
+# both directions of one torus axis.
+CHIPS = {
+    "v4": Chip("TPU v4", 275e12, int(31.25 * _GIB), 1.23e12, 90e9, 6.25e9),
+    "v5e": Chip("TPU v5 lite", 197e12, int(15.75 * _GIB), 0.82e12, 90e9, 3.125e9),
+    "v5p": Chip("TPU v5p", 459e12, int(95.74 * _GIB), 2.76e12, 180e9, 6.25e9),
+    "v6e": Chip("TPU v6 lite", 918e12, int(31.25 * _GIB), 1.64e12, 180e9, 12.5e9),
+    "a100": Chip("NVIDIA A100", 312e12, int(79.1 * _GIB), 2.04e12, 300e9, 25e9),
+    "h100": Chip("NVIDIA H100", 989e12, int(79.1 * _GIB), 3.35e12, 450e9, 50e9),
+    "h200": Chip("NVIDIA H200", 989e12, int(139.8 * _GIB), 4.8e12, 450e9, 50e9),
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Return the dense bfloat16 FLOP/s of a chip by JAX's name of it, or None where it is not
+    known.
+    """
+    return next(
+        (chip.flops for chip in CHIPS.values() if device_kind.startswith(chip.device_kind)), None
+    )
 
 
 def platform() -> str:
-    """`cpu`, `gpu` or `tpu`: of the current mesh, whose devices may be described only (see `plan`), else of this machine."""
+    """`cpu`, `gpu` or `tpu`: of the current mesh, whose devices may be described only (see
+    `plan`), else of this machine.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     found = (device.platform if device is not None else None) or jax.default_backend()
     return "gpu" if found in ("cuda", "rocm") else found
@@ -42,12 +91,17 @@ class Memory:
         found = program.memory_analysis()
         if found is None:
             return None
-        sizes = (getattr(found, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp"))
+        sizes = (
+            getattr(found, f"{name}_size_in_bytes")
+            for name in ("argument", "output", "alias", "temp")
+        )
         return cls(*sizes)
 
     @property
     def peak(self) -> int:
-        """Bytes at most: arguments, results that do not replace them, and temporaries, as if all were there at once."""
+        """Bytes at most: arguments, results that do not replace them, and temporaries, as if all
+        were there at once.
+        """
         return self.argument + self.output - self.alias + self.temp
 
 
@@ -62,7 +116,9 @@ def bytes_here(tree: Any) -> int:
 
 
 def give_back() -> None:
-    """Return to the system what was freed, such as a compiler's memory, where the C library keeps it otherwise."""
+    """Return to the system what was freed, such as a compiler's memory, where the C library
+    keeps it otherwise.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

@@ -27,18 +27,21 @@ def make_mesh(
 ) -> Mesh:
     """A mesh over all devices with the axes `slices`, `data`, `fsdp`, `context` and `tensor`.
 
-    Neighbours on `tensor` are neighbours on the interconnect; only `slices` crosses the data-centre network.
+    Neighbors on `tensor` are neighbors on the interconnect; only `slices` crosses the data-center
+    network.
 
     Args:
         data: copies of the weights; one of the axes within a slice may be -1, what is left.
         fsdp: parts of the weights, each with its part of the batch.
         tensor: parts of each matrix product.
         context: parts of each sequence.
-        slices: groups of devices joined by the data-centre network, each with a copy of the weights.
+        slices: groups of devices joined by the data-center network, each with a copy of the
+            weights.
         devices: the devices to use; all of this process's platform by default.
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices, or the slices are not those that there are.
+        UserError: the sizes do not multiply to the number of devices, or the slices are not those
+            that there are.
 
     """
     devices = list(jax.devices() if devices is None else devices)
@@ -53,15 +56,20 @@ def _sizes(asked: dict[str, int], count: int) -> tuple[int, ...]:
     """The axes' sizes with what is left put in for -1."""
     free = [name for name, size in asked.items() if size == -1]
     if zero := [name for name, size in asked.items() if size == 0]:
-        raise UserError(f"mesh.{zero[0]} = 0: an axis has at least one device; -1 takes what is left.")
+        raise UserError(
+            f"mesh.{zero[0]} = 0: an axis has at least one device; -1 takes what is left."
+        )
     if len(free) > 1:
         raise UserError(f"mesh: only one axis may be -1, not {' and '.join(free)}.")
     given = math.prod(size for size in asked.values() if size != -1)
     sizes = {name: max(1, count // given) if size == -1 else size for name, size in asked.items()}
     if math.prod(sizes.values()) != count:
-        shown = ", ".join(f"{name}: {size}" for name, size in asked.items() if size != 1) or "fsdp: 1"
+        shown = (
+            ", ".join(f"{name}: {size}" for name, size in asked.items() if size != 1) or "fsdp: 1"
+        )
         raise UserError(
-            f"mesh: {{{shown}}} needs {math.prod(sizes.values())} devices and there are {count}. {_nearest_mesh(sizes, free, count)}"
+            f"mesh: {{{shown}}} needs {math.prod(sizes.values())} devices and there are {count}. "
+            f"{_nearest_mesh(sizes, free, count)}"
         )
     return tuple(sizes.values())
 
@@ -74,11 +82,16 @@ def _nearest_mesh(sizes: dict[str, int], free: list[str], count: int) -> str:
         kept[name] = max(part for part in range(1, left + 1) if left % part == 0 and part <= size)
         left //= kept[name]
     found = {name: size for name, size in kept.items() if size > 1} | {FSDP: left}
-    return "The nearest that fits: mesh: {" + ", ".join(f"{name}: {found[name]}" for name in AXES if name in found) + "}."
+    return (
+        "The nearest that fits: mesh: {"
+        + ", ".join(f"{name}: {found[name]}" for name in AXES if name in found)
+        + "}."
+    )
 
 
 def _by_slice(devices: list[Any], slices: int) -> list[list[Any]]:
-    """The devices of each slice. Devices that are on no slices of their own (GPUs, CPUs) are cut in order, so by hosts.
+    """The devices of each slice. Devices that are on no slices of their own (GPUs, CPUs) are cut in
+    order, so by hosts.
 
     Raises:
         UserError: the devices lie on several slices, but not on so many.
@@ -89,12 +102,17 @@ def _by_slice(devices: list[Any], slices: int) -> list[list[Any]]:
         size = len(devices) // slices
         return [devices[at * size : (at + 1) * size] for at in range(slices)]
     if slices != len(numbers):
-        raise UserError(f"mesh.slices = {slices}, and the devices lie on {len(numbers)} slices. Set mesh.slices={len(numbers)}.")
+        raise UserError(
+            f"mesh.slices = {slices}, and the devices lie on {len(numbers)} slices. Set "
+            f"mesh.slices={len(numbers)}."
+        )
     return [[device for device in devices if device.slice_index == number] for number in numbers]
 
 
 def _arranged(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
-    """The devices of one slice in the shape of the axes within it, as lies well on its interconnect."""
+    """The devices of one slice in the shape of the axes within it, as lies well on its
+    interconnect.
+    """
     if devices[0].platform == "tpu":
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return np.asarray(devices, dtype=object).reshape(shape)

@@ -9,14 +9,18 @@ from jaxtune.core.distributed import Cluster
 
 
 def start(cluster: Cluster | None = None) -> None:
-    """Join the other processes of the run, if any, and keep compiled programs between commands, so that a second start is quick.
+    """Join the other processes of the run, if any, and keep compiled programs between commands, so
+    that a second start is quick.
 
-    Call it before the first computation. The folder of programs is `JAX_COMPILATION_CACHE_DIR`, or `~/.cache/jaxtune/xla`.
+    Call it before the first computation. The folder of programs is `JAX_COMPILATION_CACHE_DIR`, or
+    `~/.cache/jaxtune/xla`.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
     import jax
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what this program says itself
+    logging.getLogger("absl").setLevel(
+        logging.ERROR
+    )  # orbax warns of what this program says itself
     if os.environ.get("JAX_PLATFORMS") is None and distributed.only_compiles_for_tpu():
         jax.config.update("jax_platforms", "cpu")
     if jax.config.values["jax_compilation_cache_dir"] is None:

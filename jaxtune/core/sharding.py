@@ -15,9 +15,10 @@ type_axis = str | tuple[str, ...] | None
 class Rules:
     """Where each logical axis lies on the mesh; changing a strategy edits one such object.
 
-    A parameter's axes are shardable names (`embed`, `mlp`, `heads`, ...), an activation's `batch`, `seq`, `act_embed`, ...
-    Between layers, where activations wait for the backward pass, a sequence is cut over the tensor axis too (`kept_seq`; Korthikanti
-    et al. 2022, sequence parallelism): the sum over the parts of a product and the cut are one reduce-scatter.
+    A parameter's axes are shardable names (`embed`, `mlp`, `heads`, ...), an activation's `batch`,
+    `seq`, `act_embed`, ... Between layers, where activations wait for the backward pass, a sequence
+    is cut over the tensor axis too (`kept_seq`; Korthikanti et al. 2022, sequence parallelism): the
+    sum over the parts of a product and the cut are one reduce-scatter.
     """
 
     batch: type_axis = BATCH
@@ -41,7 +42,8 @@ class Rules:
         """The partition of an array whose dimensions have these logical names.
 
         Raises:
-            ValueError: two dimensions of one array would lie on the same mesh axis, or a name is unknown.
+            ValueError: two dimensions of one array would lie on the same mesh axis, or a name is
+                unknown.
 
         """
         known = {field.name for field in fields(self)}
@@ -57,56 +59,73 @@ class Rules:
 RULES = Rules()
 
 
-def fitting(
-    mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules = RULES
+def partition_spec(
+    mesh: Mesh | AbstractMesh,
+    axes: tuple[str | None, ...],
+    shape: tuple[int, ...],
+    rules: Rules = RULES,
 ) -> PartitionSpec:
-    """The partition of an array of this shape: of the mesh axes of a dimension as many, from the first, as divide it.
+    """The partition of an array of this shape: of the mesh axes of a dimension as many, from the
+    first, as divide it.
 
     Args:
         mesh: the device mesh.
-        axes: logical names of the trailing dimensions; leading ones (stacked layers) are not sharded.
+        axes: logical names of the trailing dimensions; leading ones (stacked layers) are not
+            sharded.
         shape: the array's shape.
         rules: the table of axes.
 
     """
     spec = (None,) * (len(shape) - len(axes)) + tuple(rules.spec(axes))
-    return PartitionSpec(*(_dividing(mesh, entry, size) for size, entry in zip(shape, spec, strict=True)))
+    return PartitionSpec(
+        *(_dividing(mesh, entry, size) for size, entry in zip(shape, spec, strict=True))
+    )
 
 
-def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules = RULES) -> NamedSharding:
-    """The sharding of a parameter; see `fitting`."""
-    return NamedSharding(mesh, fitting(mesh, axes, shape, rules))
+def sharding(
+    mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules = RULES
+) -> NamedSharding:
+    """The sharding of a parameter; see `partition_spec`."""
+    return NamedSharding(mesh, partition_spec(mesh, axes, shape, rules))
 
 
-def ways(mesh: Mesh | AbstractMesh, axis: str, rules: Rules = RULES) -> int:
+def axis_size(mesh: Mesh | AbstractMesh, axis: str, rules: Rules = RULES) -> int:
     """Into how many parts the mesh cuts a logical axis."""
     return math.prod(mesh.shape[name] for name in _names(getattr(rules, axis)))
 
 
-def spread() -> bool:
+def is_multi_device() -> bool:
     """Whether the current mesh has several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
 
 
-def cuts(axis: str, size: int) -> int:
+def num_shards(axis: str, size: int) -> int:
     """Into how many parts the current mesh cuts a logical axis of this size."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in _names(_dividing(mesh, getattr(RULES, axis), size)))
+    return (
+        1
+        if mesh.empty
+        else math.prod(
+            mesh.shape[name] for name in _names(_dividing(mesh, getattr(RULES, axis), size))
+        )
+    )
 
 
-def even(axis: str, size: int) -> bool:
+def divides_evenly(axis: str, size: int) -> bool:
     """Whether the current mesh cuts a logical axis of this size into equal parts."""
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and size % ways(mesh, axis) == 0
+    return not mesh.empty and size % axis_size(mesh, axis) == 0
 
 
 def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Array:
-    """Pin an activation's layout on the current mesh; without a mesh of several devices it is `x` itself."""
-    if not spread():
+    """Pin an activation's layout on the current mesh; without a mesh of several devices it is
+    `x` itself.
+    """
+    if not is_multi_device():
         return x
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.lax.with_sharding_constraint(x, fitting(mesh, axes, x.shape, rules))
+    return jax.lax.with_sharding_constraint(x, partition_spec(mesh, axes, x.shape, rules))
 
 
 def _names(entry: type_axis) -> tuple[str, ...]:

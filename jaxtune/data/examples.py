@@ -1,4 +1,6 @@
-"""The examples of a source: tokenised rows cut to length, with an account of what was cut or left out."""
+"""The examples of a source: tokenized rows cut to length, with an account of what was cut or
+left out.
+"""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from jaxtune.data.store import REWRITTEN, TEXT, Store
 _BLOCK = 1 << 17  # documents looked at together, so that what is made on the way stays small
 
 
-class Part(NamedTuple):
+class SourceShare(NamedTuple):
     """Consecutive examples of one source, and how often an epoch shows them."""
 
     count: int
@@ -28,7 +30,8 @@ class Examples:
     Attributes:
         source: what the user named.
         items: the examples in the order of their rows.
-        lengths: positions that each takes in a row: up to the one that predicts its last supervised token.
+        lengths: positions that each takes in a row: up to the one that predicts its last supervised
+            token.
         supervised: supervised tokens of each.
         parts: how many of them come from each source, and the sources' weights.
         rows: rows read.
@@ -38,7 +41,7 @@ class Examples:
         cut_off: places of rows whose answers lie wholly beyond the cut.
         bad: what is wrong with rows that were left out, each with its place.
         rewritten: rows cut into one example an answer, because the template rewrites earlier turns.
-        stores: the tokenised sources, with the documents of each that were chosen.
+        stores: the tokenized sources, with the documents of each that were chosen.
         digest: changes when the tokens change.
         compared: whether the items are answers side by side (`preference.Compared`).
 
@@ -48,7 +51,7 @@ class Examples:
     items: Sequence[Any]
     lengths: np.ndarray
     supervised: np.ndarray
-    parts: tuple[Part, ...]
+    parts: tuple[SourceShare, ...]
     rows: int = 0
     formats: tuple[str, ...] = ()
     truncated: Sequence[str] = ()
@@ -87,7 +90,9 @@ class Examples:
 
 
 def fed_length(example: Example) -> int:
-    """Tokens fed of an example: what follows its last supervised token can change no loss and is not fed."""
+    """Tokens fed of an example: what follows its last supervised token can change no loss and is
+    not fed.
+    """
     return int(np.flatnonzero(example.weights)[-1])
 
 
@@ -95,19 +100,24 @@ def in_memory(items: Sequence[Example], source: str = "memory") -> Examples:
     """Examples that were made elsewhere."""
     lengths = np.array([fed_length(item) for item in items], np.int64)
     supervised = np.array([np.count_nonzero(item.weights[1:]) for item in items], np.int64)
-    return Examples(source, items, lengths, supervised, (Part(len(items), 1.0),), rows=len(items))
+    return Examples(
+        source, items, lengths, supervised, (SourceShare(len(items), 1.0),), rows=len(items)
+    )
 
 
-def cut(store: Store, chosen: np.ndarray, max_length: int, name: str, weight: float = 1.0) -> Examples:
+def cut(
+    store: Store, chosen: np.ndarray, max_length: int, name: str, weight: float = 1.0
+) -> Examples:
     """The examples of a store.
 
-    A conversation is cut at the end. A text goes on in the next example, which begins with the token the last one ended on, so that
-    each of its tokens is predicted once.
+    A conversation is cut at the end. A text goes on in the next example, which begins with the
+    token the last one ended on, so that each of its tokens is predicted once.
 
     Args:
-        store: tokenised rows.
+        store: tokenized rows.
         chosen: which of its documents to take.
-        max_length: tokens of an example at most; so many are fed and, from the second on, predicted.
+        max_length: tokens of an example at most; so many are fed and, from the second on,
+            predicted.
         name: what the user named.
         weight: passes over them in an epoch.
 
@@ -115,10 +125,10 @@ def cut(store: Store, chosen: np.ndarray, max_length: int, name: str, weight: fl
     windows = Windows(store, chosen, max_length)
     return Examples(
         name,
-        Cut(store, windows.document, windows.first, windows.stop),
+        TruncatedExamples(store, windows.document, windows.first, windows.stop),
         windows.lengths,
         windows.supervised,
-        (Part(len(windows.lengths), weight),),
+        (SourceShare(len(windows.lengths), weight),),
         rows=windows.rows,
         formats=(store.about["format"],),
         truncated=Places(store, windows.truncated),
@@ -181,16 +191,26 @@ class Windows:
 
         self.document, self.first, self.stop = whole("document"), whole("first"), whole("stop")
         self.lengths, self.supervised = whole("lengths"), whole("supervised")
-        self.truncated, self.unanswered, self.cut_off = whole("truncated"), whole("unanswered"), whole("cut_off")
+        self.truncated, self.unanswered, self.cut_off = (
+            whole("truncated"),
+            whole("unanswered"),
+            whole("cut_off"),
+        )
         marked = whole("marked")
         self.rewritten = len(np.unique(store.documents[["file", "line"]][marked]))
         self.rows = len(chosen) - len(marked) + self.rewritten
 
 
-def _window(store: Store, begin: int, end: int, chosen: np.ndarray, max_length: int) -> dict[str, np.ndarray]:
-    """The part of `Windows` that is made of the chosen documents between `begin` and `end`, in arrays of int32."""
+def _window(
+    store: Store, begin: int, end: int, chosen: np.ndarray, max_length: int
+) -> dict[str, np.ndarray]:
+    """The part of `Windows` that is made of the chosen documents between `begin` and `end`, in
+    arrays of int32.
+    """
     records = store.documents[begin:end]
-    tokens, spans_before = (int(store.documents[name][begin - 1]) if begin else 0 for name in ("tokens", "spans"))
+    tokens, spans_before = (
+        int(store.documents[name][begin - 1]) if begin else 0 for name in ("tokens", "spans")
+    )
     sizes = np.diff(records["tokens"], prepend=tokens)
     owner = np.repeat(np.arange(len(records)), np.diff(records["spans"], prepend=spans_before))
     spans = store.spans[spans_before : int(records["spans"][-1])]
@@ -241,7 +261,7 @@ class Lazy(Sequence):
 
 
 @dataclass(frozen=True)
-class Cut(Lazy):
+class TruncatedExamples(Lazy):
     """Examples read from a store when they are asked for."""
 
     store: Store
@@ -254,11 +274,17 @@ class Cut(Lazy):
 
     def at(self, index: int) -> Any:
         """See Lazy."""
-        document, first, stop = int(self.document[index]), int(self.first[index]), int(self.stop[index])
+        document, first, stop = (
+            int(self.document[index]),
+            int(self.first[index]),
+            int(self.stop[index]),
+        )
         records, spans = self.store.documents, self.store.spans
         start = int(records["tokens"][document - 1]) if document else 0
         weights = np.zeros(stop - first, np.float32)
-        for span in spans[int(records["spans"][document - 1]) if document else 0 : int(records["spans"][document])]:
+        for span in spans[
+            int(records["spans"][document - 1]) if document else 0 : int(records["spans"][document])
+        ]:
             begin, end = max(int(span["begin"]) - first, 0), int(span["end"]) - first
             if end > 0:
                 weights[begin:end] = span["weight"]

@@ -1,4 +1,6 @@
-"""Which examples share a row and which rows share a batch: a plan of the epoch, known before it begins."""
+"""Which examples share a row and which rows share a batch: a plan of the epoch, known before it
+begins.
+"""
 
 import bisect
 import math
@@ -7,14 +9,35 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxtune.core.errors import RunFailure
+from jaxtune.core.errors import RunError
+from jaxtune.data.batch import Batch
 from jaxtune.data.chat.tokenize import Example
-from jaxtune.data.examples import Part, fed_length
+from jaxtune.data.examples import SourceShare, fed_length
 from jaxtune.data.formats.preference import Compared
-from jaxtune.objectives.objective import Batch
 
 LOOK_AHEAD, OPEN_ROWS = 2048, 128
-_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
+_BUCKETS = (
+    32,
+    64,
+    96,
+    128,
+    192,
+    256,
+    384,
+    512,
+    768,
+    1024,
+    1536,
+    2048,
+    3072,
+    4096,
+    6144,
+    8192,
+    12288,
+    16384,
+    24576,
+    32768,
+)
 _SORTED_TOGETHER = 64
 
 PackedRow = tuple[int, ...]
@@ -61,10 +84,15 @@ class Epoch:
     def batch(self, index: int) -> list[PackedRow]:
         """The rows of a batch; of the last one there may be fewer."""
         chosen = range(index * self.rows, min((index + 1) * self.rows, len(self.ends)))
-        return [tuple(self.members[self.ends[row - 1] if row else 0 : self.ends[row]].tolist()) for row in chosen]
+        return [
+            tuple(self.members[self.ends[row - 1] if row else 0 : self.ends[row]].tolist())
+            for row in chosen
+        ]
 
 
-def plan_epoch(lengths: np.ndarray, layout: Layout, epoch: int, parts: Sequence[Part] = ()) -> Epoch:
+def plan_epoch(
+    lengths: np.ndarray, layout: Layout, epoch: int, parts: Sequence[SourceShare] = ()
+) -> Epoch:
     """Every example once (of a source of weight w, w times), in batches of rows.
 
     Args:
@@ -85,11 +113,11 @@ def plan_epoch(lengths: np.ndarray, layout: Layout, epoch: int, parts: Sequence[
     return Epoch(order, np.arange(1, len(order) + 1), layout.rows)
 
 
-def _drawn(count: int, parts: Sequence[Part], seed: int, epoch: int) -> np.ndarray:
+def _drawn(count: int, parts: Sequence[SourceShare], seed: int, epoch: int) -> np.ndarray:
     """The examples that an epoch shows, before they are put in order.
 
-    A source of weight w is gone through again and again, each time in another order, and an epoch takes the next w of a pass: so after
-    1/w epochs each of its examples was seen, and none twice.
+    A source of weight w is gone through again and again, each time in another order, and an epoch
+    takes the next w of a pass: so after 1/w epochs each of its examples was seen, and none twice.
     """
     if all(part.weight == 1 for part in parts):
         return np.arange(count)
@@ -98,7 +126,9 @@ def _drawn(count: int, parts: Sequence[Part], seed: int, epoch: int) -> np.ndarr
         begin, end = (math.ceil(part.weight * part.count * at) for at in (epoch, epoch + 1))
         while begin < end:
             turn, offset = divmod(begin, part.count)
-            order = np.random.Generator(np.random.PCG64([seed, number, turn, 1])).permutation(part.count)
+            order = np.random.Generator(np.random.PCG64([seed, number, turn, 1])).permutation(
+                part.count
+            )
             taken = order[offset : offset + end - begin]
             found.append(start + taken)
             begin += len(taken)
@@ -107,10 +137,11 @@ def _drawn(count: int, parts: Sequence[Part], seed: int, epoch: int) -> np.ndarr
 
 
 def _best_fit(order: np.ndarray, lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The number of the row that each place of `order` goes to, by best-fit decreasing with a bounded look-ahead.
+    """The number of the row that each place of `order` goes to, by best-fit decreasing with a
+    bounded look-ahead.
 
-    Of each `LOOK_AHEAD` examples the longest goes first, each to the open row that it fills best; then all but the `OPEN_ROWS`
-    emptiest rows are closed.
+    Of each `LOOK_AHEAD` examples the longest goes first, each to the open row that it fills best;
+    then all but the `OPEN_ROWS` emptiest rows are closed.
     """
     rows = np.zeros(len(order), np.int32)
     free: list[tuple[int, int]] = []  # (space left, number of the row), sorted
@@ -131,31 +162,50 @@ def _best_fit(order: np.ndarray, lengths: np.ndarray, capacity: int) -> np.ndarr
     return rows
 
 
-def _rows(order: np.ndarray, row_of: np.ndarray, layout: Layout, random: np.random.Generator) -> Epoch:
+def _rows(
+    order: np.ndarray, row_of: np.ndarray, layout: Layout, random: np.random.Generator
+) -> Epoch:
     """The packed rows, shuffled or else in the order of their first examples."""
-    _, first, row_of, sizes = np.unique(row_of, return_index=True, return_inverse=True, return_counts=True)
+    _, first, row_of, sizes = np.unique(
+        row_of, return_index=True, return_inverse=True, return_counts=True
+    )
     rank = np.empty(len(sizes), np.int64)
-    rank[random.permutation(len(sizes)) if layout.shuffle else np.argsort(first)] = np.arange(len(sizes))
+    rank[random.permutation(len(sizes)) if layout.shuffle else np.argsort(first)] = np.arange(
+        len(sizes)
+    )
     members = order[np.argsort(rank[row_of], kind="stable")]
     return Epoch(members, np.cumsum(sizes[np.argsort(rank)]), layout.rows)
 
 
-def _by_length(order: np.ndarray, lengths: np.ndarray, rows: int, random: np.random.Generator) -> np.ndarray:
-    """Examples of like length share a batch: within stretches of so many batches they are sorted, and then the batches are shuffled."""
+def _by_length(
+    order: np.ndarray, lengths: np.ndarray, rows: int, random: np.random.Generator
+) -> np.ndarray:
+    """Examples of like length share a batch: within stretches of so many batches they are
+    sorted, and then the batches are shuffled.
+    """
     stretch = rows * _SORTED_TOGETHER
     order = np.concatenate(
-        [part[np.argsort(lengths[part], kind="stable")] for part in np.split(order, range(stretch, len(order), stretch))]
+        [
+            part[np.argsort(lengths[part], kind="stable")]
+            for part in np.split(order, range(stretch, len(order), stretch))
+        ]
     )
     whole = len(order) // rows * rows
-    return np.concatenate([random.permutation(order[:whole].reshape(-1, rows), axis=0).reshape(-1), order[whole:]])
+    return np.concatenate(
+        [random.permutation(order[:whole].reshape(-1, rows), axis=0).reshape(-1), order[whole:]]
+    )
 
 
 def row_length(rows: Sequence[PackedRow], lengths: np.ndarray, layout: Layout) -> int:
-    """Tokens per row of a batch: the maximum where rows are packed, else the next of a few sizes, so that shapes stay few."""
+    """Tokens per row of a batch: the maximum where rows are packed, else the next of a few
+    sizes, so that shapes stay few.
+    """
     if layout.packing:
         return layout.max_length
     longest = max(int(lengths[index]) for row in rows for index in row)
-    return min(layout.max_length, next((size for size in _BUCKETS if size >= longest), layout.max_length))
+    return min(
+        layout.max_length, next((size for size in _BUCKETS if size >= longest), layout.max_length)
+    )
 
 
 def build_batch(
@@ -177,11 +227,11 @@ def build_batch(
         segments: where answers are compared, how many a row may hold.
 
     Raises:
-        RunFailure: no token of the batch is supervised.
+        RunError: no token of the batch is supervised.
 
     """
     if not any(rows):
-        raise RunFailure("A batch has no supervised token, so its loss is not defined.")
+        raise RunError("A batch has no supervised token, so its loss is not defined.")
     labels = np.zeros((shape[0], segments), np.int32)
     batch = Batch(
         np.zeros(shape, np.int32),
@@ -207,7 +257,7 @@ def build_batch(
                 _lay(batch, (number, slice(at, at + size)), example, size, segment)
                 at += size
     if wanted is None and not batch.weights.any():
-        raise RunFailure("A batch has no supervised token, so its loss is not defined.")
+        raise RunError("A batch has no supervised token, so its loss is not defined.")
     return batch
 
 

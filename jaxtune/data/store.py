@@ -1,7 +1,7 @@
-"""Tokenised rows on disk: written once as they stream by, memory-mapped afterwards.
+"""Tokenized rows on disk: written once as they stream by, memory-mapped afterwards.
 
-A store is a directory that takes its name when it is whole, so a crash leaves nothing half-written under that name, and of two
-processes that make the same one the first wins and the second uses it.
+A store is a directory that takes its name when it is whole, so a crash leaves nothing half-written
+under that name, and of two processes that make the same one the first wins and the second uses it.
 """
 
 import hashlib
@@ -22,16 +22,18 @@ import numpy as np
 
 from jaxtune.core.errors import UserError
 from jaxtune.core.files import cache_root, read_json
+from jaxtune.data.batch import CHOSEN, REJECTED
 from jaxtune.data.chat.tokenize import Document
-from jaxtune.data.sources.row import Place
-from jaxtune.objectives.objective import CHOSEN, REJECTED
+from jaxtune.data.sources.row import RowLocation
 
 VERSION = 1
 """Raised whenever the same rows would give other files."""
 
 TEXT, REWRITTEN, TWO_BOS, NOT_ENDED, GOOD, BAD = 1, 2, 4, 8, 16, 32
-"""Marks of a document: raw text; one answer's part of a row; begins with BOS twice; its last answer has no end-of-turn token; where
-answers are compared, a preferred or good one, a rejected or bad one."""
+"""Marks of a document: raw text; one answer's part of a row; begins with BOS twice; its last
+answer has no end-of-turn token; where answers are compared, a preferred or good one, a rejected
+or bad one.
+"""
 
 _DOCUMENT = np.dtype(
     [
@@ -46,7 +48,10 @@ _DOCUMENT = np.dtype(
     ]
 )  # tokens and spans are those of all documents up to and with this one
 _SPAN = np.dtype([("begin", "<i4"), ("end", "<i4"), ("weight", "<f4")])
-_MANIFEST, _PARTS = "manifest.json", {"ids": np.dtype("<i4"), "documents": _DOCUMENT, "spans": _SPAN}
+_MANIFEST, _PARTS = (
+    "manifest.json",
+    {"ids": np.dtype("<i4"), "documents": _DOCUMENT, "spans": _SPAN},
+)
 _UNFINISHED = ".unfinished."
 _STALE_SECONDS = 24 * 3600
 _LARGEST = 50 << 30
@@ -54,11 +59,12 @@ _LARGEST = 50 << 30
 
 @dataclass(frozen=True)
 class Store:
-    """Tokenised rows.
+    """Tokenized rows.
 
     Attributes:
         path: the directory.
-        about: the format, the kinds of rows (text, plain or chat), bad rows, the largest token, a digest of the contents.
+        about: the format, the kinds of rows (text, plain or chat), bad rows, the largest token, a
+            digest of the contents.
 
     """
 
@@ -80,10 +86,10 @@ class Store:
         """A record a supervised range of tokens: begin and end in its document, weight."""
         return self._array("spans")
 
-    def place(self, document: int) -> Place:
+    def place(self, document: int) -> RowLocation:
         """Where a document comes from."""
         record = self.documents[document]
-        return Place(self.about["files"][record["file"]], int(record["line"]))
+        return RowLocation(self.about["files"][record["file"]], int(record["line"]))
 
     def read(self, begin: int, end: int) -> np.ndarray:
         """A copy of the tokens from `begin` to before `end`."""
@@ -92,8 +98,8 @@ class Store:
         return found
 
     def let_go(self, *names: str) -> None:
-        """Keep no page in memory of what was read of these files, by default of the records; a file that was gone through would
-        count as ours whole.
+        """Keep no page in memory of what was read of these files, by default of the records; a file
+        that was gone through would count as ours whole.
         """
         for name in names or ("documents", "spans"):
             if name in self._maps:
@@ -109,7 +115,11 @@ class Store:
         return found
 
     def _array(self, name: str) -> np.ndarray:
-        return np.frombuffer(self._maps[name], _PARTS[name]) if name in self._maps else np.zeros(0, _PARTS[name])
+        return (
+            np.frombuffer(self._maps[name], _PARTS[name])
+            if name in self._maps
+            else np.zeros(0, _PARTS[name])
+        )
 
 
 class Writer:
@@ -130,7 +140,9 @@ class Writer:
         self._largest = -1
         self._kinds: set[str] = set()
         self._bos = tokenizer.bos_token_id
-        added = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+        added = (
+            number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+        )
         self._special = {*tokenizer.all_special_ids, *added}
 
     def add(self, documents: Iterable[Document]) -> None:
@@ -139,14 +151,22 @@ class Writer:
         tokens, ranges = self._counts["ids"], self._counts["spans"]
         for document in documents:
             conversation = document.conversation
-            place = conversation.place if isinstance(conversation.place, Place) else Place(str(conversation.place), 0)
+            place = (
+                conversation.place
+                if isinstance(conversation.place, RowLocation)
+                else RowLocation(str(conversation.place), 0)
+            )
             name = self._names.setdefault(place.file, len(self._names))
-            self._kinds.add("text" if conversation.text else "plain" if conversation.plain else "chat")
+            self._kinds.add(
+                "text" if conversation.text else "plain" if conversation.plain else "chat"
+            )
             tokens += len(document.ids)
             ranges += len(document.spans)
             ids.append(document.ids)
             spans += [(span.begin, span.end, span.weight) for span in document.spans]
-            records.append((tokens, ranges, name, place.line, *conversation.digests(), self._marks(document)))
+            records.append(
+                (tokens, ranges, name, place.line, *conversation.digests(), self._marks(document))
+            )
         if not records:
             return
         joined = np.concatenate(ids)
@@ -196,8 +216,14 @@ class Writer:
         marks = TEXT if document.conversation.text else 0
         marks |= REWRITTEN if document.rewritten else 0
         marks |= {CHOSEN: GOOD, REJECTED: BAD}.get(document.conversation.label, 0)
-        marks |= TWO_BOS if self._bos is not None and len(ids) > 1 and ids[0] == ids[1] == self._bos else 0
-        return marks | (NOT_ENDED if spans and int(ids[spans[-1].end - 1]) not in self._special else 0)
+        marks |= (
+            TWO_BOS
+            if self._bos is not None and len(ids) > 1 and ids[0] == ids[1] == self._bos
+            else 0
+        )
+        return marks | (
+            NOT_ENDED if spans and int(ids[spans[-1].end - 1]) not in self._special else 0
+        )
 
 
 def cache_directory() -> Path:
@@ -220,7 +246,11 @@ def open_store(path: Path) -> Store | None:
         os.utime(path)  # the least recently used go first when room is needed
     store = Store(path, about)
     try:
-        _ = store.ids, store.documents, store.spans  # opened now: another process that makes room may remove the names
+        _ = (
+            store.ids,
+            store.documents,
+            store.spans,
+        )  # opened now: another process that makes room may remove the names
     except OSError:
         return None
     return store
@@ -228,7 +258,8 @@ def open_store(path: Path) -> Store | None:
 
 @contextmanager
 def new_store(path: Path, tokenizer: Any) -> Any:
-    """A `Writer` for a store that takes the name `path` when the block has called its `close` and ends.
+    """A `Writer` for a store that takes the name `path` when the block has called its `close` and
+    ends.
 
     Raises:
         UserError: there is no room, or no right to write.
@@ -240,14 +271,17 @@ def new_store(path: Path, tokenizer: Any) -> Any:
         staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=_UNFINISHED))
     except OSError as error:
         raise UserError(
-            f"{path.parent} cannot be written: {error.strerror}. Set JAXTUNE_CACHE to a directory that can."
+            f"{path.parent} cannot be written: {error.strerror}. Set JAXTUNE_CACHE to a directory "
+            "that can."
         ) from None
     writer = None
     try:
         writer = Writer(staging, tokenizer)
         yield writer
         if open_store(path) is None:
-            shutil.rmtree(path, ignore_errors=True)  # what is there is not whole, or of another version
+            shutil.rmtree(
+                path, ignore_errors=True
+            )  # what is there is not whole, or of another version
             try:
                 os.replace(staging, path)
             except OSError:
@@ -255,7 +289,8 @@ def new_store(path: Path, tokenizer: Any) -> Any:
                     raise
     except OSError as error:
         raise UserError(
-            f"{path.parent}: writing the tokenised data failed: {error.strerror or error}. Make room, or set JAXTUNE_CACHE to another directory."
+            f"{path.parent}: writing the tokenized data failed: {error.strerror or error}. Make "
+            "room, or set JAXTUNE_CACHE to another directory."
         ) from None
     finally:
         if writer:
@@ -264,16 +299,27 @@ def new_store(path: Path, tokenizer: Any) -> Any:
 
 
 def _tidy(directory: Path) -> None:
-    """Remove what crashes left behind and, beyond 50 GiB, the stores that were not used for longest."""
+    """Remove what crashes left behind and, beyond 50 GiB, the stores that were not used for
+    longest.
+    """
     entries = []
     for entry in directory.iterdir():
         try:
             if entry.name.startswith(_UNFINISHED):
-                newest = max((file.stat().st_mtime for file in entry.iterdir()), default=entry.stat().st_mtime)
+                newest = max(
+                    (file.stat().st_mtime for file in entry.iterdir()),
+                    default=entry.stat().st_mtime,
+                )
                 if time.time() - newest > _STALE_SECONDS:
                     shutil.rmtree(entry, ignore_errors=True)
             else:
-                entries.append((entry.stat().st_mtime, sum(file.stat().st_size for file in entry.iterdir()), entry))
+                entries.append(
+                    (
+                        entry.stat().st_mtime,
+                        sum(file.stat().st_size for file in entry.iterdir()),
+                        entry,
+                    )
+                )
         except OSError:  # another process is tidying too
             continue
     total = sum(size for _, size, _ in entries)

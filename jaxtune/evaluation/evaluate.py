@@ -1,4 +1,6 @@
-"""Evaluation of a model on a file: loss and perplexity always, and the figures of the task that the answers are for."""
+"""Evaluation of a model on a file: loss and perplexity always, and the figures of the task that
+the answers are for.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,33 +14,47 @@ from flax import nnx
 from jaxtune.config.schema import DataSection
 from jaxtune.core.distributed import fetch
 from jaxtune.core.errors import UserError, listed
-from jaxtune.data.chat.tokenize import Tokeniser, prompt_ids
+from jaxtune.data.batch import Batch
+from jaxtune.data.chat.tokenize import ConversationTokenizer, prompt_ids
 from jaxtune.data.examples import Examples
 from jaxtune.data.formats.conversation import Conversation
-from jaxtune.data.loader import Plan
+from jaxtune.data.loader import BatchSchedule
 from jaxtune.data.packing import Layout
 from jaxtune.data.prepare import conversations, prepare
-from jaxtune.data.sources.row import BadRow, Problems
+from jaxtune.data.sources.row import RowError, RowErrors
 from jaxtune.evaluation import metrics
 from jaxtune.evaluation.likelihood import likelihoods
 from jaxtune.evaluation.statistics import Metric, compared, ratio
-from jaxtune.evaluation.tasks import CHOICE, CLASSIFICATION, LM, QA, TASKS, accepted, check, classes, detect
+from jaxtune.evaluation.tasks import (
+    CHOICE,
+    CLASSIFICATION,
+    LM,
+    QA,
+    TASKS,
+    accepted,
+    check,
+    classes,
+    detect,
+)
 from jaxtune.inference.engine import Engine
 from jaxtune.inference.programs import Prefilled
-from jaxtune.inference.text import Speaker
+from jaxtune.inference.text import TextGenerator
 from jaxtune.models.decoder import CausalLM
-from jaxtune.objectives.objective import PLAIN, Batch, read
+from jaxtune.objectives.objective import DETERMINISTIC, hidden_and_head
 from jaxtune.objectives.sequence_log_probs import token_log_probs
 from jaxtune.tracking.metrics_log import perplexity
 
 _EXTRA_TOKENS = 4  # that a class's generated answer may have more than the longest class
-_LONGER, _MORE_TOKENS = 1.5, 16  # how much longer than the longest wanted answer a generated one may be
+_LONGER, _MORE_TOKENS = (
+    1.5,
+    16,
+)  # how much longer than the longest wanted answer a generated one may be
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalOptions:
     """How to evaluate.
 
     Attributes:
@@ -81,7 +97,10 @@ class Evaluation:
     def figures(self) -> dict[str, Any]:
         """All of it as `jaxtune eval --json` has it."""
         loss, bounds = self.loss.value, self.loss.interval()
-        intervals = {"loss": bounds, "perplexity": [round(perplexity(bound), 6) for bound in bounds]}
+        intervals = {
+            "loss": bounds,
+            "perplexity": [round(perplexity(bound), 6) for bound in bounds],
+        }
         return {
             "task": self.task,
             "rows": self.rows,
@@ -90,7 +109,8 @@ class Evaluation:
             "supervised_tokens": self.supervised_tokens,
             **{name: metric.value for name, metric in self.metrics.items()},
             **self.further,
-            "intervals": intervals | {name: metric.interval() for name, metric in self.metrics.items()},
+            "intervals": intervals
+            | {name: metric.interval() for name, metric in self.metrics.items()},
         }
 
     def against(self, base: "Evaluation") -> dict[str, Any]:
@@ -100,7 +120,11 @@ class Evaluation:
 
 
 def evaluate(
-    model: CausalLM, tokenizer: Any, stop_ids: Sequence[int], data: DataSection, asked: Asked | None = None
+    model: CausalLM,
+    tokenizer: Any,
+    stop_ids: Sequence[int],
+    data: DataSection,
+    asked: EvalOptions | None = None,
 ) -> Evaluation:
     """Figures of a model on a file of answered rows.
 
@@ -115,10 +139,10 @@ def evaluate(
         UserError: a bad file, or a task that the file does not fit.
 
     """
-    asked = asked or Asked()
+    asked = asked or EvalOptions()
     if asked.task not in TASKS:
         raise UserError(f"--task {asked.task}: unknown; there are {', '.join(TASKS)}.")
-    problems = Problems(data.on_error)
+    problems = RowErrors(data.on_error)
     rows = list(conversations(data, "eval", problems))
     name = ", ".join(entry.source for entry in data.entries("eval") or data.entries("train"))
     if not rows:
@@ -127,23 +151,43 @@ def evaluate(
     check(task, rows)
     judge = _Judge(model, tokenizer, stop_ids, data, rows, replace(asked, task=task))
     found = judge.by_likelihood(name) if task in (CLASSIFICATION, CHOICE) else judge.by_text()
-    return replace(found, further={"bad": len(problems.found), **found.further}) if problems.found else found
+    return (
+        replace(found, further={"bad": len(problems.found), **found.further})
+        if problems.found
+        else found
+    )
 
 
 class _Judge:
     """A model before the rows of a file."""
 
     def __init__(
-        self, model: CausalLM, tokenizer: Any, stop_ids: Sequence[int], data: DataSection, rows: list[Conversation], asked: Asked
+        self,
+        model: CausalLM,
+        tokenizer: Any,
+        stop_ids: Sequence[int],
+        data: DataSection,
+        rows: list[Conversation],
+        asked: EvalOptions,
     ) -> None:
-        self.model, self.tokenizer, self.data, self.rows, self.asked = model, tokenizer, data, rows, asked
+        self.model, self.tokenizer, self.data, self.rows, self.asked = (
+            model,
+            tokenizer,
+            data,
+            rows,
+            asked,
+        )
         self.engine = Engine(model, stop_ids, _even(len(rows), asked.batch))
 
     def by_text(self) -> Evaluation:
         """The loss on the answers, and of `qa` and `generation` what is generated."""
         asked, passes = self.asked, 1 if self.asked.task == LM else 2
         text = any(row.text for row in self.rows)  # read in windows of the length it was trained in
-        data = self.data if text else self.data.model_copy(update={"max_length": self.model.config.max_positions})
+        data = (
+            self.data
+            if text
+            else self.data.model_copy(update={"max_length": self.model.config.max_positions})
+        )
         examples = prepare(data, self.tokenizer, "eval")
         self.model.config.check_tokens([[examples.largest_token]])
         tell = asked.progress or (lambda done, total: None)
@@ -153,62 +197,122 @@ class _Judge:
             self.asked.batch,
             lambda done, total: tell(done * len(self.rows) // total, passes * len(self.rows)),
         )
-        counts = {"truncated": len(examples.truncated), "dropped": len(examples.unanswered) + len(examples.cut_off)}
-        found = Evaluation(asked.task, len(self.rows), ratio(losses, weights), int(weights.sum()), {}, counts)
+        counts = {
+            "truncated": len(examples.truncated),
+            "dropped": len(examples.unanswered) + len(examples.cut_off),
+        }
+        found = Evaluation(
+            asked.task, len(self.rows), ratio(losses, weights), int(weights.sum()), {}, counts
+        )
         if asked.task == LM:
             return found
         texts = self._generated(lambda done: tell(len(self.rows) + done, passes * len(self.rows)))
         wanted = [accepted(row) for row in self.rows]
         judged = metrics.question_answering if asked.task == QA else metrics.generation
-        return replace(found, metrics=judged(texts, wanted), predictions=self._predictions({"said": texts}))
+        return replace(
+            found, metrics=judged(texts, wanted), predictions=self._predictions({"said": texts})
+        )
 
     def _generated(self, progress: Callable[[int], None]) -> list[str]:
         longest = max(
-            len(ids) for ids in self.tokenizer([row.answer for row in self.rows], add_special_tokens=False)["input_ids"]
+            len(ids)
+            for ids in self.tokenizer([row.answer for row in self.rows], add_special_tokens=False)[
+                "input_ids"
+            ]
         )
         most = self.asked.max_new_tokens or int(_LONGER * longest) + _MORE_TOKENS
         prompts = [prompt_ids(self.tokenizer, row) for row in self.rows]
-        return [said.text for said in Speaker(self.engine, self.tokenizer).answers(prompts, most, progress=progress)]
+        return [
+            said.text
+            for said in TextGenerator(self.engine, self.tokenizer).answers(
+                prompts, most, progress=progress
+            )
+        ]
 
     def by_likelihood(self, name: str) -> Evaluation:
-        """The likeliest of a row's answers; of classes also what is generated. Each prompt is read once."""
+        """The likeliest of a row's answers; of classes also what is generated. Each prompt is
+        read once.
+        """
         names = classes(self.rows, name) if self.asked.task == CLASSIFICATION else []
         options = [names or list(row.choices) for row in self.rows]
         prompts = [prompt_ids(self.tokenizer, row) for row in self.rows]
-        tokeniser = Tokeniser(self.tokenizer, "last")
+        tokenizer = ConversationTokenizer(self.tokenizer, "last")
         pieces = list(zip(self.rows, prompts, options, strict=True))
-        candidates = [_continuations(tokeniser, row, prompt, texts) for row, prompt, texts in pieces]
-        most = max(len(tokens) for row in candidates for tokens in row) + _EXTRA_TOKENS if names else 0
+        candidates = [
+            _continuations(tokenizer, row, prompt, texts) for row, prompt, texts in pieces
+        ]
+        most = (
+            max(len(tokens) for row in candidates for tokens in row) + _EXTRA_TOKENS if names else 0
+        )
         texts = [""] * len(self.rows)
 
         def generated(part: Sequence[int], read: Prefilled) -> None:
-            said = self.tokenizer.batch_decode(self.engine.continue_from(read, len(part), most), skip_special_tokens=True)
+            said = self.tokenizer.batch_decode(
+                self.engine.continue_from(read, len(part), most), skip_special_tokens=True
+            )
             for number, text in zip(part, said, strict=True):
                 texts[number] = text
 
-        found = likelihoods(self.engine, prompts, candidates, most, generated if names else None, self.asked.progress)
+        found = likelihoods(
+            self.engine,
+            prompts,
+            candidates,
+            most,
+            generated if names else None,
+            self.asked.progress,
+        )
         scores = [likelihood.log_probs for likelihood in found]
-        truth = [found.index(row.answer or "") for found, row in zip(options, self.rows, strict=True)]
+        truth = [
+            found.index(row.answer or "") for found, row in zip(options, self.rows, strict=True)
+        ]
         losses = -np.asarray([found[right] for found, right in zip(scores, truth, strict=True)])
-        weights = np.asarray([len(row[right]) for row, right in zip(candidates, truth, strict=True)], np.float64)
+        weights = np.asarray(
+            [len(row[right]) for row, right in zip(candidates, truth, strict=True)], np.float64
+        )
         chosen = [int(found.argmax()) for found in scores]
-        said: dict[str, list[Any]] = {"chosen": [found[pick] for found, pick in zip(options, chosen, strict=True)]}
+        said: dict[str, list[Any]] = {
+            "chosen": [found[pick] for found, pick in zip(options, chosen, strict=True)]
+        }
         said["log_probs"] = [[round(float(score), 4) for score in found] for found in scores]
-        figures = self._class_figures(truth, chosen, texts, names) if names else self._choice_figures(options, scores, truth)
+        figures = (
+            self._class_figures(truth, chosen, texts, names)
+            if names
+            else self._choice_figures(options, scores, truth)
+        )
         if names:
             said["said"] = texts
-        further = {"confusion": metrics.confusion(np.asarray(truth), np.asarray(chosen), names)} if names else {}
-        whole = Evaluation(self.asked.task, len(self.rows), ratio(losses, weights), int(weights.sum()), figures, further)
+        further = (
+            {"confusion": metrics.confusion(np.asarray(truth), np.asarray(chosen), names)}
+            if names
+            else {}
+        )
+        whole = Evaluation(
+            self.asked.task,
+            len(self.rows),
+            ratio(losses, weights),
+            int(weights.sum()),
+            figures,
+            further,
+        )
         return replace(whole, predictions=self._predictions(said))
 
-    def _class_figures(self, truth: list[int], chosen: list[int], texts: list[str], names: list[str]) -> dict[str, Metric]:
+    def _class_figures(
+        self, truth: list[int], chosen: list[int], texts: list[str], names: list[str]
+    ) -> dict[str, Metric]:
         same = [
-            metrics.normalised(text) == metrics.normalised(row.answer or "") for text, row in zip(texts, self.rows, strict=True)
+            metrics.normalized(text) == metrics.normalized(row.answer or "")
+            for text, row in zip(texts, self.rows, strict=True)
         ]
-        return metrics.classification(np.asarray(truth), np.asarray(chosen), np.asarray(same), len(names))
+        return metrics.classification(
+            np.asarray(truth), np.asarray(chosen), np.asarray(same), len(names)
+        )
 
-    def _choice_figures(self, options: list[list[str]], scores: list[np.ndarray], truth: list[int]) -> dict[str, Metric]:
-        return metrics.choice(scores, [np.asarray([len(text) for text in found], float) for found in options], truth)
+    def _choice_figures(
+        self, options: list[list[str]], scores: list[np.ndarray], truth: list[int]
+    ) -> dict[str, Metric]:
+        return metrics.choice(
+            scores, [np.asarray([len(text) for text in found], float) for found in options], truth
+        )
 
     def _predictions(self, said: dict[str, list[Any]]) -> list[dict[str, Any]]:
         return [
@@ -235,7 +339,7 @@ def row_losses(
     lengths = examples.lengths
     layout = Layout(batch, int(lengths.max()), packing=False, shuffle=False, seed=0)
     losses, weights = np.zeros(len(lengths)), np.zeros(len(lengths))
-    plan, done = Plan(examples, layout, 1), 0
+    plan, done = BatchSchedule(examples, layout, 1), 0
     for index in range(len(plan)):
         rows, arrays = plan.rows(index), plan.batch(index)
         found = fetch(_losses_by_row(graph, state, arrays))
@@ -249,25 +353,35 @@ def row_losses(
 
 def _by_row(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> jax.Array:
     model = nnx.merge(graph, state)
-    found = token_log_probs(*read(model, batch, PLAIN), batch.target_ids, model.config.logit_softcap)
+    found = token_log_probs(
+        *hidden_and_head(model, batch, DETERMINISTIC), batch.target_ids, model.config.logit_softcap
+    )
     return -jnp.sum(found * batch.weights, axis=1)
 
 
 _losses_by_row = jax.jit(_by_row, static_argnums=0)
 
 
-def _continuations(tokeniser: Tokeniser, row: Conversation, prompt: list[int], answers: Sequence[str]) -> list[list[int]]:
-    """For each answer the ids from the end of the prompt through the end of turn, were it the answer."""
-    chats = [replace(row, messages=[*row.prompt, {"role": "assistant", "content": answer}]) for answer in answers]
+def _continuations(
+    tokenizer: ConversationTokenizer, row: Conversation, prompt: list[int], answers: Sequence[str]
+) -> list[list[int]]:
+    """For each answer the ids from the end of the prompt through the end of turn, were it the
+    answer.
+    """
+    chats = [
+        replace(row, messages=[*row.prompt, {"role": "assistant", "content": answer}])
+        for answer in answers
+    ]
     found = []
-    for documents in tokeniser(chats):
-        if isinstance(documents, BadRow):
+    for documents in tokenizer(chats):
+        if isinstance(documents, RowError):
             raise documents
         document = documents[-1]
         ids = document.ids[: document.spans[-1].end].tolist()
         if ids[: len(prompt)] != prompt:
             raise UserError(
-                f"{row.place}: the chat template's prompt is not a prefix of the answered chat, so an answer cannot be scored."
+                f"{row.place}: the chat template's prompt is not a prefix of the answered chat, "
+                "so an answer cannot be scored."
             )
         found.append(ids[len(prompt) :])
     return found

@@ -14,7 +14,7 @@ from jaxtune.core.errors import UserError, listed
 from jaxtune.evaluation.likelihood import likelihoods
 from jaxtune.inference.engine import Engine
 from jaxtune.inference.sampling import Sampling
-from jaxtune.inference.text import Speaker
+from jaxtune.inference.text import TextGenerator
 from jaxtune.models.decoder import CausalLM
 from jaxtune.tracking.progress import Reporter
 
@@ -25,7 +25,8 @@ type_request = tuple[Any, list[int], list[int]]
 
 
 class HarnessModel(TemplateLM):
-    """A model as lm-evaluation-harness asks it; its numbers are those of the harness's own `hf` model on the same weights.
+    """A model as lm-evaluation-harness asks it; its numbers are those of the harness's own `hf`
+    model on the same weights.
 
     Args:
         model: with or without an adapter.
@@ -37,7 +38,12 @@ class HarnessModel(TemplateLM):
     """
 
     def __init__(
-        self, model: CausalLM, tokenizer: Any, stop_ids: Sequence[int], batch: int = 32, reporter: Reporter | None = None
+        self,
+        model: CausalLM,
+        tokenizer: Any,
+        stop_ids: Sequence[int],
+        batch: int = 32,
+        reporter: Reporter | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer, self.max_length = tokenizer, model.config.max_positions
@@ -60,14 +66,20 @@ class HarnessModel(TemplateLM):
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
         """The ids of a text; special tokens as the tokenizer has them, and no second BOS."""
-        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
+        if add_special_tokens is None and has_bos_prefix(
+            string, self.tokenizer.decode(self.prefix_token_id)
+        ):
             add_special_tokens = False
         more = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return self.tokenizer(string, **more)["input_ids"]
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """A conversation as the model's template writes it."""
         return self.tokenizer.apply_chat_template(
             chat_history,
@@ -76,8 +88,12 @@ class HarnessModel(TemplateLM):
             continue_final_message=not add_generation_prompt,
         )
 
-    def _loglikelihood_tokens(self, requests: list[type_request], **_: Any) -> list[tuple[float, bool]]:
-        """Each context is read once for all that may follow it; what is too long is cut on the left."""
+    def _loglikelihood_tokens(
+        self, requests: list[type_request], **_: Any
+    ) -> list[tuple[float, bool]]:
+        """Each context is read once for all that may follow it; what is too long is cut on the
+        left.
+        """
         contexts: dict[tuple[int, ...], list[int]] = {}
         for number, (_, context, continuation) in enumerate(requests):
             kept = context[-(self.max_length + 1 - len(continuation)) :]
@@ -90,7 +106,9 @@ class HarnessModel(TemplateLM):
             for number, log_prob, greedy in zip(numbers, *likelihood, strict=True):
                 answers[number] = (float(log_prob), bool(greedy))
                 if requests[number][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[number][0], answers[number])
+                    self.cache_hook.add_partial(
+                        "loglikelihood", requests[number][0], answers[number]
+                    )
         return answers
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -114,7 +132,9 @@ class HarnessModel(TemplateLM):
         return sums
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers up to the first stop string; contexts are cut on the left where there would be no room for the answer."""
+        """SequenceLogProbs up to the first stop string; contexts are cut on the left where there
+        would be no room for the answer.
+        """
         answers = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
@@ -124,9 +144,12 @@ class HarnessModel(TemplateLM):
             sampling, stop, most = self._asked(asked)
             room = self.max_length - most
             if room < 1:
-                raise UserError(f"max_gen_toks = {most} leaves no room for a prompt in the model's {self.max_length} positions.")
+                raise UserError(
+                    f"max_gen_toks = {most} leaves no room for a prompt in the model's "
+                    f"{self.max_length} positions."
+                )
             prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
-            speaker = Speaker(self._engine, self.tokenizer, stop)
+            speaker = TextGenerator(self._engine, self.tokenizer, stop)
             with self._reporter.task("Generating", len(prompts)) as bar:
                 said = speaker.answers(prompts, most, sampling, bar.update)
             for number, one in zip(numbers, said, strict=True):
@@ -140,7 +163,8 @@ class HarnessModel(TemplateLM):
         known = ("top_k", "top_p", "min_p", "repetition_penalty", "seed")
         if unknown := [name for name in found if name not in (*known, *_IGNORED)]:
             raise UserError(
-                f"A task asks for {listed(unknown)} in generation_kwargs, which is not there; there are {listed(known)}."
+                f"A task asks for {listed(unknown)} in generation_kwargs, which is not there; "
+                f"there are {listed(known)}."
             )
         more = {name: found[name] for name in known if name in found}
         temperature = float(found.get("temperature", 0.0)) if found.get("do_sample") else 0.0
@@ -175,11 +199,16 @@ def run_tasks(
         UserError: no such task.
 
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it says what it does not know of this model and of this machine
+    logging.getLogger("lm_eval").setLevel(
+        logging.ERROR
+    )  # it says what it does not know of this model and of this machine
     manager = TaskManager(include_path=include_path)
     known = manager.match_tasks(list(tasks))
     if unknown := [name for name in tasks if not manager.match_tasks([name])]:
-        raise UserError(f"--harness: no task {listed(unknown)}. Add a directory of your own with --include-path DIR.")
+        raise UserError(
+            f"--harness: no task {listed(unknown)}. Add a directory of your own with "
+            "--include-path DIR."
+        )
     evaluate: Any = simple_evaluate  # its decorator hides its arguments
     found = evaluate(
         lm,
@@ -191,5 +220,13 @@ def run_tasks(
         task_manager=manager,
         log_samples=False,
     )
-    kept = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples")
+    kept = (
+        "results",
+        "groups",
+        "group_subtasks",
+        "versions",
+        "n-shot",
+        "higher_is_better",
+        "n-samples",
+    )
     return {name: found[name] for name in kept if name in found}

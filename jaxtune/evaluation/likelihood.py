@@ -11,7 +11,9 @@ from jaxtune.inference.programs import Prefilled
 
 
 class Likelihood(NamedTuple):
-    """Of each candidate after one prompt its log-probability, in nats, and whether greedy decoding would give it."""
+    """Of each candidate after one prompt its log-probability, in nats, and whether greedy
+    decoding would give it.
+    """
 
     log_probs: Float[np.ndarray, " candidates"]
     greedy: Bool[np.ndarray, " candidates"]
@@ -25,29 +27,39 @@ def likelihoods(
     then: Callable[[Sequence[int], Prefilled], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Likelihood]:
-    """How likely each candidate is after its prompt. Each prompt is read once; those of about one length go together.
+    """How likely each candidate is after its prompt. Each prompt is read once; those of about one
+    length go together.
 
     Args:
         engine: the model.
         prompts: ids of each prompt.
         candidates: for each prompt the ids of what may follow, any number, none empty.
         room: tokens that `then` needs behind the prompts.
-        then: called with the numbers of prompts that were read together and what was read, which it may use up.
+        then: called with the numbers of prompts that were read together and what was read, which it
+            may use up.
         progress: called with prompts done and prompts in all.
 
     """
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    found = [Likelihood(np.zeros(len(options)), np.zeros(len(options), bool)) for options in candidates]
+    found = [
+        Likelihood(np.zeros(len(options)), np.zeros(len(options), bool)) for options in candidates
+    ]
     for start in range(0, len(order), engine.batch):
         part = order[start : start + engine.batch]
         longest = max(len(tokens) for number in part for tokens in candidates[number])
         read = engine.prefill([prompts[number] for number in part], max(longest, room))
         for column in range(max(len(candidates[number]) for number in part)):
-            tokens = [candidates[number][column] if column < len(candidates[number]) else () for number in part]
+            tokens = [
+                candidates[number][column] if column < len(candidates[number]) else ()
+                for number in part
+            ]
             sums, same = engine.score(read, tokens)
             for row, number in enumerate(part):
                 if column < len(candidates[number]):
-                    found[number].log_probs[column], found[number].greedy[column] = sums[row], same[row]
+                    found[number].log_probs[column], found[number].greedy[column] = (
+                        sums[row],
+                        same[row],
+                    )
         if then:
             then(part, read)
         if progress:

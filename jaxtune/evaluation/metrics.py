@@ -12,7 +12,9 @@ import numpy as np
 from jaxtune.evaluation.statistics import Metric, mean
 
 
-def classification(truth: np.ndarray, chosen: np.ndarray, greedy: np.ndarray, count: int) -> dict[str, Metric]:
+def classification(
+    truth: np.ndarray, chosen: np.ndarray, greedy: np.ndarray, count: int
+) -> dict[str, Metric]:
     """Accuracy by likelihood and by generation, and macro F1.
 
     Args:
@@ -22,7 +24,11 @@ def classification(truth: np.ndarray, chosen: np.ndarray, greedy: np.ndarray, co
         count: of classes.
 
     """
-    return {"accuracy": mean(truth == chosen), "accuracy_greedy": mean(greedy), "macro_f1": macro_f1(truth, chosen, count)}
+    return {
+        "accuracy": mean(truth == chosen),
+        "accuracy_greedy": mean(greedy),
+        "macro_f1": macro_f1(truth, chosen, count),
+    }
 
 
 def macro_f1(truth: np.ndarray, chosen: np.ndarray, count: int) -> Metric:
@@ -48,18 +54,28 @@ def confusion(truth: np.ndarray, chosen: np.ndarray, names: list[str]) -> dict[s
 
 
 def question_answering(texts: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, Metric]:
-    """Exact match and token F1, each with the right answer that is nearest (Rajpurkar et al. 2016, SQuAD)."""
+    """Exact match and token F1, each with the right answer that is nearest (Rajpurkar et al.
+    2016, SQuAD).
+    """
     pairs = list(zip(texts, wanted, strict=True))
     return {
-        "exact_match": mean(np.asarray([max(_words(text) == _words(right) for right in rights) for text, rights in pairs])),
-        "token_f1": mean(np.asarray([max(token_f1(text, right) for right in rights) for text, rights in pairs])),
+        "exact_match": mean(
+            np.asarray(
+                [max(_words(text) == _words(right) for right in rights) for text, rights in pairs]
+            )
+        ),
+        "token_f1": mean(
+            np.asarray([max(token_f1(text, right) for right in rights) for text, rights in pairs])
+        ),
     }
 
 
 def generation(texts: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, Metric]:
-    """ROUGE-1, -2 and -L (F1; Lin 2004), BLEU and chrF of the corpus (Papineni et al. 2002, Popovic 2015), from 0 to 1.
+    """ROUGE-1, -2 and -L (F1; Lin 2004), BLEU and chrF of the corpus (Papineni et al. 2002, Popovic
+    2015), from 0 to 1.
 
-    Where all wanted answers are JSON objects or lists, also how many answers are JSON and how many say the same.
+    Where all wanted answers are JSON objects or lists, also how many answers are JSON and how many
+    say the same.
     """
     found = {**_rouge(texts, wanted), **_corpus(texts, wanted)}
     if all(isinstance(_parsed(right), dict | list) for rights in wanted for right in rights):
@@ -68,17 +84,26 @@ def generation(texts: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[st
 
 
 def json_validity(texts: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, Metric]:
-    """Share of answers that are JSON as they stand, and of those that have a wanted value, whatever the order of keys."""
+    """Share of answers that are JSON as they stand, and of those that have a wanted value,
+    whatever the order of keys.
+    """
     values = [_parsed(text) for text in texts]
     same = [
-        value is not _NOT_JSON and any(_canonical(value) == _canonical(_parsed(right)) for right in rights)
+        value is not _NOT_JSON
+        and any(_canonical(value) == _canonical(_parsed(right)) for right in rights)
         for value, rights in zip(values, wanted, strict=True)
     ]
-    return {"json_valid": mean(np.asarray([value is not _NOT_JSON for value in values])), "json_match": mean(np.asarray(same))}
+    return {
+        "json_valid": mean(np.asarray([value is not _NOT_JSON for value in values])),
+        "json_match": mean(np.asarray(same)),
+    }
 
 
-def choice(scores: Sequence[np.ndarray], lengths: Sequence[np.ndarray], truth: Sequence[int]) -> dict[str, Metric]:
-    """Accuracy of the likeliest choice, and of the likeliest by its length in characters (acc_norm of the evaluation harness).
+def choice(
+    scores: Sequence[np.ndarray], lengths: Sequence[np.ndarray], truth: Sequence[int]
+) -> dict[str, Metric]:
+    """Accuracy of the likeliest choice, and of the likeliest by its length in characters (acc_norm
+    of the evaluation harness).
 
     Args:
         scores: log-probability of each choice, a row at a time.
@@ -87,11 +112,14 @@ def choice(scores: Sequence[np.ndarray], lengths: Sequence[np.ndarray], truth: S
 
     """
     plain = [found.argmax() == right for found, right in zip(scores, truth, strict=True)]
-    by_length = [(found / size).argmax() == right for found, size, right in zip(scores, lengths, truth, strict=True)]
+    by_length = [
+        (found / size).argmax() == right
+        for found, size, right in zip(scores, lengths, truth, strict=True)
+    ]
     return {"accuracy": mean(np.asarray(plain)), "accuracy_norm": mean(np.asarray(by_length))}
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """An answer without case, surrounding space and final full stop."""
     return text.strip().rstrip(".").strip().casefold()
 
@@ -132,7 +160,10 @@ def _rouge(texts: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, M
     names = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
     scorer = RougeScorer(list(names.values()))
     scores = [scorer.score_multi(rights, text) for text, rights in zip(texts, wanted, strict=True)]
-    return {name: mean(np.asarray([score[theirs].fmeasure for score in scores])) for name, theirs in names.items()}
+    return {
+        name: mean(np.asarray([score[theirs].fmeasure for score in scores]))
+        for name, theirs in names.items()
+    }
 
 
 def _corpus(texts: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, Metric]:
@@ -141,7 +172,9 @@ def _corpus(texts: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, 
     from sacrebleu.metrics.chrf import CHRF
 
     most = max(map(len, wanted))
-    references = [[rights[min(number, len(rights) - 1)] for rights in wanted] for number in range(most)]
+    references = [
+        [rights[min(number, len(rights) - 1)] for rights in wanted] for number in range(most)
+    ]
     found = {}
     for name, scorer in (("bleu", BLEU()), ("chrf", CHRF())):
         counts: Any = scorer._extract_corpus_statistics(list(texts), references)
@@ -152,7 +185,10 @@ def _corpus(texts: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, 
 def _score_of(scorer: Any) -> Callable[[np.ndarray], np.ndarray]:
     def of(sums: np.ndarray) -> np.ndarray:
         flat = sums.reshape(-1, sums.shape[-1])
-        scores = [scorer._compute_score_from_stats([round(count) for count in draw]).score / 100 for draw in flat.tolist()]
+        scores = [
+            scorer._compute_score_from_stats([round(count) for count in draw]).score / 100
+            for draw in flat.tolist()
+        ]
         return np.asarray(scores).reshape(sums.shape[:-1])
 
     return of

@@ -1,7 +1,7 @@
 """How sure a figure is: intervals by bootstrap, and two models compared on the same rows.
 
-Every figure is a function of sums over rows (right answers, rows; losses, tokens; counts of n-grams), so that drawing rows again or
-exchanging them is one matrix product.
+Every figure is a function of sums over rows (right answers, rows; losses, tokens; counts of
+n-grams), so that drawing rows again or exchanging them is one matrix product.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,7 +46,10 @@ class Metric:
 
 def ratio(parts: np.ndarray, wholes: np.ndarray) -> Metric:
     """Sum of `parts` over sum of `wholes`."""
-    return Metric(np.stack([parts, wholes], axis=1).astype(np.float64), lambda sums: sums[..., 0] / sums[..., 1])
+    return Metric(
+        np.stack([parts, wholes], axis=1).astype(np.float64),
+        lambda sums: sums[..., 0] / sums[..., 1],
+    )
 
 
 def mean(values: np.ndarray) -> Metric:
@@ -55,24 +58,35 @@ def mean(values: np.ndarray) -> Metric:
 
 
 def compared(one: Metric, other: Metric) -> dict[str, Any]:
-    """What `other` has more than `one`, both of the same rows: the difference, its 95% interval by paired bootstrap, and a p-value.
+    """What `other` has more than `one`, both of the same rows: the difference, its 95% interval by
+    paired bootstrap, and a p-value.
 
-    The p-value is that of the paired test by approximate randomisation (Noreen 1989): how often a difference at least so large comes
-    about when the two models' results are exchanged in a random half of the rows. It is two-sided.
+    The p-value is that of the paired test by approximate randomization (Noreen 1989): how often a
+    difference at least so large comes about when the two models' results are exchanged in a random
+    half of the rows. It is two-sided.
 
     Raises:
         UserError: they are not of the same rows.
 
     """
     if one.rows.shape != other.rows.shape:
-        raise UserError("The two models were not evaluated on the same rows, so they cannot be compared.")
-    draws = [other.of(draws @ other.rows) - one.of(draws @ one.rows) for draws in _draws(len(one.rows))]
+        raise UserError(
+            "The two models were not evaluated on the same rows, so they cannot be compared."
+        )
+    draws = [
+        other.of(draws @ other.rows) - one.of(draws @ one.rows) for draws in _draws(len(one.rows))
+    ]
     observed = other.value - one.value
     gain, first, second = other.rows - one.rows, one.rows.sum(axis=0), other.rows.sum(axis=0)
     extreme = 0
     for exchanged in _exchanges(len(gain)):
         moved = exchanged @ gain
-        extreme += int((np.abs(other.of(second - moved) - one.of(first + moved)) >= abs(observed) - _ROUNDING).sum())
+        extreme += int(
+            (
+                np.abs(other.of(second - moved) - one.of(first + moved))
+                >= abs(observed) - _ROUNDING
+            ).sum()
+        )
     return {
         "difference": observed,
         "interval": _interval(np.concatenate(draws)),
@@ -81,10 +95,14 @@ def compared(one: Metric, other: Metric) -> dict[str, Any]:
 
 
 def _draws(rows: int) -> Iterator[np.ndarray]:
-    """How often each row is drawn, for a thousand draws of as many rows as there are, with replacement."""
+    """How often each row is drawn, for a thousand draws of as many rows as there are, with
+    replacement.
+    """
     random = np.random.default_rng(0)
     for count in _portions(_RESAMPLES, rows):
-        yield np.stack([np.bincount(random.integers(0, rows, rows), minlength=rows) for _ in range(count)]).astype(np.float64)
+        yield np.stack(
+            [np.bincount(random.integers(0, rows, rows), minlength=rows) for _ in range(count)]
+        ).astype(np.float64)
 
 
 def _exchanges(rows: int) -> Iterator[np.ndarray]:

@@ -8,14 +8,19 @@ from jaxtune.data.formats.conversation import Conversation
 
 LM, CLASSIFICATION, QA, GENERATION, CHOICE = "lm", "classification", "qa", "generation", "choice"
 TASKS = ("auto", LM, CLASSIFICATION, QA, GENERATION, CHOICE)
-_MOST_CLASSES, _MOST_WORDS, _MOST_CHARACTERS = 50, 5, 60  # characters, for languages that put no spaces between words
+_MOST_CLASSES, _MOST_WORDS, _MOST_CHARACTERS = (
+    50,
+    5,
+    60,
+)  # characters, for languages that put no spaces between words
 
 
 def detect(rows: Sequence[Conversation]) -> str:
     """The task that suits the rows.
 
-    `choice` where they have choices, `classification` where the answers are few, short and repeated, `qa` where they are short, else `lm`;
-    `generation`, which takes long, is only done when it is asked for.
+    `choice` where they have choices, `classification` where the answers are few, short and
+    repeated, `qa` where they are short, else `lm`; `generation`, which takes long, is only done
+    when it is asked for.
     """
     if all(row.choices for row in rows):
         return CHOICE
@@ -23,7 +28,9 @@ def detect(rows: Sequence[Conversation]) -> str:
     if None in answers or any(row.text for row in rows):
         return LM
     if not all(
-        len(answer) <= _MOST_CHARACTERS and len(answer.split()) <= _MOST_WORDS for answer in answers if answer is not None
+        len(answer) <= _MOST_CHARACTERS and len(answer.split()) <= _MOST_WORDS
+        for answer in answers
+        if answer is not None
     ):
         return LM
     few = 2 <= len(answers) <= min(_MOST_CLASSES, len(rows) // 2)
@@ -39,7 +46,10 @@ def check(task: str, rows: Sequence[Conversation]) -> None:
     """
     for row in rows:
         if task != LM and (row.answer is None or row.text):
-            raise UserError(f"{row.place}: the row does not end with an assistant's answer, which the task {task} needs.")
+            raise UserError(
+                f"{row.place}: the row does not end with an assistant's answer, which the task "
+                f"{task} needs."
+            )
         if task == CHOICE and row.answer not in row.choices:
             raise UserError(f"{row.place}: the row has no 'choices', which the task {task} needs.")
 
@@ -53,7 +63,9 @@ def classes(rows: Sequence[Conversation], path: str) -> list[str]:
     """
     found = sorted({row.answer for row in rows if row.answer is not None})
     if len(found) < 2:
-        raise UserError(f"{path}: all answers are the same, so there is nothing to classify. Use --task lm.")
+        raise UserError(
+            f"{path}: all answers are the same, so there is nothing to classify. Use --task lm."
+        )
     return found
 
 

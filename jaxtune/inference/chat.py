@@ -13,8 +13,8 @@ from jaxtune.data.chat.tokenize import prompt_ids
 from jaxtune.data.formats.conversation import Conversation
 from jaxtune.inference.engine import Engine
 from jaxtune.inference.sampling import Sampling
-from jaxtune.inference.text import Speaker
-from jaxtune.workflows.load import Loaded, with_tokenizer
+from jaxtune.inference.text import TextGenerator
+from jaxtune.workflows.load import LoadedModel, with_tokenizer
 
 HELP = """/base           what the model said before training, beside its last answer
 /system [TEXT]  a new conversation with this system prompt; without TEXT, none
@@ -25,7 +25,7 @@ HELP = """/base           what the model said before training, beside its last a
 Ctrl-C stops an answer, and between answers begins a new conversation. A line that ends with \\ goes on in the next."""
 
 
-class Voice:
+class ChatModel:
     """A model that answers conversations.
 
     Args:
@@ -35,11 +35,11 @@ class Voice:
 
     """
 
-    def __init__(self, loaded: Loaded, sampling: Sampling, most: int) -> None:
+    def __init__(self, loaded: LoadedModel, sampling: Sampling, most: int) -> None:
         self.tokenizer, self.sampling, self.most = with_tokenizer(loaded), sampling, most
         self._room = loaded.model.config.max_positions
         self.engine = Engine(loaded.model, loaded.stop_ids, batch=1)
-        self._speaker = Speaker(self.engine, self.tokenizer)
+        self._speaker = TextGenerator(self.engine, self.tokenizer)
 
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         """The ids that an answer begins behind, through the model's own chat template."""
@@ -56,7 +56,8 @@ class Voice:
         room = self._room - len(ids)
         if room < 1:
             raise UserError(
-                f"The conversation has {len(ids):,} tokens and the model {self._room:,} positions. Begin a new one: /new"
+                f"The conversation has {len(ids):,} tokens and the model {self._room:,} "
+                "positions. Begin a new one: /new"
             )
         sampling = Sampling(**(vars(self.sampling) | {"seed": self.sampling.seed + attempt}))
         yield from self._speaker.stream(ids, min(self.most, room), sampling)
@@ -76,14 +77,20 @@ class Chat:
 
     def __init__(
         self,
-        voice: Voice,
-        base: Callable[[], Voice] | None,
+        voice: ChatModel,
+        base: Callable[[], ChatModel] | None,
         system: str | None,
         console: Console,
         read: Callable[[str], str] = input,
     ) -> None:
-        self.voice, self._open_base, self.system, self.console, self._read = voice, base, system, console, read
-        self._base: Voice | None = None
+        self.voice, self._open_base, self.system, self.console, self._read = (
+            voice,
+            base,
+            system,
+            console,
+            read,
+        )
+        self._base: ChatModel | None = None
         self._attempts = 0
         self.messages: list[dict[str, Any]] = []
         self._begin()
@@ -116,7 +123,12 @@ class Chat:
 
     def _heard(self, line: str) -> None:
         word, _, rest = line.strip().partition(" ")
-        commands = {"/base": self._beside, "/retry": self._retry, "/new": self._begin, "/help": self._help}
+        commands = {
+            "/base": self._beside,
+            "/retry": self._retry,
+            "/new": self._begin,
+            "/help": self._help,
+        }
         if word == "/system":
             self.system = rest.strip() or None
             self._begin()
@@ -147,7 +159,9 @@ class Chat:
         return bool(self.messages) and self.messages[-1]["role"] == "assistant"
 
     def _answer(self) -> None:
-        """Say the answer as it comes. What was said when Ctrl-C came is the answer; a question that got none is taken back."""
+        """Say the answer as it comes. What was said when Ctrl-C came is the answer; a question
+        that got none is taken back.
+        """
         speed, said = self.voice.engine.speed, ""
         before = speed.new_tokens, speed.decode_seconds
         try:
@@ -169,14 +183,21 @@ class Chat:
     def _beside(self) -> None:
         """The last answer, and what the model would have said before training, in two columns."""
         if self._open_base is None:
-            raise UserError("This model has no adapter and is no run, so there is nothing that it was before.")
+            raise UserError(
+                "This model has no adapter and is no run, so there is nothing that it was before."
+            )
         if not self._answered():
             raise UserError("Ask something first; /base then answers the same.")
         if self._base is None:
             self._base = self._open_base()
         mine, said = self.messages[-1]["content"], ""
         try:
-            with Live(_columns(mine, said), console=self.console, auto_refresh=False, vertical_overflow="visible") as live:
+            with Live(
+                _columns(mine, said),
+                console=self.console,
+                auto_refresh=False,
+                vertical_overflow="visible",
+            ) as live:
                 for part in self._base.answer(self.messages[:-1], self._attempts):
                     said += part
                     live.update(_columns(mine, said), refresh=True)

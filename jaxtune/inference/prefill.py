@@ -10,17 +10,17 @@ from jaxtune.inference import programs
 from jaxtune.inference.programs import Prefilled
 from jaxtune.inference.speed import Speed, seconds
 from jaxtune.models.decoder import CausalLM
-from jaxtune.models.kv_cache import Cache, make_cache
+from jaxtune.models.kv_cache import KVCache, make_kv_cache
 
 Prompt = Sequence[int]
-Prefix = tuple[Cache, int]
+Prefix = tuple[KVCache, int]
 """What all prompts begin with, in a cache of one row, and how many tokens that is."""
 
 _LEAST_PREFIX = 16
 _LEAST_BUCKET = 16
 
 
-class Reader:
+class Prefiller:
     """A model that reads prompts.
 
     Args:
@@ -45,16 +45,26 @@ class Reader:
             raise UserError("An empty prompt: there is nothing to go on from.")
 
     def prefix(self, prompts: Sequence[Prompt], size: int) -> Prefix | None:
-        """What all prompts begin with, read once into a cache of `size` positions; None where it does not pay."""
+        """What all prompts begin with, read once into a cache of `size` positions; None where it
+        does not pay.
+        """
         common = 0 if self.config.rope_limit else _common_prefix(prompts)
         if not common:
             return None
         ids = np.asarray([prompts[0][:common]], np.int32)
-        return self._timed(self._empty(1, size), ids, 0, np.asarray([common], np.int32), common).cache, common
+        return self._timed(
+            self._empty(1, size), ids, 0, np.asarray([common], np.int32), common
+        ).cache, common
 
-    def read(self, prompts: Sequence[Prompt], size: int, prefix: Prefix | None, rows: int) -> Prefilled:
-        """Prompts in a cache of so many rows, those beyond them padding, and of `size` positions a row."""
-        cache, common = (prefix[0].repeat(rows), prefix[1]) if prefix else (self._empty(rows, size), 0)
+    def read(
+        self, prompts: Sequence[Prompt], size: int, prefix: Prefix | None, rows: int
+    ) -> Prefilled:
+        """Prompts in a cache of so many rows, those beyond them padding, and of `size` positions
+        a row.
+        """
+        cache, common = (
+            (prefix[0].repeat(rows), prefix[1]) if prefix else (self._empty(rows, size), 0)
+        )
         ids = np.zeros((rows, bucket(max(map(len, prompts)) - common)), np.int32)
         lengths = np.ones(rows, np.int32)
         for row, prompt in enumerate(prompts):
@@ -62,7 +72,9 @@ class Reader:
             lengths[row] = len(prompt) - common
         return self._timed(cache, ids, common, lengths, int(lengths[: len(prompts)].sum()))
 
-    def _timed(self, cache: Cache, ids: np.ndarray, start: int, lengths: np.ndarray, tokens: int) -> Prefilled:
+    def _timed(
+        self, cache: KVCache, ids: np.ndarray, start: int, lengths: np.ndarray, tokens: int
+    ) -> Prefilled:
         with seconds() as taken:
             read = programs.prefill(self.graph, self.state, cache, ids, np.int32(start), lengths)
             read.logits.block_until_ready()
@@ -70,17 +82,21 @@ class Reader:
         self.speed.prefill_seconds += taken[0]
         return read
 
-    def _empty(self, rows: int, size: int) -> Cache:
-        return make_cache(self.config, rows, size, self._dtype)
+    def _empty(self, rows: int, size: int) -> KVCache:
+        return make_kv_cache(self.config, rows, size, self._dtype)
 
 
 def _common_prefix(prompts: Sequence[Prompt]) -> int:
-    """Tokens that all prompts begin with, rounded down so that few lengths compile; 0 where it does not pay."""
+    """Tokens that all prompts begin with, rounded down so that few lengths compile; 0 where it
+    does not pay.
+    """
     if len(prompts) < 2:
         return 0
     least = min(map(len, prompts)) - 1
     first = prompts[0]
-    shared = next((at for at in range(least) if any(prompt[at] != first[at] for prompt in prompts)), least)
+    shared = next(
+        (at for at in range(least) if any(prompt[at] != first[at] for prompt in prompts)), least
+    )
     return shared - shared % _LEAST_PREFIX
 
 
@@ -89,5 +105,9 @@ def bucket(size: int, least: int = _LEAST_BUCKET) -> int:
     bucket = least
     while bucket < size:
         half = bucket * 3 // 2
-        bucket = half if bucket & (bucket - 1) == 0 and bucket > 1 and half >= size else 1 << bucket.bit_length()
+        bucket = (
+            half
+            if bucket & (bucket - 1) == 0 and bucket > 1 and half >= size
+            else 1 << bucket.bit_length()
+        )
     return bucket

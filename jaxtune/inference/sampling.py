@@ -11,15 +11,17 @@ from jaxtune.core.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; in transformers' order: repetition penalty, temperature, top-k, top-p, min-p.
+    """How tokens are chosen; in transformers' order: repetition penalty, temperature, top-k, top-p,
+    min-p.
 
     Attributes:
         temperature: 0 is greedy.
         top_k: only the k most likely tokens; 0 is all.
         top_p: only the most likely tokens that together reach p; 1 is all.
-        min_p: only tokens at least so likely as this share of the likeliest one's probability; 0 is all.
-        repetition_penalty: what logits of tokens that were read or written before are divided by where positive, multiplied by where
-            negative (Keskar et al. 2019); 1 is none.
+        min_p: only tokens at least so likely as this share of the likeliest one's probability; 0 is
+            all.
+        repetition_penalty: what logits of tokens that were read or written before are divided by
+            where positive, multiplied by where negative (Keskar et al. 2019); 1 is none.
         seed: seed of the draws; each answer has its own, by its number.
 
     """
@@ -39,9 +41,13 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p}: must be above 0 and at most 1.")
         if not 0 <= self.min_p < 1:
-            raise UserError(f"min_p = {self.min_p}: must be at least 0 and below 1; 0 is all tokens.")
+            raise UserError(
+                f"min_p = {self.min_p}: must be at least 0 and below 1; 0 is all tokens."
+            )
         if self.repetition_penalty <= 0:
-            raise UserError(f"repetition_penalty = {self.repetition_penalty}: must be above 0; 1 is none.")
+            raise UserError(
+                f"repetition_penalty = {self.repetition_penalty}: must be above 0; 1 is none."
+            )
 
     @property
     def remembers(self) -> bool:
@@ -74,7 +80,9 @@ def choose(
 
 
 def _nucleus(logits: Float[Array, "batch vocab"], share: float) -> Float[Array, "batch vocab"]:
-    """Keep a token while the more likely ones together stay below `share` (Holtzman et al. 2020)."""
+    """Keep a token while the more likely ones together stay below `share` (Holtzman et al.
+    2020).
+    """
     order = jnp.argsort(-logits, axis=-1)
     likely = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
     before = jnp.cumsum(likely, axis=-1) - likely

@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxtune.core.distributed import fetch
 from jaxtune.inference import programs
-from jaxtune.inference.prefill import Prefix, Prompt, Reader, bucket
-from jaxtune.inference.programs import Chosen, Prefilled, Slots
+from jaxtune.inference.prefill import Prefiller, Prefix, Prompt, bucket
+from jaxtune.inference.programs import Chosen, DecodeState, Prefilled
 from jaxtune.inference.sampling import Sampling
 from jaxtune.inference.speed import seconds
 
@@ -22,7 +22,8 @@ class Piece(NamedTuple):
         number: of the prompt.
         tokens: the new ones.
         log_probs: their log-probabilities under the model, in nats.
-        end: why the answer has ended: `stop` (a stop token, which is not part of it), `length`, or `watch`; None while it goes on.
+        end: why the answer has ended: `stop` (a stop token, which is not part of it), `length`, or
+            `watch`; None while it goes on.
 
     """
 
@@ -66,7 +67,9 @@ class Request:
         return [*self.prompt, *self.answer.tokens]
 
     def read(self, limit: int | None) -> None:
-        """Its context is read. A text that grows past `limit`, the model's `rope_limit`, is read anew there, as a long one."""
+        """Its context is read. A text that grows past `limit`, the model's `rope_limit`, is read
+        anew there, as a long one.
+        """
         missing, length = self.most - len(self.answer.tokens), len(self.context)
         self.left = missing if limit is None or length > limit else min(missing, limit + 1 - length)
 
@@ -86,7 +89,7 @@ News = Iterator[tuple[Request, list[int], list[float], bool]]
 """Of every answer under way its new tokens, their log-probabilities, and whether it goes on."""
 
 
-class Rows:
+class Scheduler:
     """The rows of one call.
 
     Args:
@@ -100,11 +103,17 @@ class Rows:
     """
 
     def __init__(
-        self, reader: Reader, stop_ids: tuple[int, ...], sampling: Sampling, most: int, size: int, prefix: Prefix | None
+        self,
+        reader: Prefiller,
+        stop_ids: tuple[int, ...],
+        sampling: Sampling,
+        most: int,
+        size: int,
+        prefix: Prefix | None,
     ) -> None:
         self._reader, self._stop_ids, self._sampling = reader, stop_ids, sampling
         self._most, self._size, self._prefix = most, size, prefix
-        self._slots: Slots | None = None
+        self._slots: DecodeState | None = None
         self.taken: dict[int, Request] = {}
         self._ended: set[int] = set()
 
@@ -115,7 +124,7 @@ class Rows:
 
     @property
     def free(self) -> int:
-        """Rows that nobody has."""
+        """Scheduler that nobody has."""
         return self.rows - len(self.taken)
 
     @property
@@ -167,7 +176,14 @@ class Rows:
         model = self._reader
         with seconds() as taken:
             self._slots, chosen = programs.decode(
-                model.graph, self._stop_ids, self._sampling, model.state, self._slots, ended, np.int32(steps), np.int32(least)
+                model.graph,
+                self._stop_ids,
+                self._sampling,
+                model.state,
+                self._slots,
+                ended,
+                np.int32(steps),
+                np.int32(least),
             )
             found = fetch(chosen)
         model.speed.new_tokens += int(found.made.sum())
@@ -177,4 +193,9 @@ class Rows:
     def _told(self, chosen: Chosen, who: list[tuple[int, Request]]) -> News:
         for row, request in who:
             made = int(chosen.made[row])
-            yield request, chosen.tokens[row, :made].tolist(), chosen.log_probs[row, :made].tolist(), bool(chosen.going[row])
+            yield (
+                request,
+                chosen.tokens[row, :made].tolist(),
+                chosen.log_probs[row, :made].tolist(),
+                bool(chosen.going[row]),
+            )

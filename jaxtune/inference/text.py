@@ -13,13 +13,14 @@ _UNFINISHED = "\ufffd"  # what a tokenizer writes for the first bytes of a chara
 
 
 @dataclass(frozen=True)
-class Said:
+class Completion:
     """An answer.
 
     Attributes:
         text: up to and without the first stop token or stop string.
         tokens: its ids; with a stop string, through the token that completes it.
-        log_probs: their log-probabilities under the model, in nats, before anything of the sampling.
+        log_probs: their log-probabilities under the model, in nats, before anything of the
+            sampling.
         end: why it ended: `stop` (a token), `string` or `length`.
 
     """
@@ -30,7 +31,7 @@ class Said:
     end: str
 
 
-class Speaker:
+class TextGenerator:
     """An engine with the tokenizer of its model.
 
     Args:
@@ -54,17 +55,21 @@ class Speaker:
         max_new_tokens: int,
         sampling: Sampling | None = None,
         progress: Callable[[int], None] | None = None,
-    ) -> list[Said]:
+    ) -> list[Completion]:
         """The answer to each prompt; arguments as in `Engine.answers`."""
-        found = self.engine.answers(prompts, max_new_tokens, sampling, progress, self._watch if self.stop else None)
+        found = self.engine.answers(
+            prompts, max_new_tokens, sampling, progress, self._watch if self.stop else None
+        )
         said = []
         for answer in found:
             text = self._text(answer.tokens)
             end = STRING if answer.end == WATCHED else answer.end or ""
-            said.append(Said(self._cut(text), answer.tokens, answer.log_probs, end))
+            said.append(Completion(self._cut(text), answer.tokens, answer.log_probs, end))
         return said
 
-    def stream(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, max_new_tokens: int, sampling: Sampling | None = None
+    ) -> Iterator[str]:
         """The answer to one prompt, as it comes; the parts together are its text."""
         tokens, shown = [], 0
         watch = self._watch if self.stop else None
@@ -85,10 +90,15 @@ class Speaker:
         return text[: min(ends)] if ends else text
 
     def _certain(self, text: str) -> int:
-        """How much of it stays as it is, whatever comes: no half characters, nothing that may begin a stop string."""
+        """How much of it stays as it is, whatever comes: no half characters, nothing that may
+        begin a stop string.
+        """
         text = text.rstrip(_UNFINISHED)
         possible = (
-            size for stop in self.stop for size in range(min(len(stop), len(text)), 0, -1) if stop.startswith(text[-size:])
+            size
+            for stop in self.stop
+            for size in range(min(len(stop), len(text)), 0, -1)
+            if stop.startswith(text[-size:])
         )
         return len(text) - max(possible, default=0)
 
@@ -100,5 +110,7 @@ class Speaker:
         while enough - fewest > 1:
             middle = (fewest + enough) // 2
             text = self._text(tokens[:middle])
-            fewest, enough = (middle, enough) if len(self._cut(text)) == len(text) else (fewest, middle)
+            fewest, enough = (
+                (middle, enough) if len(self._cut(text)) == len(text) else (fewest, middle)
+            )
         return enough

@@ -13,8 +13,9 @@ from jaxtune.core.errors import UserError
 class RopeConfig:
     """Rotary position embedding: its base and how it is stretched to longer texts.
 
-    `kind` is one of default, linear, dynamic, llama3, yarn, longrope; `options` holds that kind's numbers under the names of
-    `config.json`; `partial` is the share of a head's dimensions that is rotated.
+    `kind` is one of default, linear, dynamic, llama3, yarn, longrope; `options` holds that kind's
+    numbers under the names of `config.json`; `partial` is the share of a head's dimensions that is
+    rotated.
     """
 
     kind: str = "default"
@@ -52,20 +53,21 @@ class LayerConfig:
 class ExpertsConfig:
     """A mixture of experts: `chosen` of `count` feed-forward networks of `size` for every token.
 
-    `normalise`: whether the chosen experts' probabilities are scaled to sum to one.
+    `normalize`: whether the chosen experts' probabilities are scaled to sum to one.
     """
 
     count: int
     chosen: int
     size: int
-    normalise: bool
+    normalize: bool
 
 
 @dataclass(frozen=True)
 class NormConfig:
-    """Normalisation: x / rms(x) * (offset + weight).
+    """Normalization: x / rms(x) * (offset + weight).
 
-    `wide`: whether the weight is multiplied in float32, before the result is rounded to the compute dtype, or after.
+    `wide`: whether the weight is multiplied in float32, before the result is rounded to the compute
+    dtype, or after.
     """
 
     eps: float
@@ -75,20 +77,27 @@ class NormConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder's shape and variations. `raw` is the `config.json` it came from, written back unchanged on export.
+    """A decoder's shape and variations. `raw` is the `config.json` it came from, written back
+    unchanged on export.
 
     Attributes:
         ropes: the rotary embeddings that layers choose from.
         layers: one entry a layer.
-        norms: where the block normalises: `pre` (input of attention and MLP), `post` (their output) or `sandwich` (both).
-        qk_norm: queries and keys are normalised by `head`, over all heads together (`full`), or not at all.
+        norms: where the block normalizes: `pre` (input of attention and MLP), `post` (their output)
+            or `sandwich` (both).
+        qk_norm: queries and keys are normalized by `head`, over all heads together (`full`), or not
+            at all.
         qkv_bias, o_bias, mlp_bias: which linear maps have a bias.
         fused: q, k and v in one matrix (`qkv_proj`), gate and up in one (`gate_up_proj`).
         attention_scale: what q k^T is multiplied with.
-        attention_softcap, logit_softcap: c in c tanh(x / c), on scores and logits; None: not at all.
-        vocab_padding: further rows of embedding and head that no token has, so that they divide over a mesh; logits have none of them.
-        cuts: numbers of layers at which a stack is cut though their structure is the same, because other leaves of them train.
-        embedding_scale, residual_scale, logit_scale: multipliers of the embeddings, of what a block adds, of the logits.
+        attention_softcap, logit_softcap: c in c tanh(x / c), on scores and logits; None: not at
+            all.
+        vocab_padding: further rows of embedding and head that no token has, so that they divide
+            over a mesh; logits have none of them.
+        layer_boundaries: numbers of layers at which a stack is cut though their structure is the
+            same, because other leaves of them train.
+        embedding_scale, residual_scale, logit_scale: multipliers of the embeddings, of what a block
+            adds, of the logits.
 
     """
 
@@ -118,11 +127,12 @@ class ModelConfig:
     logit_scale: float = 1.0
     experts: ExpertsConfig | None = None
     vocab_padding: int = 0
-    cuts: tuple[int, ...] = ()
+    layer_boundaries: tuple[int, ...] = ()
     raw: dict[str, Any] = field(compare=False, hash=False, repr=False, default_factory=dict)
 
     def check_tokens(self, rows: Iterable[Sequence[int] | np.ndarray]) -> None:
-        """That the model has every token of these rows; an index too large would be read as the last one.
+        """That the model has every token of these rows; an index too large would be read as the
+        last one.
 
         Raises:
             UserError: it has not.
@@ -131,7 +141,8 @@ class ModelConfig:
         largest = max((int(np.max(row)) for row in rows if len(row)), default=0)
         if largest >= self.vocab_size:
             raise UserError(
-                f"The tokenizer gives token {largest}, and the model has {self.vocab_size} tokens. Use the model's own tokenizer, or name "
+                f"The tokenizer gives token {largest}, and the model has {self.vocab_size} "
+                "tokens. Use the model's own tokenizer, or name "
                 "the tokens that are new in model.new_tokens when training."
             )
 
@@ -142,20 +153,37 @@ class ModelConfig:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The sliding windows that layers have, each once; None is a layer that sees everything before."""
+        """The sliding windows that layers have, each once; None is a layer that sees everything
+        before.
+        """
         return tuple(dict.fromkeys(layer.window for layer in self.layers))
 
     @property
     def segments(self) -> tuple[range, ...]:
-        """Runs of layers of one structure, each of which is a stack of arrays and one compiled layer."""
+        """Runs of layers of one structure, each of which is a stack of arrays and one compiled
+        layer.
+        """
         layers = self.layers
-        cuts = [at for at in range(1, len(layers)) if at in self.cuts or layers[at].sparse != layers[at - 1].sparse]
-        return tuple(range(start, stop) for start, stop in zip([0, *cuts], [*cuts, len(self.layers)], strict=True))
+        layer_boundaries = [
+            at
+            for at in range(1, len(layers))
+            if at in self.layer_boundaries or layers[at].sparse != layers[at - 1].sparse
+        ]
+        return tuple(
+            range(start, stop)
+            for start, stop in zip(
+                [0, *layer_boundaries], [*layer_boundaries, len(self.layers)], strict=True
+            )
+        )
 
     @property
     def rope_limit(self) -> int | None:
-        """The length of text beyond which other frequencies apply to all of it (longrope); None: there is none."""
+        """The length of text beyond which other frequencies apply to all of it (longrope); None:
+        there is none.
+        """
         limits = [
-            kind.get("original_max_position_embeddings", self.max_positions) for kind in self.ropes if kind.kind == "longrope"
+            kind.get("original_max_position_embeddings", self.max_positions)
+            for kind in self.ropes
+            if kind.kind == "longrope"
         ]
         return min(limits, default=None)

@@ -15,11 +15,11 @@ from jaxtune.core.sharding import constrain
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.kernels.attention import attend
 from jaxtune.models.kernels.mask import Mask
-from jaxtune.models.kv_cache import Cache
+from jaxtune.models.kv_cache import KVCache
 from jaxtune.models.layers import ACTIVATIONS, Dropout, Embedding, Linear, RMSNorm, matmul, softcap
-from jaxtune.models.moe import SparseMLP
+from jaxtune.models.moe import MoE
 from jaxtune.models.remat import LAYER, as_bits, as_float, named, remat
-from jaxtune.models.rope import Rope, no_rotation, phases, rotate, segment_lengths
+from jaxtune.models.rope import Rope, apply_rope, no_rotation, rope_cos_sin, segment_lengths
 
 
 class Context(NamedTuple):
@@ -46,7 +46,9 @@ class Context(NamedTuple):
 
 
 class LayerStep(NamedTuple):
-    """A layer's number and, by number, what differs from layer to layer; stacked, the scan's input."""
+    """A layer's number and, by number, what differs from layer to layer; stacked, the scan's
+    input.
+    """
 
     number: Any
     rope: Any
@@ -62,36 +64,56 @@ class Attention(nnx.Module):
         queries, keys = config.num_heads * size, config.num_kv_heads * size
         linear = partial(Linear, dtype=dtype, rngs=rngs)
         if config.fused:
-            self.qkv_proj = linear(hidden, queries + 2 * keys, ("heads", "embed"), bias=config.qkv_bias)
+            self.qkv_proj = linear(
+                hidden, queries + 2 * keys, ("heads", "embed"), bias=config.qkv_bias
+            )
         else:
             self.q_proj = linear(hidden, queries, ("heads", "embed"), bias=config.qkv_bias)
             self.k_proj = linear(hidden, keys, ("kv_heads", "embed"), bias=config.qkv_bias)
             self.v_proj = linear(hidden, keys, ("kv_heads", "embed"), bias=config.qkv_bias)
         self.o_proj = linear(queries, hidden, ("embed", "heads"), bias=config.o_bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(size if config.qk_norm == "head" else queries, config.norm, dtype=dtype)
-            self.k_norm = RMSNorm(size if config.qk_norm == "head" else keys, config.norm, dtype=dtype)
+            self.q_norm = RMSNorm(
+                size if config.qk_norm == "head" else queries, config.norm, dtype=dtype
+            )
+            self.k_norm = RMSNorm(
+                size if config.qk_norm == "head" else keys, config.norm, dtype=dtype
+            )
 
     def __call__(
-        self, x: Float[Array, "B T D"], context: Context, cache: Cache | None
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """The attention output, and the cache with this pass's keys and values where one was given."""
+        self, x: Float[Array, "B T D"], context: Context, cache: KVCache | None
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """The attention output, and the cache with this pass's keys and values where one was
+        given.
+        """
         q, k, v = self._project(x, context.dropout)
-        q, k = rotate(q, context.rope), rotate(k, context.rope)
+        q, k = apply_rope(q, context.rope), apply_rope(k, context.rope)
         config = self.config
         windows = config.windows if cache is None else None
         if cache is not None:
             cache = cache.write(context.layer, k, v, context.mask.query_positions)
-            k, v = cache.keys[context.layer].astype(q.dtype), cache.values[context.layer].astype(q.dtype)
+            k, v = (
+                cache.keys[context.layer].astype(q.dtype),
+                cache.values[context.layer].astype(q.dtype),
+            )
         q = constrain(q, "batch", "seq", "act_heads", None)
-        out = attend(q, k, v, context.mask, config.attention_scale, config.attention_softcap, windows)
+        out = attend(
+            q, k, v, context.mask, config.attention_scale, config.attention_softcap, windows
+        )
         return self.o_proj(out.reshape(*x.shape[:2], -1), context.dropout), cache
 
-    def _project(self, x: jax.Array, dropout: Dropout | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values [B, T, heads, head_dim], normalised where the family does, not rotated."""
+    def _project(
+        self, x: jax.Array, dropout: Dropout | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values [B, T, heads, head_dim], normalized where the family does,
+        not rotated.
+        """
         config = self.config
         if config.fused:
-            queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+            queries, keys = (
+                config.num_heads * config.head_dim,
+                config.num_kv_heads * config.head_dim,
+            )
             q, k, v = jnp.split(self.qkv_proj(x, dropout), (queries, queries + keys), axis=-1)
         else:
             q, k, v = self.q_proj(x, dropout), self.k_proj(x, dropout), self.v_proj(x, dropout)
@@ -110,7 +132,9 @@ class MLP(nnx.Module):
         self.fused, self.activation = config.fused, config.activation
         linear = partial(Linear, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
         if config.fused:
-            self.gate_up_proj = linear(config.hidden_size, 2 * config.intermediate_size, ("mlp", "embed"))
+            self.gate_up_proj = linear(
+                config.hidden_size, 2 * config.intermediate_size, ("mlp", "embed")
+            )
         else:
             self.gate_proj = linear(config.hidden_size, config.intermediate_size, ("mlp", "embed"))
             self.up_proj = linear(config.hidden_size, config.intermediate_size, ("mlp", "embed"))
@@ -126,33 +150,45 @@ class MLP(nnx.Module):
         return self.down_proj(hidden, dropout)
 
 
-# Where a block normalises: the norms at the input and the output of the attention, then of the MLP, by their names in Hugging Face.
+# Where a block normalizes: the norms at the input and the output of the attention, then of the MLP,
+# by their names in Hugging Face.
 _NORMS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
     "pre": ("input_layernorm", None, "post_attention_layernorm", None),
     "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
-    "sandwich": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    "sandwich": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
 }
 
 
 class DecoderLayer(nnx.Module):
-    """Transformer block: x + Attn(x), then x + MLP(x), each normalised at its input, its output or both."""
+    """Transformer block: x + Attn(x), then x + MLP(x), each normalized at its input, its output
+    or both.
+    """
 
-    def __init__(self, config: ModelConfig, sparse: bool, *, dtype: np.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: ModelConfig, sparse: bool, *, dtype: np.dtype, rngs: nnx.Rngs
+    ) -> None:
         self.norms, self.residual_scale = _NORMS[config.norms], config.residual_scale
         for name in self.norms:
             if name:
                 setattr(self, name, RMSNorm(config.hidden_size, config.norm, dtype=dtype))
         self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
-        self.mlp = (SparseMLP if sparse else MLP)(config, dtype=dtype, rngs=rngs)
+        self.mlp = (MoE if sparse else MLP)(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], context: Context, cache: Cache | None
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        self, x: Float[Array, "B T D"], context: Context, cache: KVCache | None
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """The block's output and the cache."""
         before, after, before_mlp, after_mlp = self.norms
         attended, cache = self.self_attn(self._input(before, x), context, cache)
         x = self._add(x, self._norm(after, attended))
-        return self._add(x, self._norm(after_mlp, self.mlp(self._input(before_mlp, x), context.dropout))), cache
+        return self._add(
+            x, self._norm(after_mlp, self.mlp(self._input(before_mlp, x), context.dropout))
+        ), cache
 
     def _input(self, name: str | None, x: jax.Array) -> jax.Array:
         return constrain(self._norm(name, x), "batch", "seq", "act_embed")
@@ -171,17 +207,25 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: np.dtype, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size + config.vocab_padding, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.embed_tokens = Embedding(
+            config.vocab_size + config.vocab_padding, config.hidden_size, dtype=dtype, rngs=rngs
+        )
         self.layers = nnx.List(
-            _stack(partial(DecoderLayer, config, config.layers[part[0]].sparse, dtype=dtype), len(part), rngs)
+            _stack(
+                partial(DecoderLayer, config, config.layers[part[0]].sparse, dtype=dtype),
+                len(part),
+                rngs,
+            )
             for part in config.segments
         )
         self.norm = RMSNorm(config.hidden_size, config.norm, dtype=dtype)
 
     def __call__(
-        self, x: Float[Array, "B T D"], context: Context, cache: Cache | None, policy: str
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Hidden states after the final norm, and the updated cache; each segment is one compiled layer, scanned."""
+        self, x: Float[Array, "B T D"], context: Context, cache: KVCache | None, policy: str
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Hidden states after the final norm, and the updated cache; each segment is one
+        compiled layer, scanned.
+        """
         for part, segment in zip(self.config.segments, self.layers, strict=True):
             graph, stacked = nnx.split(segment)
             stacked = _stored(stacked)
@@ -191,15 +235,21 @@ class Decoder(nnx.Module):
                 x, cache = named(carry[0], LAYER), carry[1]
                 return nnx.merge(graph, _restored(weights))(x, context.at(numbers), cache), None
 
-            (x, cache), _ = jax.lax.scan(remat(layer, policy), (x, cache), (stacked, _steps(self.config, part)))
+            (x, cache), _ = jax.lax.scan(
+                remat(layer, policy), (x, cache), (stacked, _steps(self.config, part))
+            )
         return constrain(self.norm(x), "batch", "seq", "act_embed"), cache
 
 
 def _stored(stacked: nnx.State) -> nnx.State:
-    """The stacks as they enter the scan: on CPU bfloat16 as bits, since XLA would take all layers to float32 to cut one out."""
+    """The stacks as they enter the scan: on CPU bfloat16 as bits, since XLA would take all
+    layers to float32 to cut one out.
+    """
     if platform() != "cpu":
         return stacked
-    return jax.tree.map(lambda leaf: _frozen_bits(leaf) if leaf.dtype == jnp.bfloat16 else leaf, stacked)
+    return jax.tree.map(
+        lambda leaf: _frozen_bits(leaf) if leaf.dtype == jnp.bfloat16 else leaf, stacked
+    )
 
 
 def _restored(weights: nnx.State) -> nnx.State:
@@ -209,7 +259,10 @@ def _restored(weights: nnx.State) -> nnx.State:
 
 def _frozen_bits_fwd(x: Any) -> tuple[jax.Array, None]:
     if x.perturbed:
-        raise TypeError("Gradients of bfloat16 weights are not computed on CPU. Load what shall train in float32.")
+        raise TypeError(
+            "Gradients of bfloat16 weights are not computed on CPU. Load what shall train in "
+            "float32."
+        )
     return as_bits(x.value), None
 
 
@@ -224,7 +277,9 @@ def _steps(config: ModelConfig, part: range) -> LayerStep:
     windows = [_EVERYTHING if layer.window is None else layer.window for layer in layers]
     everything = all(layer.window is None for layer in config.layers)
     return LayerStep(
-        np.asarray(part, np.int32), np.asarray(ropes, np.int32), None if everything else np.asarray(windows, np.int32)
+        np.asarray(part, np.int32),
+        np.asarray(ropes, np.int32),
+        None if everything else np.asarray(windows, np.int32),
     )
 
 
@@ -241,7 +296,9 @@ class CausalLM(nnx.Module):
 
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: np.dtype, compute_dtype: np.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: ModelConfig, *, dtype: np.dtype, compute_dtype: np.dtype, rngs: nnx.Rngs
+    ) -> None:
         self.config = config
         self.adapter: Any = None  # what `adapters.inject` put on the model
         self.compute_dtype = compute_dtype
@@ -249,7 +306,9 @@ class CausalLM(nnx.Module):
         head = None
         if not config.tie_embeddings:
             rows = config.vocab_size + config.vocab_padding
-            head = Linear(config.hidden_size, rows, ("vocab", "embed"), bias=False, dtype=dtype, rngs=rngs)
+            head = Linear(
+                config.hidden_size, rows, ("vocab", "embed"), bias=False, dtype=dtype, rngs=rngs
+            )
         self.lm_head = nnx.data(head)
 
     def hidden_states(
@@ -258,27 +317,31 @@ class CausalLM(nnx.Module):
         *,
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        cache: Cache | None = None,
+        cache: KVCache | None = None,
         dropout: Dropout | None = None,
         noise: float = 0.0,
         remat_policy: str = "none",
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Hidden states before the head, in the compute dtype, and the cache.
 
         Args:
             input_ids: tokens.
-            segment_ids: the example a token belongs to; tokens of different examples do not see each other. Default: one a row.
-            positions: position in the segment, rising by one from token to token; with a cache, negative for padding. Default: 0, 1, 2
-                ... in every row.
-            cache: keys and values of earlier tokens; slot s holds position s. Excludes `segment_ids`.
+            segment_ids: the example a token belongs to; tokens of different examples do not see
+                each other. Default: one a row.
+            positions: position in the segment, rising by one from token to token; with a cache,
+                negative for padding. Default: 0, 1, 2 ... in every row.
+            cache: keys and values of earlier tokens; slot s holds position s. Excludes
+                `segment_ids`.
             dropout: keys of the random numbers in training; None in evaluation.
-            noise: alpha of NEFTune (Jain et al. 2023): uniform noise within alpha / sqrt(tokens of the example x embed) on the
-                embeddings, in training.
+            noise: alpha of NEFTune (Jain et al. 2023): uniform noise within alpha / sqrt(tokens of
+                the example x embed) on the embeddings, in training.
             remat_policy: see `models.remat`.
 
         """
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
+            positions = jnp.broadcast_to(
+                jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape
+            )
         if segment_ids is None:
             segment_ids = jnp.ones_like(positions)
         x = self.model.embed_tokens(input_ids, self.compute_dtype)
@@ -289,29 +352,49 @@ class CausalLM(nnx.Module):
             bound = noise / jnp.sqrt(tokens * x.shape[-1])
             x = x + (dropout.uniform(x.shape[1:], "neftune") * bound[..., None]).astype(x.dtype)
         context = self._context(positions, segment_ids, cache)._replace(dropout=dropout)
-        hidden, cache = self.model(constrain(x, "batch", "kept_seq", "act_embed"), context, cache, remat_policy)
-        return hidden * jnp.asarray(self.config.logit_scale, hidden.dtype) if self.config.logit_scale != 1.0 else hidden, cache
+        hidden, cache = self.model(
+            constrain(x, "batch", "kept_seq", "act_embed"), context, cache, remat_policy
+        )
+        return hidden * jnp.asarray(
+            self.config.logit_scale, hidden.dtype
+        ) if self.config.logit_scale != 1.0 else hidden, cache
 
-    def _context(self, positions: jax.Array, segment_ids: jax.Array, cache: Cache | None) -> Context:
+    def _context(
+        self, positions: jax.Array, segment_ids: jax.Array, cache: KVCache | None
+    ) -> Context:
         by_length = any(kind.by_length for kind in self.config.ropes)
         lengths = segment_lengths(positions, segment_ids) if by_length else positions
         rope = self._phases(positions, lengths)
         if cache is None:
             return Context(rope, Mask(positions, positions, segment_ids, segment_ids))
-        slots = jnp.broadcast_to(jnp.arange(cache.keys.shape[2], dtype=jnp.int32), (positions.shape[0], cache.keys.shape[2]))
+        slots = jnp.broadcast_to(
+            jnp.arange(cache.keys.shape[2], dtype=jnp.int32),
+            (positions.shape[0], cache.keys.shape[2]),
+        )
         return Context(rope, Mask(positions, slots, segment_ids, jnp.ones_like(slots)))
 
     def _phases(self, positions: jax.Array, lengths: jax.Array) -> Rope:
-        """The phases of every rotary embedding that layers choose from, stacked; where some layer has none, no rotation is the last."""
+        """The phases of every rotary embedding that layers choose from, stacked; where some
+        layer has none, no rotation is the last.
+        """
         config = self.config
-        found = [phases(kind, config.head_dim, config.max_positions, positions, lengths) for kind in config.ropes]
+        found = [
+            rope_cos_sin(kind, config.head_dim, config.max_positions, positions, lengths)
+            for kind in config.ropes
+        ]
         if any(layer.rope is None for layer in config.layers):
             found.append(no_rotation(found[0]))
         return jax.tree.map(lambda *parts: jnp.stack(parts), *found)
 
-    def head(self, hidden: Float[Array, "*batch embed"], dropout: Dropout | None = None) -> tuple[jax.Array, jax.Array]:
-        """`(h, W)`: the logits are h W^T, before a soft-cap; W is [vocab, embed], or wider by the rank of the head's adapter."""
-        h, weight = (self.model.embed_tokens if self.lm_head is None else self.lm_head).as_head(hidden, dropout)
+    def head(
+        self, hidden: Float[Array, "*batch embed"], dropout: Dropout | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """`(h, W)`: the logits are h W^T, before a soft-cap; W is [vocab, embed], or wider by
+        the rank of the head's adapter.
+        """
+        h, weight = (self.model.embed_tokens if self.lm_head is None else self.lm_head).as_head(
+            hidden, dropout
+        )
         return h, weight[: self.config.vocab_size] if self.config.vocab_padding else weight
 
     def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
@@ -324,11 +407,13 @@ class CausalLM(nnx.Module):
         *,
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        cache: Cache | None = None,
-    ) -> Float[Array, "B T vocab"] | tuple[Float[Array, "B T vocab"], Cache]:
+        cache: KVCache | None = None,
+    ) -> Float[Array, "B T vocab"] | tuple[Float[Array, "B T vocab"], KVCache]:
         """Logits in float32; with a cache, `(logits, cache)`. Arguments as in `hidden_states`."""
         input_ids = jnp.asarray(input_ids, jnp.int32)
-        hidden, new = self.hidden_states(input_ids, segment_ids=segment_ids, positions=positions, cache=cache)
+        hidden, new = self.hidden_states(
+            input_ids, segment_ids=segment_ids, positions=positions, cache=cache
+        )
         logits = self.logits(hidden)
         return logits if new is None else (logits, new)
 
@@ -340,4 +425,6 @@ def _stack(make: Callable[..., nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.M
 
 def abstract_model(config: ModelConfig, dtype: np.dtype, compute_dtype: np.dtype) -> CausalLM:
     """The model with shapes for weights: nothing is allocated."""
-    return nnx.eval_shape(lambda: CausalLM(config, dtype=dtype, compute_dtype=compute_dtype, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(
+        lambda: CausalLM(config, dtype=dtype, compute_dtype=compute_dtype, rngs=nnx.Rngs(0))
+    )

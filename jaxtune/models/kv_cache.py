@@ -1,4 +1,6 @@
-"""The key/value cache of generation: slot s of a row holds position s, so ragged rows need no padding on the left."""
+"""The key/value cache of generation: slot s of a row holds position s, so ragged rows need no
+padding on the left.
+"""
 
 from typing import NamedTuple
 
@@ -11,28 +13,42 @@ from jaxtune.core.sharding import constrain
 from jaxtune.models.config import ModelConfig
 
 
-class Cache(NamedTuple):
+class KVCache(NamedTuple):
     """Keys and values of all layers."""
 
     keys: Float[Array, "layers batch slots kv_heads head_dim"]
     values: Float[Array, "layers batch slots kv_heads head_dim"]
 
-    def write(self, layer: jax.Array, keys: jax.Array, values: jax.Array, positions: Int[Array, "batch seq"]) -> "Cache":
-        """The cache with a layer's new keys and values at their positions; what has a negative one, padding, is not kept."""
-        positions = jnp.where(positions < 0, self.keys.shape[2], positions)  # out of bounds, and so dropped
+    def write(
+        self,
+        layer: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        positions: Int[Array, "batch seq"],
+    ) -> "KVCache":
+        """The cache with a layer's new keys and values at their positions; what has a negative
+        one, padding, is not kept.
+        """
+        positions = jnp.where(
+            positions < 0, self.keys.shape[2], positions
+        )  # out of bounds, and so dropped
         place = (layer, jnp.arange(keys.shape[0])[:, None], positions)
         written = (
             self.keys.at[place].set(keys.astype(self.keys.dtype), mode="drop"),
             self.values.at[place].set(values.astype(self.values.dtype), mode="drop"),
         )
-        return Cache(*(constrain(part, None, "batch", None, "act_heads", None) for part in written))
+        return KVCache(
+            *(constrain(part, None, "batch", None, "act_heads", None) for part in written)
+        )
 
-    def repeat(self, batch: int) -> "Cache":
+    def repeat(self, batch: int) -> "KVCache":
         """The cache of one row for `batch` rows that go on from it."""
-        return Cache(*(jnp.broadcast_to(part, (part.shape[0], batch, *part.shape[2:])) for part in self))
+        return KVCache(
+            *(jnp.broadcast_to(part, (part.shape[0], batch, *part.shape[2:])) for part in self)
+        )
 
 
-def make_cache(config: ModelConfig, batch: int, slots: int, dtype: np.dtype) -> Cache:
+def make_kv_cache(config: ModelConfig, batch: int, slots: int, dtype: np.dtype) -> KVCache:
     """An empty cache for all layers.
 
     Args:
@@ -43,4 +59,4 @@ def make_cache(config: ModelConfig, batch: int, slots: int, dtype: np.dtype) -> 
 
     """
     shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

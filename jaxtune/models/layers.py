@@ -1,4 +1,6 @@
-"""The leaves of a decoder: linear map, embedding, normalisation. Weights have Hugging Face's names and layout."""
+"""The leaves of a decoder: linear map, embedding, normalization. Weights have Hugging Face's
+names and layout.
+"""
 
 import zlib
 from functools import partial
@@ -11,10 +13,10 @@ from flax import nnx
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, Key
 
-from jaxtune.core.sharding import constrain, even
+from jaxtune.core.sharding import constrain, divides_evenly
 from jaxtune.models.config import NormConfig
-from jaxtune.models.kernels.dot import contract, over_tokens
-from jaxtune.models.kernels.quantized import Axes, Quantised, product, product_back
+from jaxtune.models.kernels.dot import dot, weight_grad
+from jaxtune.models.kernels.quantized import Axes, QuantizedTensor, product, product_back
 from jaxtune.models.remat import PROJECTION, named
 
 INIT_STD = 0.02
@@ -34,25 +36,34 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def matmul(x: jax.Array, weight: jax.Array | Quantised, axes: Axes = (None, None)) -> jax.Array:
-    """X W^T in x's dtype, with W of Hugging Face's layout [out, in]; float32 means float32 on every platform.
+def matmul(
+    x: jax.Array, weight: jax.Array | QuantizedTensor, axes: Axes = (None, None)
+) -> jax.Array:
+    """X W^T in x's dtype, with W of Hugging Face's layout [out, in]; float32 means float32 on every
+    platform.
 
     Args:
         x: [..., in].
         weight: W.
-        axes: logical names of out and in, for a quantised W.
+        axes: logical names of out and in, for a quantized W.
 
     """
-    return product(x, weight, axes) if isinstance(weight, Quantised) else _matmul(x, weight)
+    return product(x, weight, axes) if isinstance(weight, QuantizedTensor) else _matmul(x, weight)
 
 
-def matmul_back(dy: jax.Array, weight: jax.Array | Quantised, axes: Axes = (None, None)) -> jax.Array:
+def matmul_back(
+    dy: jax.Array, weight: jax.Array | QuantizedTensor, axes: Axes = (None, None)
+) -> jax.Array:
     """Dy W, the gradient of `matmul` with respect to x."""
-    return product_back(dy, weight, axes) if isinstance(weight, Quantised) else contract(dy, weight, 0)
+    return (
+        product_back(dy, weight, axes)
+        if isinstance(weight, QuantizedTensor)
+        else dot(dy, weight, 0)
+    )
 
 
 def _plain(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return contract(x, weight, 1)
+    return dot(x, weight, 1)
 
 
 def _matmul_fwd(x: Any, weight: Any) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array]]:
@@ -60,11 +71,13 @@ def _matmul_fwd(x: Any, weight: Any) -> tuple[jax.Array, tuple[jax.Array | None,
     return _plain(x.value, weight.value), (x.value if weight.perturbed else None, weight.value)
 
 
-def _matmul_bwd(residuals: tuple[jax.Array | None, jax.Array], dy: Any) -> tuple[jax.Array | None, jax.Array | None]:
+def _matmul_bwd(
+    residuals: tuple[jax.Array | None, jax.Array], dy: Any
+) -> tuple[jax.Array | None, jax.Array | None]:
     x, weight = residuals
     if isinstance(dy, SymbolicZero):
         return None, None
-    return contract(dy, weight, 0), None if x is None else over_tokens(dy, x).astype(weight.dtype)
+    return dot(dy, weight, 0), None if x is None else weight_grad(dy, x).astype(weight.dtype)
 
 
 _matmul = jax.custom_vjp(_plain)
@@ -72,7 +85,9 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd, symbolic_zeros=True)
 
 
 class Dropout:
-    """The random numbers of one forward pass in training: a key for every row, so that no cut of the batch changes them."""
+    """The random numbers of one forward pass in training: a key for every row, so that no cut of
+    the batch changes them.
+    """
 
     def __init__(self, keys: Key[Array, " batch"]) -> None:
         self.keys = keys
@@ -86,8 +101,12 @@ class Dropout:
         keys = self.fold(zlib.crc32(name.encode())).keys
         return jax.vmap(lambda key: jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0))(keys)
 
-    def __call__(self, x: Float[Array, "batch seq embed"], rate: float, name: str) -> Float[Array, "batch seq embed"]:
-        """X with entries zeroed at `rate` and the rest scaled by 1 / (1 - rate); `name` tells the layer's draws apart."""
+    def __call__(
+        self, x: Float[Array, "batch seq embed"], rate: float, name: str
+    ) -> Float[Array, "batch seq embed"]:
+        """X with entries zeroed at `rate` and the rest scaled by 1 / (1 - rate); `name` tells
+        the layer's draws apart.
+        """
         keys = self.fold(zlib.crc32(name.encode())).keys
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
         return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
@@ -101,12 +120,23 @@ class Linear(nnx.Module):
 
     """
 
-    def __init__(self, inputs: int, outputs: int, axes: tuple[str, str], *, bias: bool, dtype: np.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        axes: tuple[str, str],
+        *,
+        bias: bool,
+        dtype: np.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
         init = jax.nn.initializers.normal(INIT_STD)
         self.weight = nnx.Param(init(rngs.params(), (outputs, inputs), dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype), axes=axes[:1]) if bias else None
 
-    def __call__(self, x: Float[Array, "*batch in"], dropout: Dropout | None = None) -> Float[Array, "*batch out"]:
+    def __call__(
+        self, x: Float[Array, "*batch in"], dropout: Dropout | None = None
+    ) -> Float[Array, "*batch out"]:
         """The linear map; `dropout` is for adapters that wrap it."""
         return named(self.product(x), PROJECTION)
 
@@ -114,7 +144,9 @@ class Linear(nnx.Module):
         """X W^T."""
         return matmul(x, self.weight[...], self.weight.get_metadata()["axes"])
 
-    def as_head(self, x: Float[Array, "*batch in"], dropout: Dropout | None) -> tuple[jax.Array, jax.Array]:
+    def as_head(
+        self, x: Float[Array, "*batch in"], dropout: Dropout | None
+    ) -> tuple[jax.Array, jax.Array]:
         """`(h, W)` with y = h W^T, for a head whose product is taken elsewhere, in chunks."""
         return x, self.weight[...]
 
@@ -125,7 +157,9 @@ class Linear(nnx.Module):
 
 
 class Router(nnx.Module):
-    """The scores of a mixture's experts: x W^T. It is no `Linear`, as in transformers, so adapters on linear layers leave it alone."""
+    """The scores of a mixture's experts: x W^T. It is no `Linear`, as in transformers, so
+    adapters on linear layers leave it alone.
+    """
 
     def __init__(self, inputs: int, experts: int, *, dtype: np.dtype, rngs: nnx.Rngs) -> None:
         init = jax.nn.initializers.normal(INIT_STD)
@@ -143,19 +177,25 @@ class Embedding(nnx.Module):
         init = jax.nn.initializers.normal(INIT_STD)
         self.weight = nnx.Param(init(rngs.params(), (vocab, embed), dtype), axes=("vocab", "embed"))
 
-    def __call__(self, tokens: Int[Array, "batch seq"], dtype: np.dtype) -> Float[Array, "batch seq embed"]:
+    def __call__(
+        self, tokens: Int[Array, "batch seq"], dtype: np.dtype
+    ) -> Float[Array, "batch seq embed"]:
         """The tokens' rows in the compute dtype.
 
-        Where the table is cut over `embed`, each device looks up its part of the rows for all devices that share it, and what is
-        exchanged are rows, not the table.
+        Where the table is cut over `embed`, each device looks up its part of the rows for all
+        devices that share it, and what is exchanged are rows, not the table.
         """
-        if not even("batch", tokens.shape[0]):
+        if not divides_evenly("batch", tokens.shape[0]):
             return self.weight[...][tokens].astype(dtype)
         tokens = constrain(tokens, "lookup", "seq")
         return constrain(self.weight[...][tokens].astype(dtype), "lookup", "seq", "embed")
 
-    def as_head(self, x: Float[Array, "*batch embed"], dropout: Dropout | None) -> tuple[jax.Array, jax.Array]:
-        """See Linear: the head where it is tied. An adapter on the embedding is none on the head."""
+    def as_head(
+        self, x: Float[Array, "*batch embed"], dropout: Dropout | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """See Linear: the head where it is tied. An adapter on the embedding is none on the
+        head.
+        """
         return x, self.weight[...]
 
 
@@ -167,9 +207,11 @@ class RMSNorm(nnx.Module):
         self.config = config
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        """The normalised input in its own dtype."""
+        """The normalized input in its own dtype."""
         wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.config.eps)
+        wide = wide * jax.lax.rsqrt(
+            jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.config.eps
+        )
         weight = self.weight[...]
         if self.config.wide:
             return ((self.config.offset + weight.astype(jnp.float32)) * wide).astype(x.dtype)

@@ -1,4 +1,6 @@
-"""Mixture of experts: every token goes through the few feed-forward networks that its router chooses; none is dropped."""
+"""Mixture of experts: every token goes through the few feed-forward networks that its router
+chooses; none is dropped.
+"""
 
 from functools import partial
 
@@ -10,36 +12,49 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxtune.core.dtypes import precision
-from jaxtune.core.sharding import RULES, fitting
+from jaxtune.core.sharding import RULES, partition_spec
 from jaxtune.models.config import ExpertsConfig, ModelConfig
 from jaxtune.models.layers import ACTIVATIONS, INIT_STD, Dropout, Router
 
 
-class Stacked(nnx.Module):
+class ExpertLinear(nnx.Module):
     """One linear map for every expert: weight [experts, out, in]."""
 
     def __init__(
-        self, inputs: int, outputs: int, axes: tuple[str | None, str | None], count: int, *, dtype: np.dtype, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        outputs: int,
+        axes: tuple[str | None, str | None],
+        count: int,
+        *,
+        dtype: np.dtype,
+        rngs: nnx.Rngs,
     ) -> None:
         init = jax.nn.initializers.normal(INIT_STD)
-        self.weight = nnx.Param(init(rngs.params(), (count, outputs, inputs), dtype), axes=("expert", *axes))
+        self.weight = nnx.Param(
+            init(rngs.params(), (count, outputs, inputs), dtype), axes=("expert", *axes)
+        )
 
 
 class Experts(nnx.Module):
     """The experts' weights, under Hugging Face's names with the expert's number left out."""
 
-    def __init__(self, hidden: int, config: ExpertsConfig, *, dtype: np.dtype, rngs: nnx.Rngs) -> None:
-        stacked = partial(Stacked, count=config.count, dtype=dtype, rngs=rngs)
+    def __init__(
+        self, hidden: int, config: ExpertsConfig, *, dtype: np.dtype, rngs: nnx.Rngs
+    ) -> None:
+        stacked = partial(ExpertLinear, count=config.count, dtype=dtype, rngs=rngs)
         self.gate_proj = stacked(hidden, config.size, (None, "embed"))
         self.up_proj = stacked(hidden, config.size, (None, "embed"))
         self.down_proj = stacked(config.size, hidden, ("embed", None))
 
 
-class SparseMLP(nnx.Module):
-    """sum_e p_e down_e(act(gate_e(x)) * up_e(x)) over the chosen experts e, p the router's softmax (Shazeer et al. 2017).
+class MoE(nnx.Module):
+    """sum_e p_e down_e(act(gate_e(x)) * up_e(x)) over the chosen experts e, p the router's softmax
+    (Shazeer et al. 2017).
 
-    Dropless: tokens are sorted by expert and go through one ragged product (Gale et al. 2022). Experts are sharded over the mesh
-    axis of `expert`: a device computes its own experts for the tokens of its part of the batch, and the results are summed.
+    Dropless: tokens are sorted by expert and go through one ragged product (Gale et al. 2022).
+    Experts are sharded over the mesh axis of `expert`: a device computes its own experts for the
+    tokens of its part of the batch, and the results are summed.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: np.dtype, rngs: nnx.Rngs) -> None:
@@ -51,7 +66,8 @@ class SparseMLP(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], dropout: Dropout | None) -> Float[Array, "B T D"]:
         """The mixture's output."""
         weights = tuple(
-            part.weight[...].astype(x.dtype) for part in (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)
+            part.weight[...].astype(x.dtype)
+            for part in (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)
         )
         scores = self.gate(x)
         mesh = jax.sharding.get_abstract_mesh()
@@ -60,7 +76,10 @@ class SparseMLP(nnx.Module):
         axis = RULES.expert
         ways = mesh.shape[axis]
         spread = self.config.count % ways == 0
-        rows, expert = fitting(mesh, ("batch", "seq", None), x.shape), PartitionSpec(axis if spread else None)
+        rows, expert = (
+            partition_spec(mesh, ("batch", "seq", None), x.shape),
+            PartitionSpec(axis if spread else None),
+        )
 
         def local(x: jax.Array, scores: jax.Array, *weights: jax.Array) -> jax.Array:
             if not spread:
@@ -68,9 +87,13 @@ class SparseMLP(nnx.Module):
             first = jax.lax.axis_index(axis) * weights[0].shape[0]
             return jax.lax.psum(self._mixture(x, scores, *weights, first=first), axis)
 
-        return jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, expert, expert, expert), out_specs=rows, check_vma=False)(
-            x, scores, *weights
-        )
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(rows, rows, expert, expert, expert),
+            out_specs=rows,
+            check_vma=False,
+        )(x, scores, *weights)
 
     def _mixture(
         self,
@@ -86,7 +109,7 @@ class SparseMLP(nnx.Module):
         here, tokens = gate.shape[0], x.reshape(-1, x.shape[-1])
         probs = jax.nn.softmax(scores.reshape(-1, self.config.count).astype(jnp.float32), axis=-1)
         probs, chosen = jax.lax.top_k(probs, self.config.chosen)
-        if self.config.normalise:
+        if self.config.normalize:
             probs = probs / jnp.sum(probs, axis=-1, keepdims=True)
         local = chosen.reshape(-1) - first
         local = jnp.where(
@@ -96,14 +119,20 @@ class SparseMLP(nnx.Module):
         sizes = jnp.bincount(local, length=here + 1)[:here].astype(jnp.int32)
         token = order // self.config.chosen
         inputs = tokens[token]
-        hidden = ACTIVATIONS[self.activation](_ragged(inputs, gate, sizes)) * _ragged(inputs, up, sizes)
+        hidden = ACTIVATIONS[self.activation](_ragged(inputs, gate, sizes)) * _ragged(
+            inputs, up, sizes
+        )
         outputs = _ragged(hidden, down, sizes) * probs.reshape(-1)[order][:, None].astype(x.dtype)
         return jnp.zeros_like(tokens).at[token].add(outputs).reshape(x.shape)
 
 
-def _ragged(x: Float[Array, "rows in"], weight: Float[Array, "e out in"], sizes: jax.Array) -> Float[Array, "rows out"]:
+def _ragged(
+    x: Float[Array, "rows in"], weight: Float[Array, "e out in"], sizes: jax.Array
+) -> Float[Array, "rows out"]:
     """Each run of `sizes` rows times its expert's matrix; rows after the last run give zeros."""
     numbers = jax.lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+        dot_dimension_numbers=(((1,), (2,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[0],
     )
     return jax.lax.ragged_dot_general(x, weight, sizes, numbers, precision=precision(x.dtype))

@@ -1,9 +1,11 @@
-"""What Hugging Face calls the parts of our tree, where layers of one structure lie in one leaf and so do a layer's experts."""
+"""What Hugging Face calls the parts of our tree, where layers of one structure lie in one leaf
+and so do a layer's experts.
+"""
 
 from typing import Any
 
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.families.from_hf import FAMILIES
+from jaxtune.models.families.table import FAMILIES
 
 STACK, EXPERTS = "layers", "experts"
 
@@ -11,7 +13,8 @@ STACK, EXPERTS = "layers", "experts"
 def names_of(path: tuple[Any, ...], config: ModelConfig) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """The stack's sizes and Hugging Face's names of the tensors in the leaf at a path of our tree.
 
-    A path reads `model.layers.SEGMENT.rest`: the layers of one structure lie in one leaf, and so do a layer's experts.
+    A path reads `model.layers.SEGMENT.rest`: the layers of one structure lie in one leaf, and so do
+    a layer's experts.
     """
     parts = tuple(str(part) for part in path)
     if STACK not in parts:
@@ -23,7 +26,11 @@ def names_of(path: tuple[Any, ...], config: ModelConfig) -> tuple[tuple[int, ...
     if not found or config.experts is None:
         return (len(layers),), tuple(f"{before}.{layer}.{after}" for layer in layers)
     experts = range(config.experts.count)
-    names = (f"{before}.{layer}.{stem}.{EXPERTS}.{expert}.{rest}" for layer in layers for expert in experts)
+    names = (
+        f"{before}.{layer}.{stem}.{EXPERTS}.{expert}.{rest}"
+        for layer in layers
+        for expert in experts
+    )
     return (len(layers), len(experts)), tuple(names)
 
 

@@ -16,22 +16,35 @@ LOW = "low_rank"
 LAYER = "layer"
 """Name of a layer's input."""
 ATTENTION = "attention"
-"""Name of the attention's output and of its softmax's normaliser."""
+"""Name of the attention's output and of its softmax's normalizer."""
 CUDNN = "dot_product_attention_fwd_wrapper"
-"""JAX's own primitive of cuDNN's attention: to its results, which are these two, no name can be given."""
+"""JAX's own primitive of cuDNN's attention: to its results, which are these two, no name can be
+given.
+"""
 
 
 def named(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
     """X, which a policy may keep by this name.
 
-    On CPU a bfloat16 array is kept as integers of sixteen bits: XLA would take it to float32 and back to put it in its place.
+    On CPU a bfloat16 array is kept as integers of sixteen bits: XLA would take it to float32 and
+    back to put it in its place.
     """
-    return _named_through_bits(name, x) if x.dtype == jnp.bfloat16 and platform() == "cpu" else checkpoint_name(x, name)
+    return (
+        _named_through_bits(name, x)
+        if x.dtype == jnp.bfloat16 and platform() == "cpu"
+        else checkpoint_name(x, name)
+    )
 
 
 def named_in_rule(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
-    """Like `named`, within a forward rule: nothing is differentiated there, and a policy does not see a name within a rule's rule."""
-    return _through_bits(name, x) if x.dtype == jnp.bfloat16 and platform() == "cpu" else checkpoint_name(x, name)
+    """Like `named`, within a forward rule: nothing is differentiated there, and a policy does
+    not see a name within a rule's rule.
+    """
+    return (
+        _through_bits(name, x)
+        if x.dtype == jnp.bfloat16 and platform() == "cpu"
+        else checkpoint_name(x, name)
+    )
 
 
 def _through_bits(name: str, x: jax.Array) -> jax.Array:
@@ -39,7 +52,9 @@ def _through_bits(name: str, x: jax.Array) -> jax.Array:
 
 
 _named_through_bits = jax.custom_vjp(_through_bits, nondiff_argnums=(0,))
-_named_through_bits.defvjp(lambda name, x: (_through_bits(name, x), None), lambda name, _, dy: (dy,))
+_named_through_bits.defvjp(
+    lambda name, x: (_through_bits(name, x), None), lambda name, _, dy: (dy,)
+)
 
 
 def as_bits(x: Float[Array, "*shape"]) -> UInt16[Array, "*shape"]:
@@ -57,19 +72,28 @@ def remat(function: Callable, policy: str) -> Callable:
 
     Args:
         function: one layer's forward pass.
-        policy: `none` keeps everything; `dots` keeps the results of linear layers and of the attention and recomputes
-            what is cheap; `full` keeps only the layer's input; `offload` keeps that in the memory of the host.
+        policy: `none` keeps everything; `dots` keeps the results of linear layers and of the
+            attention and recomputes what is cheap; `full` keeps only the layer's input; `offload`
+            keeps that in the memory of the host.
 
     """
     if policy == "none":
         return function
-    policies, inputs = jax.checkpoint_policies, (LAYER,) if platform() == "cpu" else ()  # elsewhere an input is kept unnamed
+    policies, inputs = (
+        jax.checkpoint_policies,
+        (LAYER,) if platform() == "cpu" else (),
+    )  # elsewhere an input is kept unnamed
     by_name = policies.save_only_these_names(PROJECTION, LOW, ATTENTION, *inputs)
     keep = {
         "full": policies.nothing_saveable,
-        "dots": policies.save_from_both_policies(by_name, lambda primitive, *_, **__: primitive.name == CUDNN),
+        "dots": policies.save_from_both_policies(
+            by_name, lambda primitive, *_, **__: primitive.name == CUDNN
+        ),
         "offload": policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER], offload_src="device", offload_dst="pinned_host"
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[LAYER],
+            offload_src="device",
+            offload_dst="pinned_host",
         ),
     }
     return jax.checkpoint(function, policy=keep[policy], prevent_cse=False)

@@ -1,4 +1,6 @@
-"""Rotary position embedding in the half-split form (Su et al. 2021), and the ways it is stretched to longer texts."""
+"""Rotary position embedding in the half-split form (Su et al. 2021), and the ways it is
+stretched to longer texts.
+"""
 
 import math
 from typing import NamedTuple
@@ -16,7 +18,7 @@ class Rope(NamedTuple):
     sin: Float[Array, "batch seq half"]
 
 
-def phases(
+def rope_cos_sin(
     config: RopeConfig,
     head_dim: int,
     max_positions: int,
@@ -30,8 +32,9 @@ def phases(
         head_dim: size of a head; half as many frequencies, of the share of it that is rotated.
         max_positions: the model's `max_position_embeddings`, which some kinds refer to.
         positions: position of each token in its segment.
-        lengths: length of the segment that each token is in, by which `dynamic` and `longrope` choose. transformers takes the
-            longest of the batch; here a text's numbers do not depend on what is computed beside it.
+        lengths: length of the segment that each token is in, by which `dynamic` and `longrope`
+            choose. transformers takes the longest of the batch; here a text's numbers do not depend
+            on what is computed beside it.
 
     """
     rotated = int(head_dim * config.partial)
@@ -40,7 +43,9 @@ def phases(
     return Rope(jnp.cos(angle) * scale, jnp.sin(angle) * scale)
 
 
-def segment_lengths(positions: Int[Array, "batch seq"], segments: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
+def segment_lengths(
+    positions: Int[Array, "batch seq"], segments: Int[Array, "batch seq"]
+) -> Int[Array, "batch seq"]:
     """For every token one more than the largest position in its segment."""
     same = segments[:, :, None] == segments[:, None, :]
     return jnp.max(jnp.where(same, positions[:, None, :], 0), axis=-1) + 1
@@ -51,8 +56,12 @@ def no_rotation(like: Rope) -> Rope:
     return Rope(jnp.ones_like(like.cos), jnp.zeros_like(like.sin))
 
 
-def rotate(x: Float[Array, "batch seq heads head_dim"], rope: Rope) -> Float[Array, "batch seq heads head_dim"]:
-    """Rotate the pairs (x_i, x_{i + r/2}) of the first r dimensions by their phase; the others pass."""
+def apply_rope(
+    x: Float[Array, "batch seq heads head_dim"], rope: Rope
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Rotate the pairs (x_i, x_{i + r/2}) of the first r dimensions by their phase; the others
+    pass.
+    """
     half = rope.cos.shape[-1]
     wide = x.astype(jnp.float32)
     first, second = wide[..., :half], wide[..., half : 2 * half]
@@ -92,11 +101,19 @@ def _dynamic_theta(
 
 
 def _longrope(
-    config: RopeConfig, plain: Float[Array, " half"], max_positions: int, lengths: Int[Array, "batch seq"]
+    config: RopeConfig,
+    plain: Float[Array, " half"],
+    max_positions: int,
+    lengths: Int[Array, "batch seq"],
 ) -> tuple[Float[Array, "batch seq half"], float]:
-    """LongRoPE (Ding et al. 2024): a divisor for every frequency, one set for short texts and one for long ones."""
+    """LongRoPE (Ding et al. 2024): a divisor for every frequency, one set for short texts and
+    one for long ones.
+    """
     context = config.get("original_max_position_embeddings") or max_positions
-    short, long = (plain / jnp.asarray(config.get(name), jnp.float32) for name in ("short_factor", "long_factor"))
+    short, long = (
+        plain / jnp.asarray(config.get(name), jnp.float32)
+        for name in ("short_factor", "long_factor")
+    )
     scale = config.get("attention_factor")
     if scale is None:
         factor = config.get("factor") or max_positions / context
@@ -105,7 +122,9 @@ def _longrope(
 
 
 def _llama3(config: RopeConfig, plain: Float[Array, " half"]) -> Float[Array, " half"]:
-    """Llama 3.1: long wavelengths are divided by the factor, short ones kept, a linear blend between."""
+    """Llama 3.1: long wavelengths are divided by the factor, short ones kept, a linear blend
+    between.
+    """
     factor, context = config.get("factor"), config.get("original_max_position_embeddings")
     low, high = config.get("low_freq_factor"), config.get("high_freq_factor")
     wavelength = 2 * math.pi / plain
@@ -119,12 +138,16 @@ def _llama3(config: RopeConfig, plain: Float[Array, " half"]) -> Float[Array, " 
 def _yarn(
     config: RopeConfig, plain: Float[Array, " half"], head_dim: int, max_positions: int
 ) -> tuple[Float[Array, " half"], float]:
-    """YaRN (Peng et al. 2023, sections 3.2 and 3.4): interpolation by wavelength, and a temperature on the phases."""
+    """YaRN (Peng et al. 2023, sections 3.2 and 3.4): interpolation by wavelength, and a
+    temperature on the phases.
+    """
     factor = config.get("factor")
     context = config.get("original_max_position_embeddings") or max_positions
 
     def dimension(rotations: float) -> float:
-        return head_dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(config.theta))
+        return (
+            head_dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(config.theta))
+        )
 
     low, high = dimension(config.get("beta_fast") or 32), dimension(config.get("beta_slow") or 1)
     if config.get("truncate", True):

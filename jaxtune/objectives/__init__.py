@@ -1,1 +1,1 @@
-"""What is minimised, one file a method."""
+"""What is minimized, one file a method."""

@@ -1,25 +1,39 @@
-"""Distillation: towards a teacher's distribution over its most likely tokens (Hinton et al. 2015)."""
+"""Distillation: towards a teacher's distribution over its most likely tokens (Hinton et al.
+2015).
+"""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxtune.data.batch import Batch
 from jaxtune.objectives.cross_entropy import Chunks, at, logits_of, whole_head
-from jaxtune.objectives.objective import PLAIN, Batch, Networks, Objective, Pass, Sums, read
+from jaxtune.objectives.objective import (
+    DETERMINISTIC,
+    ForwardOptions,
+    Models,
+    Objective,
+    Sums,
+    hidden_and_head,
+)
 
 
 def distill(top_k: int, temperature: float, share: float) -> Objective:
     """Share T^2 KL(p || q) - (1 - share) log q_1(y) a supervised token.
 
-    p is the teacher's distribution over its `top_k` most likely tokens and the rest of the vocabulary as one outcome more, q the
-    student's over the same, both at temperature T; q_1 the student's at temperature 1.
+    p is the teacher's distribution over its `top_k` most likely tokens and the rest of the
+    vocabulary as one outcome more, q the student's over the same, both at temperature T; q_1 the
+    student's at temperature 1.
     """
 
-    def loss(networks: Networks, batch: Batch, how: Pass, shared: Any) -> Sums:
-        assert networks.teacher is not None
-        student, teacher = networks.policy, networks.teacher
-        ours, theirs = read(student, batch, how), jax.lax.stop_gradient(read(teacher, batch, PLAIN))
+    def loss(models: Models, batch: Batch, options: ForwardOptions, shared: Any) -> Sums:
+        assert models.teacher is not None
+        student, teacher = models.policy, models.teacher
+        ours, theirs = (
+            hidden_and_head(student, batch, options),
+            jax.lax.stop_gradient(hidden_and_head(teacher, batch, DETERMINISTIC)),
+        )
         chunks, vocab = Chunks(batch.weights.shape), ours[1].shape[0]
         head, guide = whole_head(ours[1]), whole_head(theirs[1])
 
@@ -44,6 +58,12 @@ def _divergence(logits: jax.Array, wanted: jax.Array, top_k: int) -> jax.Array:
     """KL of each row over the teacher's most likely tokens and the rest."""
     top, tokens = jax.lax.top_k(wanted, min(top_k, wanted.shape[-1]))
     log_p = top - jax.nn.logsumexp(wanted, axis=-1, keepdims=True)
-    log_q = jnp.take_along_axis(logits, tokens, axis=-1) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    rest_p, rest_q = (jnp.maximum(-jnp.expm1(jax.nn.logsumexp(log, axis=-1)), 1e-9) for log in (log_p, log_q))
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1) + rest_p * (jnp.log(rest_p) - jnp.log(rest_q))
+    log_q = jnp.take_along_axis(logits, tokens, axis=-1) - jax.nn.logsumexp(
+        logits, axis=-1, keepdims=True
+    )
+    rest_p, rest_q = (
+        jnp.maximum(-jnp.expm1(jax.nn.logsumexp(log, axis=-1)), 1e-9) for log in (log_p, log_q)
+    )
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1) + rest_p * (
+        jnp.log(rest_p) - jnp.log(rest_q)
+    )

@@ -7,16 +7,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxtune.data.batch import Batch
 from jaxtune.models.decoder import CausalLM
 from jaxtune.objectives.cross_entropy import Chunks, at, logits_of, whole_head
-from jaxtune.objectives.objective import PLAIN, Batch, Pass, read
+from jaxtune.objectives.objective import DETERMINISTIC, ForwardOptions, hidden_and_head
 
 
-class Answers(NamedTuple):
+class SequenceLogProbs(NamedTuple):
     """The answers in a batch, a column for each segment of a row.
 
     Attributes:
-        total: sum of the supervised tokens' log-probabilities, in nats; each weighted as its token is.
+        total: sum of the supervised tokens' log-probabilities, in nats; each weighted as its token
+            is.
         tokens: sum of these weights, 1 where there is no answer.
 
     """
@@ -34,14 +36,21 @@ class Answers(NamedTuple):
         return values[:, ::2], values[:, 1::2]
 
 
-def answers(model: CausalLM, batch: Batch, how: Pass = PLAIN) -> Answers:
+def sequence_log_probs(
+    model: CausalLM, batch: Batch, options: ForwardOptions = DETERMINISTIC
+) -> SequenceLogProbs:
     """The model's log-probabilities of all answers in a batch that has labels."""
     assert batch.labels is not None
-    hidden, head = read(model, batch, how)
-    weighted = token_log_probs(hidden, head, batch.target_ids, model.config.logit_softcap) * batch.weights
+    hidden, head = hidden_and_head(model, batch, options)
+    weighted = (
+        token_log_probs(hidden, head, batch.target_ids, model.config.logit_softcap) * batch.weights
+    )
     sums = jax.vmap(partial(jax.ops.segment_sum, num_segments=batch.labels.shape[1] + 1))
-    total, tokens = sums(weighted, batch.segment_ids)[:, 1:], sums(batch.weights, batch.segment_ids)[:, 1:]
-    return Answers(total, jnp.where(tokens == 0, 1.0, tokens))
+    total, tokens = (
+        sums(weighted, batch.segment_ids)[:, 1:],
+        sums(batch.weights, batch.segment_ids)[:, 1:],
+    )
+    return SequenceLogProbs(total, jnp.where(tokens == 0, 1.0, tokens))
 
 
 def token_log_probs(
@@ -50,7 +59,9 @@ def token_log_probs(
     targets: Int[Array, "batch seq"],
     cap: float | None,
 ) -> Float[Array, "batch seq"]:
-    """Log softmax(h W^T)[y] of every token, float32; logits exist for a chunk of tokens at a time, in the backward pass again."""
+    """Log softmax(h W^T)[y] of every token, float32; logits exist for a chunk of tokens at a
+    time, in the backward pass again.
+    """
     chunks, vocab, head = Chunks(targets.shape), head.shape[0], whole_head(head)
 
     @jax.checkpoint

@@ -1,1 +1,3 @@
-"""Whether a run fits hardware that is not there, and what it costs: the very step that trains, compiled for it."""
+"""Whether a run fits hardware that is not there, and what it costs: the very step that trains,
+compiled for it.
+"""

@@ -1,4 +1,6 @@
-"""What a compiled program says between its devices: each collective by kind, bytes, how often, and the mesh axes it spans."""
+"""What a compiled program says between its devices: each collective by kind, bytes, how often,
+and the mesh axes it spans.
+"""
 
 import re
 from collections import Counter
@@ -10,14 +12,30 @@ import numpy as np
 from jaxtune.core.mesh import SLICES
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_OPERATION = re.compile(rf"= (?P<shape>\(.*?\)|\S+) (?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\(")
+_OPERATION = re.compile(
+    rf"= (?P<shape>\(.*?\)|\S+) (?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\("
+)
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|called_computations)=\{?(%[\w.\-]+(?:, ?%[\w.\-]+)*)")
 _LOOP = re.compile(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)")
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-_BETWEEN = re.compile(r"= (?P<shape>\(.*?\)) send\(.*_xla_megascale_transfer_type=\"(?P<kind>\w+)\"")
+_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "f16": 2,
+    "bf16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+}
+_BETWEEN = re.compile(
+    r"= (?P<shape>\(.*?\)) send\(.*_xla_megascale_transfer_type=\"(?P<kind>\w+)\""
+)
 _FUSED_SCATTER = "all-reduce-scatter"
 
 
@@ -59,7 +77,12 @@ def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
 
     """
     computations = dict(_computations(text))
-    times = _times(computations, next(name for name in computations if re.search(rf"^ENTRY %{re.escape(name)} ", text, re.M)))
+    times = _times(
+        computations,
+        next(
+            name for name in computations if re.search(rf"^ENTRY %{re.escape(name)} ", text, re.M)
+        ),
+    )
     found: Counter[tuple] = Counter()
     for name, lines in computations.items():
         for line in lines:
@@ -81,7 +104,10 @@ def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
                 size *= group
             if group > 1:
                 found[kind, axes, shape, size, group] += times[name]
-    every = [Collective(kind, axes, shape, size, count, group) for (kind, axes, shape, size, group), count in found.items()]
+    every = [
+        Collective(kind, axes, shape, size, count, group)
+        for (kind, axes, shape, size, group), count in found.items()
+    ]
     return sorted(every, key=lambda one: -one.sent)
 
 
@@ -90,7 +116,9 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
     for line in text.splitlines():
         if begin := _COMPUTATION.match(line):
             name, lines = begin[1], []
-        elif re.match(r"\}(?!\})", line) and name is not None:  # two of them end the description of a kernel
+        elif (
+            re.match(r"\}(?!\})", line) and name is not None
+        ):  # two of them end the description of a kernel
             yield name, lines
             name = None
         elif name is not None:
@@ -98,20 +126,23 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def bodies(text: str) -> Iterator[tuple[str, int, str]]:
-    """`(shape, bytes, line)` of every array that is made outside of fusions, so that it lies in memory."""
+    """`(shape, bytes, line)` of every array that is made outside of fusions, so that it lies in
+    memory.
+    """
     for name, lines in _computations(text):
         if "fused" in name or "fusion" in name or name.startswith(_FUSED_SCATTER):
             continue
         for line in lines:
             made = re.search(
-                r"^\s+(?:ROOT )?%\S+ = ([a-z]\w*)\[([\d,]*)\]\S* (?!parameter|get-tuple-element|bitcast|constant)", line
+                r"^\s+(?:ROOT )?%\S+ = ([a-z]\w*)\[([\d,]*)\]\S* (?!parameter|get-tuple-element|bitcast|constant)",
+                line,
             )
             if made and made[1] in _BYTES:
                 yield f"{made[1]}[{made[2]}]", _size(made[1], made[2]), line
 
 
 def _times(computations: dict[str, list[str]], entry: str) -> Counter[str]:
-    """How often each computation is run in a run of the program."""
+    """How often each spec is run in a run of the program."""
     times: Counter[str] = Counter()
 
     def visit(name: str, count: int) -> None:
@@ -119,7 +150,10 @@ def _times(computations: dict[str, list[str]], entry: str) -> Counter[str]:
         for line in computations.get(name, []):
             if loop := _LOOP.search(line):
                 known = _KNOWN.search(line)
-                visit(loop[2], count * (int(known[1]) if known else _trips(computations.get(loop[1], []))))
+                visit(
+                    loop[2],
+                    count * (int(known[1]) if known else _trips(computations.get(loop[1], []))),
+                )
                 continue
             for called in _CALLED.finditer(line):
                 for one in called[1].split(","):
@@ -131,13 +165,23 @@ def _times(computations: dict[str, list[str]], entry: str) -> Counter[str]:
 
 def _trips(condition: list[str]) -> int:
     """The bound that a loop's counter is compared with; a scan counts from 0 by 1."""
-    bounds = [int(found[1]) for line in condition if (found := re.search(r" s32\[\]\S* constant\((\d+)\)", line))]
+    bounds = [
+        int(found[1])
+        for line in condition
+        if (found := re.search(r" s32\[\]\S* constant\((\d+)\)", line))
+    ]
     return max(bounds, default=1)
 
 
 def _largest(text: str, tuples: bool) -> tuple[str, int]:
-    """`(shape, bytes)`: of an asynchronous start the largest part, of a tuple of results all together."""
-    arrays = [(found[0], _size(found[1], found[2])) for found in _ARRAY.finditer(text) if found[1] in _BYTES]
+    """`(shape, bytes)`: of an asynchronous start the largest part, of a tuple of results all
+    together.
+    """
+    arrays = [
+        (found[0], _size(found[1], found[2]))
+        for found in _ARRAY.finditer(text)
+        if found[1] in _BYTES
+    ]
     if not arrays:
         return text, 0
     shape, size = max(arrays, key=lambda one: one[1])
@@ -145,7 +189,10 @@ def _largest(text: str, tuples: bool) -> tuple[str, int]:
 
 
 def _size(dtype: str, sizes: str) -> int:
-    return int(np.prod([int(part) for part in sizes.split(",") if part], dtype=np.int64)) * _BYTES[dtype]
+    return (
+        int(np.prod([int(part) for part in sizes.split(",") if part], dtype=np.int64))
+        * _BYTES[dtype]
+    )
 
 
 def _axes(line: str, mesh: dict[str, int]) -> tuple[tuple[str, ...], int]:
@@ -157,20 +204,39 @@ def _axes(line: str, mesh: dict[str, int]) -> tuple[tuple[str, ...], int]:
     places = np.stack(np.unravel_index(groups, shape), axis=-1)
     differs = (places != places[:, :1]).any(axis=(0, 1))
     size = 2 if "source_target_pairs" in line else groups.shape[1]
-    return tuple(name for name, one in zip(mesh, differs, strict=True) if one), size if differs.any() else 1
+    return tuple(
+        name for name, one in zip(mesh, differs, strict=True) if one
+    ), size if differs.any() else 1
 
 
 def _groups(line: str) -> np.ndarray | None:
-    """The groups of a collective, [groups, devices], in whichever of XLA's three notations it has."""
+    """The groups of a collective, [groups, devices], in whichever of XLA's three notations it
+    has.
+    """
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", line):
-        return np.array([[int(one) for one in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", pairs[1])])
+        return np.array(
+            [
+                [int(one) for one in pair.split(",")]
+                for pair in re.findall(r"\{([\d,]+)\}", pairs[1])
+            ]
+        )
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", line):
-        return np.array([[int(one) for one in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])])
+        return np.array(
+            [
+                [int(one) for one in group.split(",")]
+                for group in re.findall(r"\{([\d,]+)\}", listed[1])
+            ]
+        )
     if tiled := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         return _numbered(tiled[2], tiled[3]).reshape(_ints(tiled[1]))
-    if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}", line):
+    if named := re.search(
+        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}",
+        line,
+    ):
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        numbers = _numbered(named[2], named[3]) if named[2] else np.arange(np.prod(list(axes.values())))
+        numbers = (
+            _numbered(named[2], named[3]) if named[2] else np.arange(np.prod(list(axes.values())))
+        )
         numbers = numbers.reshape(tuple(axes.values()))
         over = [list(axes).index(name) for name in re.findall(r"'(\w+)'", named[4])]
         last = np.moveaxis(numbers, over, range(-len(over), 0))

@@ -1,4 +1,6 @@
-"""The plan of a run: its step compiled for a target, in a process of its own, and what came of it."""
+"""The plan of a run: its step compiled for a target, in a process of its own, and what came of
+it.
+"""
 
 import hashlib
 import json
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune.config.schema import Config
-from jaxtune.core.errors import RunFailure, UserError
+from jaxtune.core.errors import RunError, UserError
 from jaxtune.core.files import cache_root, locked, read_json, write_json
 from jaxtune.planning.target import Target, parse
 
@@ -36,20 +38,25 @@ class Plan:
         devices: in all.
         fits: whether `peak_bytes` is within `capacity_bytes`.
         capacity_bytes: what a program may use; None for this machine.
-        peak_bytes: arguments + outputs - aliases + temporaries: the safe reading. None where the compiler gave up, and `needed_bytes` is
-            what it wanted.
-        compiler_peak_bytes: the compiler's own figure, which counts what is not there at the same time once.
+        peak_bytes: arguments + outputs - aliases + temporaries: the safe reading. None where the
+            compiler gave up, and `needed_bytes` is what it wanted.
+        compiler_peak_bytes: the compiler's own figure, which counts what is not there at the same
+            time once.
         argument_bytes, output_bytes, alias_bytes, temp_bytes: its parts.
-        weight_bytes, state_bytes: of the arguments the frozen weights, and what trains with the optimizer's moments.
+        weight_bytes, state_bytes: of the arguments the frozen weights, and what trains with the
+            optimizer's moments.
         remat: the remat policy, as given or as taken for train.remat=auto.
         tokens_per_step: positions of a global batch.
-        flops_per_step, flops_per_token: of the matrix products, layers and recomputation counted, over all devices.
+        flops_per_step, flops_per_token: of the matrix products, layers and recomputation counted,
+            over all devices.
         collectives: bytes sent by one device and their number, by mesh axes and kind.
         largest_collectives: the few largest.
         largest_buffers: names and bytes of the largest temporaries.
-        seconds: `compute`, `memory`, `communication`, `least`, `most` of the roofline; empty for this machine.
+        seconds: `compute`, `memory`, `communication`, `least`, `most` of the roofline; empty for
+            this machine.
         tokens_per_second: at `least` and at `most`, over all devices.
-        mfu_bound: at `least`: 4 FLOP a frozen parameter and token, 6 a trained one, over the chips' peak.
+        mfu_bound: at `least`: 4 FLOP a frozen parameter and token, 6 a trained one, over the chips'
+            peak.
         compile_seconds: that it took.
         advice: what to change where it does not fit.
 
@@ -86,15 +93,18 @@ class Plan:
 
 
 def plan(config: Config, on: str) -> Plan:
-    """Compile the step of a run for a target and say what it takes; what was planned before is read from the cache.
+    """Compile the step of a run for a target and say what it takes; what was planned before is read
+    from the cache.
 
     Args:
-        config: the resolved configuration; of the model only its `config.json` is read, of the data nothing.
+        config: the resolved configuration; of the model only its `config.json` is read, of the data
+            nothing.
         on: `here`, a TPU such as `v5e:4x4`, `v5p:4x4x4` or `2*v6e:8x8`, or GPUs such as `h100:16`.
 
     Raises:
-        UserError: no such target or model, a configuration that does not fit the mesh, or the target's compiler is not installed.
-        RunFailure: the compiler failed otherwise.
+        UserError: no such target or model, a configuration that does not fit the mesh, or the
+            target's compiler is not installed.
+        RunError: the compiler failed otherwise.
 
     """
     found = plans([config], on)[0]
@@ -103,8 +113,11 @@ def plan(config: Config, on: str) -> Plan:
     return found
 
 
-def plans(configs: Sequence[Config], on: str, parallel: int | None = None) -> list[Plan | Exception]:
-    """The plans of several configurations, compiled beside each other; an error in the place of a plan that cannot be made.
+def plans(
+    configs: Sequence[Config], on: str, parallel: int | None = None
+) -> list[Plan | Exception]:
+    """The plans of several configurations, compiled beside each other; an error in the place of a
+    plan that cannot be made.
 
     Args:
         configs: the configurations.
@@ -131,7 +144,7 @@ def _planned(config: Config, target: Target) -> Plan | Exception:
             if not place.exists():
                 write_json(place, _in_child(config, target))
         return _read(read_json(place))
-    except (UserError, RunFailure) as error:
+    except (UserError, RunError) as error:
         return error
 
 
@@ -148,26 +161,41 @@ def _here(config: Config) -> dict[str, Any]:
 def _in_child(config: Config, target: Target) -> dict[str, Any]:
     """What `measured` says, in a process that has the target's environment."""
     request = {"config": config.model_dump(mode="json", exclude_unset=True), "on": target.name}
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("XLA_FLAGS")} | target.environment()
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith("XLA_FLAGS")
+    } | target.environment()
     with tempfile.TemporaryDirectory() as scratch:
         asked, answer = Path(scratch) / "request.json", Path(scratch) / "answer.json"
         write_json(asked, request)
         command = [sys.executable, "-m", "jaxtune.planning.worker", str(asked), str(answer)]
         try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=_TIMEOUT)
+            done = subprocess.run(
+                command,
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=_TIMEOUT,
+            )
         except subprocess.TimeoutExpired:
-            raise RunFailure(f"{target.name}: the compiler was not done after {_TIMEOUT // 60} minutes.") from None
+            raise RunError(
+                f"{target.name}: the compiler was not done after {_TIMEOUT // 60} minutes."
+            ) from None
         if not answer.exists():
             last = "\n".join(done.stderr.strip().splitlines()[-15:])
-            raise RunFailure(f"{target.name}: the process that compiles ended with {done.returncode}:\n{last}")
+            raise RunError(
+                f"{target.name}: the process that compiles ended with {done.returncode}:\n{last}"
+            )
         found = read_json(answer)
     if "error" in found:
-        raise (UserError if found["yours"] else RunFailure)(found["error"])
+        raise (UserError if found["yours"] else RunError)(found["error"])
     return found
 
 
 def memory_wanted(message: str) -> tuple[int, int] | None:
-    """`(bytes wanted, bytes there)` of a compiler's message that a program does not fit, None where it says something else."""
+    """`(bytes wanted, bytes there)` of a compiler's message that a program does not fit, None
+    where it says something else.
+    """
     found = _FULL.search(message)
     if found is None:
         return None
@@ -175,19 +203,23 @@ def memory_wanted(message: str) -> tuple[int, int] | None:
 
 
 def _cache_file(config: Config, target: Target) -> Path:
-    """Where a plan is kept, by all that it depends on: what is asked, the model's `config.json`, this program and its compilers."""
-    from jaxtune.weights.abstract import outlined
+    """Where a plan is kept, by all that it depends on: what is asked, the model's `config.json`,
+    this program and its compilers.
+    """
+    from jaxtune.weights.abstract import abstract_source
 
     models = [name for name in (config.model.source, config.distill.teacher) if name]
     asked = {
         "schema": _SCHEMA,
         "config": config.model_dump(mode="json", exclude={"run", "checkpoint"}),
-        "models": [outlined(name).config_json() for name in models],
+        "models": [abstract_source(name).config_json() for name in models],
         "target": target.name,
         "effort": os.environ.get("JAX_EXEC_TIME_OPTIMIZATION_EFFORT"),
         "program": _program(),
     }
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[
+        :32
+    ]
     return cache_root() / "plans" / f"{digest}.json"
 
 

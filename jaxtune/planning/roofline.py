@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtune.core.hardware import Chip
 from jaxtune.planning.collectives import Collective
-from jaxtune.planning.target import Chip
 
 ASSUMPTIONS = (
-    "products at the chip's bfloat16 peak; every frozen weight read from memory once in the forward pass and once or twice in the "
-    "backward pass; collectives by rings at the data sheet's rate. The first time overlaps the three wholly, the second not at all; "
+    "products at the chip's bfloat16 peak; every frozen weight read from memory once in the "
+    "forward pass and once or twice in the "
+    "backward pass; collectives by rings at the data sheet's rate. The first time overlaps the "
+    "three wholly, the second not at all; "
     "everything that is no matrix product costs extra"
 )
 
@@ -20,7 +22,8 @@ class Estimate:
     Attributes:
         compute: of the matrix products.
         memory: of reading the weights.
-        communication: of the collectives, over the axis that takes longest of those that run beside each other.
+        communication: of the collectives, over the axis that takes longest of those that run beside
+            each other.
 
     """
 
@@ -40,7 +43,13 @@ class Estimate:
 
 
 def estimate(
-    chip: Chip, flops: int, devices: int, weights: int, passes: int, found: list[Collective], hosts: dict[str, bool]
+    chip: Chip,
+    flops: int,
+    devices: int,
+    weights: int,
+    passes: int,
+    found: list[Collective],
+    hosts: dict[str, bool],
 ) -> Estimate:
     """The roofline of a step.
 
@@ -58,11 +67,15 @@ def estimate(
     for one in found:
         slow = any(hosts[axis] for axis in one.axes)
         seconds[slow] += one.sent / (chip.network if slow else chip.link)
-    return Estimate(flops / devices / chip.flops, weights * passes / chip.bandwidth, sum(seconds.values()))
+    return Estimate(
+        flops / devices / chip.flops, weights * passes / chip.bandwidth, sum(seconds.values())
+    )
 
 
 def by_axis(found: list[Collective]) -> dict[str, dict[str, Any]]:
-    """Bytes that one device sends in a step and how many collectives there are, by the mesh axes and the kind."""
+    """Bytes that one device sends in a step and how many collectives there are, by the mesh axes
+    and the kind.
+    """
     sums: dict[str, dict[str, Any]] = {}
     for one in found:
         kinds = sums.setdefault(" x ".join(one.axes), {})

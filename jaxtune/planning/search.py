@@ -1,4 +1,6 @@
-"""Trying meshes, remat policies, micro-batches and dtypes for a target: for every mesh what fits with the least recomputation."""
+"""Trying meshes, remat policies, micro-batches and dtypes for a target: for every mesh what fits
+with the least recomputation.
+"""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -28,7 +30,9 @@ class Found:
     plan: Plan
 
 
-def search(config: Config, on: str, progress: Callable[[int, int], None] | None = None, best: int = 5) -> list[Found]:
+def search(
+    config: Config, on: str, progress: Callable[[int, int], None] | None = None, best: int = 5
+) -> list[Found]:
     """The fastest configurations that fit, by the estimate without overlap, the fastest first.
 
     Args:
@@ -43,16 +47,22 @@ def search(config: Config, on: str, progress: Callable[[int, int], None] | None 
     """
     target = parse(on)
     if target.kind is None:
-        raise UserError("--search needs a target such as v5e:4x4: for this machine there is no estimate of speed.")
+        raise UserError(
+            "--search needs a target such as v5e:4x4: for this machine there is no estimate of "
+            "speed."
+        )
     meshes = list(_meshes(config, target))
     if not meshes:
         raise UserError(
-            f"--search: train.batch_size = {config.train.batch_size} and data.max_length = {config.data.max_length} divide over "
+            f"--search: train.batch_size = {config.train.batch_size} and data.max_length = "
+            f"{config.data.max_length} divide over "
             f"{target.devices} devices in no way. Change one of them."
         )
     found, done = [], 0
     with ThreadPoolExecutor(default_parallel()) as pool:
-        for job in as_completed([pool.submit(_first_that_fits, config, on, mesh) for mesh in meshes]):
+        for job in as_completed(
+            [pool.submit(_first_that_fits, config, on, mesh) for mesh in meshes]
+        ):
             done += 1
             found += [job.result()] if job.result() else []
             if progress:
@@ -61,7 +71,9 @@ def search(config: Config, on: str, progress: Callable[[int, int], None] | None 
 
 
 def _meshes(config: Config, target: Target) -> Iterator[dict[str, int]]:
-    """Meshes over the target's devices over which rows and tokens divide; context parallelism only where rows are too few."""
+    """Meshes over the target's devices over which rows and tokens divide; context parallelism
+    only where rows are too few.
+    """
     each = target.devices // target.slices
     for tensor in _TENSOR:
         for context in _CONTEXT:
@@ -69,7 +81,13 @@ def _meshes(config: Config, target: Target) -> Iterator[dict[str, int]]:
                 continue
             fsdp = each // tensor // context
             if config.train.batch_size % (fsdp * target.slices) == 0:
-                yield {"slices": target.slices, "data": 1, "fsdp": fsdp, "context": context, "tensor": tensor}
+                yield {
+                    "slices": target.slices,
+                    "data": 1,
+                    "fsdp": fsdp,
+                    "context": context,
+                    "tensor": tensor,
+                }
                 break
 
 
@@ -91,7 +109,9 @@ def _ladder(config: Config, mesh: dict[str, int]) -> Iterator[dict[str, Any]]:
     while rows > least and rows % 2 == 0 and (rows // 2) % least == 0:
         rows //= 2
         yield {"train.remat": "full", "train.micro_batch_size": rows}
-    if config.model.dtype in ("int8", "nf4") or (config.adapter.method == "none" and config.trainable == "all"):
+    if config.model.dtype in ("int8", "nf4") or (
+        config.adapter.method == "none" and config.trainable == "all"
+    ):
         return
     for dtype in ("int8", "nf4"):
         yield {"train.remat": "full", "train.micro_batch_size": rows, "model.dtype": dtype}
@@ -101,5 +121,7 @@ def changed(config: Config, keys: dict[str, Any]) -> Config:
     """The configuration with these dotted keys set."""
     for key, value in keys.items():
         section, _, name = key.partition(".")
-        config = config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
+        config = config.model_copy(
+            update={section: getattr(config, section).model_copy(update={name: value})}
+        )
     return config

@@ -1,4 +1,6 @@
-"""Hardware to plan for: TPU topologies and GPU hosts by name, with what their makers say of a chip."""
+"""Hardware to plan for: TPU topologies and GPU hosts by name, with what their makers say of a
+chip.
+"""
 
 import os
 import re
@@ -6,41 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxtune.core.errors import UserError, listed, nearest
+from jaxtune.core.hardware import CHIPS, Chip
 
-GIB = 2**30
 HERE = "here"
 
 
-@dataclass(frozen=True)
-class Chip:
-    """What one chip has.
-
-    Attributes:
-        flops: dense bfloat16 FLOP/s.
-        memory: bytes that a program may use.
-        bandwidth: of its memory, bytes/s.
-        link: bytes/s that one chip sends along one mesh axis within a slice or host.
-        network: bytes/s that one chip sends between slices or hosts.
-
-    """
-
-    flops: float
-    memory: int
-    bandwidth: float
-    link: float
-    network: float
-
-
-# Makers' data sheets; a TPU's memory is what its compiler lets a program use. A TPU's `link` is both directions of one torus axis.
-CHIPS = {
-    "v4": Chip(275e12, int(31.25 * GIB), 1.23e12, 90e9, 6.25e9),
-    "v5e": Chip(197e12, int(15.75 * GIB), 0.82e12, 90e9, 3.125e9),
-    "v5p": Chip(459e12, int(95.74 * GIB), 2.76e12, 180e9, 6.25e9),
-    "v6e": Chip(918e12, int(31.25 * GIB), 1.64e12, 180e9, 12.5e9),
-    "a100": Chip(312e12, int(79.1 * GIB), 2.04e12, 300e9, 25e9),
-    "h100": Chip(989e12, int(79.1 * GIB), 3.35e12, 450e9, 50e9),
-    "h200": Chip(989e12, int(139.8 * GIB), 4.8e12, 450e9, 50e9),
-}
 _TPUS, _GPUS_A_HOST = ("v4", "v5e", "v5p", "v6e"), 8
 _ACCELERATORS = {"v4": "v4", "v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}
 
@@ -75,12 +47,30 @@ class Target:
         return "tpu" if self.kind in _TPUS else "cuda"
 
     def environment(self) -> dict[str, str]:
-        """What must stand in the environment of a process that compiles for it, before JAX is imported."""
-        quiet = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-        quiet |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TF_CPP_MIN_LOG_LEVEL": "2"}
+        """What must stand in the environment of a process that compiles for it, before JAX is
+        imported.
+        """
+        quiet = {
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        }
+        quiet |= {
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_WORKER_ID": "0",
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+        }
         kind = _ACCELERATORS.get(self.kind or "", "v5litepod")
-        effort = {} if "JAX_EXEC_TIME_OPTIMIZATION_EFFORT" in os.environ else {"JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0"}
-        return quiet | effort | {"TPU_ACCELERATOR_TYPE": f"{kind}-{max(1, self.devices // self.slices)}"}
+        effort = (
+            {}
+            if "JAX_EXEC_TIME_OPTIMIZATION_EFFORT" in os.environ
+            else {"JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0"}
+        )
+        return (
+            quiet
+            | effort
+            | {"TPU_ACCELERATOR_TYPE": f"{kind}-{max(1, self.devices // self.slices)}"}
+        )
 
     def find(self) -> list[Any]:
         """The devices, described; call in a process with this target's environment.
@@ -108,10 +98,15 @@ class Target:
             return list(topologies.get_topology_desc(**options).devices)
         except (RuntimeError, NotImplementedError, AssertionError, ValueError) as error:
             # JAX and the compilers raise any of these where one is missing or has no such topology.
-            what = "pip install 'jaxtune[plan]'" if self.platform == "tpu" else "pip install jax-cuda13-plugin"
+            what = (
+                "pip install 'jaxtune[plan]'"
+                if self.platform == "tpu"
+                else "pip install jax-cuda13-plugin"
+            )
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
-                f"{self.name}: the compiler for it cannot be used here ({reason}). If it is not installed: {what}"
+                f"{self.name}: the compiler for it cannot be used here ({reason}). If it is not "
+                f"installed: {what}"
             ) from None
 
 
@@ -128,7 +123,8 @@ def parse(name: str) -> Target:
     if found is None or found[2] not in CHIPS:
         known = ["here", "v5e:4x4", "v5p:4x4x4", "v6e:8x8", "2*v5e:4x4", "h100:16", "h200:8"]
         raise UserError(
-            f"--on {name}: no such target; there are {listed(CHIPS)}, as in {', '.join(known)}.{nearest(name, known)}"
+            f"--on {name}: no such target; there are {listed(CHIPS)}, as in "
+            f"{', '.join(known)}.{nearest(name, known)}"
         )
     slices, kind, sizes = int(found[1] or 1), found[2], [int(size) for size in found[3].split("x")]
     count = 1
@@ -138,11 +134,17 @@ def parse(name: str) -> Target:
         raise UserError(f"--on {name}: a size is 0.")
     if kind not in _TPUS:
         if len(sizes) > 1 or slices > 1 or (count > _GPUS_A_HOST and count % _GPUS_A_HOST):
-            raise UserError(f"--on {name}: GPUs are given by their number, such as {kind}:8, or a multiple of {_GPUS_A_HOST}.")
+            raise UserError(
+                f"--on {name}: GPUs are given by their number, such as {kind}:8, or a multiple of "
+                f"{_GPUS_A_HOST}."
+            )
         return Target(name, kind, devices=count)
     wanted = 2 if kind in ("v5e", "v6e") else 3
     if len(sizes) != wanted:
-        raise UserError(f"--on {name}: a {kind} slice has {wanted} directions, such as {kind}:{'x'.join(['4'] * wanted)}.")
+        raise UserError(
+            f"--on {name}: a {kind} slice has {wanted} directions, such as "
+            f"{kind}:{'x'.join(['4'] * wanted)}."
+        )
     return Target(name, kind, found[3], slices, count * slices)
 
 

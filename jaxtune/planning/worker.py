@@ -1,4 +1,6 @@
-"""Compiling a step and reading what it takes; run as a module it is the process that `planning.planner` starts."""
+"""Compiling a step and reading what it takes; run as a module it is the process that
+`planning.planner` starts.
+"""
 
 import json
 import re
@@ -9,8 +11,9 @@ from typing import Any
 
 from jaxtune.config.load import validated
 from jaxtune.config.schema import Config
-from jaxtune.core.errors import RunFailure, UserError
-from jaxtune.planning.target import Chip, Target, parse
+from jaxtune.core.errors import RunError, UserError
+from jaxtune.core.hardware import Chip
+from jaxtune.planning.target import Target, parse
 
 _SHOWN = 6
 
@@ -20,7 +23,7 @@ def measured(config: Config, target: Target) -> dict[str, Any]:
 
     Raises:
         UserError: see `planning.planner`.
-        RunFailure: the compiler failed, but not for lack of memory.
+        RunError: the compiler failed, but not for lack of memory.
 
     """
     import jax
@@ -32,7 +35,9 @@ def measured(config: Config, target: Target) -> dict[str, Any]:
 
     chip = target.chip
     if chip is not None and config.model.compute_dtype == "auto":
-        config = config.model_copy(update={"model": config.model.model_copy(update={"compute_dtype": "bfloat16"})})
+        config = config.model_copy(
+            update={"model": config.model.model_copy(update={"compute_dtype": "bfloat16"})}
+        )
     devices = target.find() if chip else None
     lowered = Lowered(config, devices, chip.memory if chip else None)
     mesh, size = dict(lowered.mesh.shape), lowered.mesh.size
@@ -57,21 +62,39 @@ def measured(config: Config, target: Target) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         wanted = memory_wanted(str(error))
         if wanted is None:
-            raise RunFailure(f"{target.name}: the compiler failed: {str(error)[:2000]}") from None
-        found |= {"fits": False, "peak_bytes": None, "needed_bytes": wanted[0], "capacity_bytes": wanted[1]}
+            raise RunError(f"{target.name}: the compiler failed: {str(error)[:2000]}") from None
+        found |= {
+            "fits": False,
+            "peak_bytes": None,
+            "needed_bytes": wanted[0],
+            "capacity_bytes": wanted[1],
+        }
         found |= {"largest_buffers": _buffers(str(error))}
-        return found | {"compile_seconds": round(time.monotonic() - began, 1), "advice": _advice(config, found, lowered)}
+        return found | {
+            "compile_seconds": round(time.monotonic() - began, 1),
+            "advice": _advice(config, found, lowered),
+        }
     seconds = time.monotonic() - began
     memory = Memory.of(program)
     assert memory is not None
-    parts = {f"{name}_bytes": getattr(memory, name) for name in ("argument", "output", "alias", "temp", "peak")}
-    found |= parts | {"fits": chip is None or memory.peak <= chip.memory, "compile_seconds": round(seconds, 1)}
-    found["compiler_peak_bytes"] = getattr(program.memory_analysis(), "peak_memory_in_bytes", None) or None
+    parts = {
+        f"{name}_bytes": getattr(memory, name)
+        for name in ("argument", "output", "alias", "temp", "peak")
+    }
+    found |= parts | {
+        "fits": chip is None or memory.peak <= chip.memory,
+        "compile_seconds": round(seconds, 1),
+    }
+    found["compiler_peak_bytes"] = (
+        getattr(program.memory_analysis(), "peak_memory_in_bytes", None) or None
+    )
     found |= _communication(program, lowered, flops, chip, target)
     return found | {"advice": _advice(config, found, lowered)}
 
 
-def _communication(program: Any, lowered: Any, flops: int, chip: Chip | None, target: Target) -> dict[str, Any]:
+def _communication(
+    program: Any, lowered: Any, flops: int, chip: Chip | None, target: Target
+) -> dict[str, Any]:
     from jaxtune.planning.collectives import collectives
     from jaxtune.planning.roofline import by_axis, estimate
     from jaxtune.tracking.metrics_log import flops_per_token
@@ -79,7 +102,13 @@ def _communication(program: Any, lowered: Any, flops: int, chip: Chip | None, ta
     mesh, text = dict(lowered.mesh.shape), program.as_text()
     exchanged = collectives(text, mesh)
     shown = [
-        {"kind": one.kind, "axes": list(one.axes), "array": one.shape, "times": one.times, "bytes": one.sent}
+        {
+            "kind": one.kind,
+            "axes": list(one.axes),
+            "array": one.shape,
+            "times": one.times,
+            "bytes": one.sent,
+        }
         for one in exchanged[:_SHOWN]
     ]
     found: dict[str, Any] = {
@@ -92,11 +121,17 @@ def _communication(program: Any, lowered: Any, flops: int, chip: Chip | None, ta
     gathered = lowered.frozen_bytes * mesh["fsdp"]
     crossing = _crossing(mesh, target)
     rough = estimate(chip, flops, lowered.mesh.size, gathered, lowered.passes, exchanged, crossing)
-    times = {name: getattr(rough, name) for name in ("compute", "memory", "communication", "least", "most")}
+    times = {
+        name: getattr(rough, name)
+        for name in ("compute", "memory", "communication", "least", "most")
+    }
     useful = flops_per_token(lowered.frozen, lowered.trainable) * lowered.tokens
     return found | {
         "seconds": {name: float(f"{value:.3g}") for name, value in times.items()},
-        "tokens_per_second": [round(lowered.tokens / rough.least), round(lowered.tokens / rough.most)],
+        "tokens_per_second": [
+            round(lowered.tokens / rough.least),
+            round(lowered.tokens / rough.most),
+        ],
         "mfu_bound": round(useful / (rough.least * lowered.mesh.size * chip.flops), 3),
     }
 
@@ -118,11 +153,16 @@ def _buffers(message: str) -> list[dict[str, Any]]:
     """The largest buffers that a compiler names where a program does not fit."""
     found = re.findall(r"Size: ([\d.]+)([KMGT]).*?Shape: (\S+)", message, re.DOTALL)
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    return [{"array": shape, "bytes": round(float(size) * units[unit])} for size, unit, shape in found[:_SHOWN]]
+    return [
+        {"array": shape, "bytes": round(float(size) * units[unit])}
+        for size, unit, shape in found[:_SHOWN]
+    ]
 
 
 def _temporaries(text: str) -> list[dict[str, Any]]:
-    """The largest arrays that the program makes outside of its fusions, each shape once; where it comes from by JAX's name."""
+    """The largest arrays that the program makes outside of its fusions, each shape once; where
+    it comes from by JAX's name.
+    """
     from jaxtune.planning.collectives import bodies
 
     found: dict[str, tuple[int, str]] = {}
@@ -143,8 +183,13 @@ def _advice(config: Config, found: dict[str, Any], lowered: Any) -> list[str]:
     advice = []
     if fixed > capacity:
         advice.append(
-            f"weights and optimizer alone take {fixed / 2**30:.1f} GiB of {capacity / 2**30:.1f} a chip: take more chips"
-            + ("" if config.model.dtype in ("nf4", "int8") or lowered.frozen == 0 else ", or model.dtype=nf4 or int8")
+            f"weights and optimizer alone take {fixed / 2**30:.1f} GiB of {capacity / 2**30:.1f} "
+            "a chip: take more chips"
+            + (
+                ""
+                if config.model.dtype in ("nf4", "int8") or lowered.frozen == 0
+                else ", or model.dtype=nf4 or int8"
+            )
         )
     if mesh["data"] > 1 or mesh["slices"] > 1:
         advice.append("mesh.data copies the weights: give its devices to mesh.fsdp")
@@ -155,13 +200,23 @@ def _advice(config: Config, found: dict[str, Any], lowered: Any) -> list[str]:
     rows = train.micro_batch_size or train.batch_size
     least = lowered.shares["batch"]
     if rows > least:
-        advice.append(f"train.micro_batch_size={max(least, rows // 2)} computes fewer rows at a time; the numbers stay the same")
+        advice.append(
+            f"train.micro_batch_size={max(least, rows // 2)} computes fewer rows at a time; the "
+            "numbers stay the same"
+        )
     if config.model.dtype not in ("nf4", "int8") and lowered.frozen and fixed <= capacity:
-        advice.append("model.dtype=int8 or nf4 keeps the frozen weights in a half or a quarter of their bytes")
+        advice.append(
+            "model.dtype=int8 or nf4 keeps the frozen weights in a half or a quarter of their bytes"
+        )
     if mesh["tensor"] == 1 and mesh["fsdp"] > 1:
-        advice.append("mesh.tensor=2 or 4 cuts a layer's gathered weights, its activations and the head's logits")
+        advice.append(
+            "mesh.tensor=2 or 4 cuts a layer's gathered weights, its activations and the head's "
+            "logits"
+        )
     if mesh["context"] == 1 and found["devices"] > 1:
-        advice.append("mesh.context=2 or more cuts each sequence, or a lower data.max_length shortens it")
+        advice.append(
+            "mesh.context=2 or more cuts each sequence, or a lower data.max_length shortens it"
+        )
     return advice
 
 
@@ -172,7 +227,7 @@ def main(asked: str, answer: str) -> None:
     request = json.loads(Path(asked).read_text())
     try:
         found = measured(validated(request["config"]), parse(request["on"]))
-    except (UserError, RunFailure) as error:
+    except (UserError, RunError) as error:
         found = {"error": str(error), "yours": isinstance(error, UserError)}
     write_json(Path(answer), found)
 

@@ -1,4 +1,6 @@
-"""The frame of a page: one file that opens without a network, with plotly's script in it; tables and numbers."""
+"""The frame of a page: one file that opens without a network, with plotly's script in it; tables
+and numbers.
+"""
 
 import html
 from collections.abc import Sequence
@@ -37,7 +39,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         + "".join(f'<th class="number">{html.escape(name)}</th>' for name in head[1:])
         + "</tr>"
     )
-    lines = (f"<tr><th>{_shown(row[0])}</th>" + "".join(_cell(value) for value in row[1:]) + "</tr>" for row in rows)
+    lines = (
+        f"<tr><th>{_shown(row[0])}</th>" + "".join(_cell(value) for value in row[1:]) + "</tr>"
+        for row in rows
+    )
     return f'<div class="scroll"><table>{top}{"".join(lines)}</table></div>'
 
 
@@ -50,7 +55,13 @@ def number(value: Any) -> str:
     """A number in few digits."""
     if value is None:
         return "infinite"
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return (
+        f"{value:.4g}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )
 
 
 def ends(interval: Sequence[float] | None) -> str:
@@ -63,4 +74,8 @@ def _cell(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    return value if isinstance(value, Cell) else html.escape(value if isinstance(value, str) else number(value))
+    return (
+        value
+        if isinstance(value, Cell)
+        else html.escape(value if isinstance(value, str) else number(value))
+    )

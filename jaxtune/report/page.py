@@ -9,8 +9,16 @@ from jaxtune.core.errors import UserError
 from jaxtune.core.files import read_json, read_jsonl, write_text
 from jaxtune.report.charts import confusion, curve, histogram
 from jaxtune.report.document import document, ends, grid, number, table
-from jaxtune.tracking.metrics_log import figures_of, read_metrics
-from jaxtune.tracking.run_directory import CONFIG, DATA_SUMMARY, ENVIRONMENT, PREDICTIONS, SAMPLES, VERIFICATION, read_config
+from jaxtune.tracking.metrics_log import metric_names, read_metrics
+from jaxtune.tracking.run_directory import (
+    CONFIG,
+    DATA_SUMMARY,
+    ENVIRONMENT,
+    PREDICTIONS,
+    SAMPLES,
+    VERIFICATION,
+    read_config,
+)
 
 _TITLES = {
     "loss": "Loss, nats per supervised token",
@@ -42,8 +50,17 @@ def _read(run: Path) -> dict[str, Any]:
     rows = read_metrics(run)
     if not rows:
         raise UserError(f"{run} has no metrics yet. Train first: jaxtune train {run}/{CONFIG}")
-    optional = {name: run / file for name, file in (("env", ENVIRONMENT), ("data", DATA_SUMMARY), ("verification", VERIFICATION))}
-    lists = {name: run / file for name, file in (("samples", SAMPLES), ("predictions", PREDICTIONS))}
+    optional = {
+        name: run / file
+        for name, file in (
+            ("env", ENVIRONMENT),
+            ("data", DATA_SUMMARY),
+            ("verification", VERIFICATION),
+        )
+    }
+    lists = {
+        name: run / file for name, file in (("samples", SAMPLES), ("predictions", PREDICTIONS))
+    }
     return {
         "name": str(run),
         "train": [row for row in rows if row["split"] == "train"],
@@ -56,7 +73,11 @@ def _read(run: Path) -> dict[str, Any]:
 
 def _page(runs: list[dict[str, Any]]) -> str:
     title, several = ", ".join(run["name"] for run in runs), len(runs) > 1
-    body = [f"<h1>{html.escape(title)}</h1>", *([_compared(runs), _differing(runs)] if several else []), _curves(runs)]
+    body = [
+        f"<h1>{html.escape(title)}</h1>",
+        *([_compared(runs), _differing(runs)] if several else []),
+        _curves(runs),
+    ]
     return document(title, [*body, *(_one(run, several) for run in runs)])
 
 
@@ -65,7 +86,7 @@ def _compared(runs: list[dict[str, Any]]) -> str:
     last = {run["name"]: rows[-1] for run in runs if (rows := _measured(run))}
     if not last:
         return ""
-    names = list(dict.fromkeys(name for row in last.values() for name in figures_of(row)))
+    names = list(dict.fromkeys(name for row in last.values() for name in metric_names(row)))
     lines = [[name, *(_with_interval(row, name) for row in last.values())] for name in names]
     return f"<h2>Compared</h2>{table(['', *last], lines)}"
 
@@ -81,7 +102,11 @@ def _differing(runs: list[dict[str, Any]]) -> str:
     """The keys in which the runs' configurations are not the same."""
     flat = [_flat(read_config(Path(run["name"])).model_dump(mode="json")) for run in runs]
     keys = list(dict.fromkeys(key for one in flat for key in one))
-    differing = [key for key in keys if key != "run.dir" and any(one.get(key) != flat[0].get(key) for one in flat)]
+    differing = [
+        key
+        for key in keys
+        if key != "run.dir" and any(one.get(key) != flat[0].get(key) for one in flat)
+    ]
     if not differing:
         return "<h2>Configurations</h2><p>All keys are the same.</p>"
     lines = [[key, *(json.dumps(one.get(key)) for one in flat)] for key in differing]
@@ -91,7 +116,11 @@ def _differing(runs: list[dict[str, Any]]) -> str:
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+        found |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict) and value
+            else {prefix + key: value}
+        )
     return found
 
 
@@ -99,12 +128,23 @@ def _curves(runs: list[dict[str, Any]]) -> str:
     def series(split: str, key: str) -> dict[str, tuple[list, list]]:
         suffix = " (evaluation)" if split == "eval" else ""
         found = {
-            run["name"] + suffix: [(row["step"], row[key]) for row in run[split] if row.get(key) is not None] for run in runs
+            run["name"] + suffix: [
+                (row["step"], row[key]) for row in run[split] if row.get(key) is not None
+            ]
+            for run in runs
         }
-        return {name: ([x for x, _ in points], [y for _, y in points]) for name, points in found.items() if points}
+        return {
+            name: ([x for x, _ in points], [y for _, y in points])
+            for name, points in found.items()
+            if points
+        }
 
     on_the_way = [row for run in runs for row in run["eval"] if "task" not in row]
-    evaluated = [name for name in dict.fromkeys(name for row in on_the_way for name in figures_of(row)) if name != "perplexity"]
+    evaluated = [
+        name
+        for name in dict.fromkeys(name for row in on_the_way for name in metric_names(row))
+        if name != "perplexity"
+    ]
     trained = [*_ALWAYS, *(name for name in _IN_TRAINING if series("train", name))]
     charts = []
     for name in dict.fromkeys([*trained, *evaluated]):
@@ -117,7 +157,12 @@ def _curves(runs: list[dict[str, Any]]) -> str:
 
 def _one(run: dict[str, Any], named: bool) -> str:
     parts = [f"<h1>{html.escape(run['name'])}</h1>"] if named else []
-    parts += [_before_after(_measured(run)), _mistakes(run["predictions"]), _samples(run["samples"]), _data(run["data"])]
+    parts += [
+        _before_after(_measured(run)),
+        _mistakes(run["predictions"]),
+        _samples(run["samples"]),
+        _data(run["data"]),
+    ]
     parts.append(_proof(run["verification"]))
     parts.append(f"<h2>Configuration</h2><pre>{html.escape(run['config'])}</pre>")
     parts.append(f"<h2>Environment</h2><pre>{html.escape(json.dumps(run['env'], indent=2))}</pre>")
@@ -134,14 +179,24 @@ def _before_after(rows: list[dict[str, Any]]) -> str:
         return '<h2>Evaluation</h2><p class="muted">No evaluation data (data.eval).</p>'
     before, after = rows[0], rows[-1] if len(rows) > 1 else None
     lines = []
-    for name in figures_of(before):
-        afterwards = [after[name], ends(after.get("intervals", {}).get(name))] if after and name in after else ["", ""]
+    for name in metric_names(before):
+        afterwards = (
+            [after[name], ends(after.get("intervals", {}).get(name))]
+            if after and name in after
+            else ["", ""]
+        )
         lines.append([name, before[name], *afterwards])
     tables = [
-        confusion(label, row["confusion"]) for label, row in (("before", before), ("after", after)) if row and "confusion" in row
+        confusion(label, row["confusion"])
+        for label, row in (("before", before), ("after", after))
+        if row and "confusion" in row
     ]
     heading = f"<h2>Evaluation on {before['rows']} rows ({html.escape(before['task'])})</h2>"
-    return heading + table(["", "before", "after", "95% interval after"], lines) + (grid(tables) if tables else "")
+    return (
+        heading
+        + table(["", "before", "after", "95% interval after"], lines)
+        + (grid(tables) if tables else "")
+    )
 
 
 def _mistakes(predictions: list[dict[str, Any]]) -> str:
@@ -151,7 +206,10 @@ def _mistakes(predictions: list[dict[str, Any]]) -> str:
         return ""
     blocks = []
     for row in wrong[:_MISTAKES]:
-        blocks.append(_prompt(row["prompt"]) + _answers([(name, row.get(name)) for name in ("wanted", "chosen", "said")]))
+        blocks.append(
+            _prompt(row["prompt"])
+            + _answers([(name, row.get(name)) for name in ("wanted", "chosen", "said")])
+        )
     return f"<h2>Where it is not what was wanted: {len(wrong):,} of {len(predictions):,} rows, the first of them</h2>{''.join(blocks)}"
 
 
@@ -161,18 +219,33 @@ def _samples(samples: list[dict[str, Any]]) -> str:
     blocks = []
     for sample in samples:
         during = [(f"after step {said['step']}", said["text"]) for said in sample.get("during", [])]
-        rows = [("wanted", sample.get("wanted")), ("before", sample.get("before")), *during, ("after", sample.get("after"))]
+        rows = [
+            ("wanted", sample.get("wanted")),
+            ("before", sample.get("before")),
+            *during,
+            ("after", sample.get("after")),
+        ]
         blocks.append(_prompt(sample["prompt"]) + _answers(rows))
     return "<h2>What the model says</h2>" + "".join(blocks)
 
 
 def _answers(answers: list[tuple[str, str | None]]) -> str:
-    cells = (f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in answers if text is not None)
+    cells = (
+        f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>"
+        for name, text in answers
+        if text is not None
+    )
     return f"<table>{''.join(cells)}</table>"
 
 
 def _prompt(messages: list[dict[str, Any]]) -> str:
-    return "<pre>" + html.escape("\n".join(f"[{message['role']}] {message['content']}" for message in messages)) + "</pre>"
+    return (
+        "<pre>"
+        + html.escape(
+            "\n".join(f"[{message['role']}] {message['content']}" for message in messages)
+        )
+        + "</pre>"
+    )
 
 
 def _data(data: dict[str, Any]) -> str:
@@ -189,9 +262,13 @@ def _proof(result: dict[str, Any]) -> str:
         return ""
     peft = result["torch_difference"]
     by_peft = (
-        f"{peft:.1e} when loaded by PEFT" if peft is not None else f"not loaded by PEFT ({html.escape(result['torch_note'])})"
+        f"{peft:.1e} when loaded by PEFT"
+        if peft is not None
+        else f"not loaded by PEFT ({html.escape(result['torch_note'])})"
     )
     return (
-        f"<h2>Export</h2><p>Over {result['tokens']} tokens of text, logits up to {result['largest_logit']:.1f}: the adapter on disk differs from the "
-        f"trained model by {result['reload_difference']:.1e} when reloaded into a fresh base, {by_peft}.</p>"
+        f"<h2>Export</h2><p>Over {result['tokens']} tokens of text, logits up to "
+        f"{result['largest_logit']:.1f}: the adapter on disk differs from the "
+        f"trained model by {result['reload_difference']:.1e} when reloaded into a fresh base, "
+        f"{by_peft}.</p>"
     )

@@ -19,7 +19,10 @@ from jaxtune.report.document import Cell, document, ends, grid, number, table
 from jaxtune.tracking.metrics_log import read_metrics
 
 NAME, BASE, STUDY, TRIALS, REPORT = "sweep.yaml", "base.yaml", "study.db", "trials", "report.html"
-_LEAST, _MANY = 4, 20  # completed trials for a word on importance, and for one that is to be believed
+_LEAST, _MANY = (
+    4,
+    20,
+)  # completed trials for a word on importance, and for one that is to be believed
 
 
 def trial_directory(directory: Path, number: int) -> Path:
@@ -38,7 +41,9 @@ def read_study(directory: Path) -> tuple[optuna.Study, Sweep]:
     return open_study(plan, directory), plan
 
 
-def open_study(plan: Sweep, directory: Path, pruner: optuna.pruners.BasePruner | None = None) -> optuna.Study:
+def open_study(
+    plan: Sweep, directory: Path, pruner: optuna.pruners.BasePruner | None = None
+) -> optuna.Study:
     """The study, made where there is none yet.
 
     Raises:
@@ -48,7 +53,11 @@ def open_study(plan: Sweep, directory: Path, pruner: optuna.pruners.BasePruner |
     from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage, name = (plan.storage, plan.dir) if plan.storage else (f"sqlite:///{(directory / STUDY).resolve()}", NAME)
+    storage, name = (
+        (plan.storage, plan.dir)
+        if plan.storage
+        else (f"sqlite:///{(directory / STUDY).resolve()}", NAME)
+    )
     direction = "minimize" if plan.metric == "loss" else "maximize"
     try:
         return optuna.create_study(
@@ -59,14 +68,19 @@ def open_study(plan: Sweep, directory: Path, pruner: optuna.pruners.BasePruner |
             load_if_exists=True,
         )
     except (SQLAlchemyError, ImportError, ValueError) as error:
-        raise UserError(f"storage: {storage} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"storage: {storage} cannot be used: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def write_sweep_report(study: optuna.Study, plan: Sweep, directory: Path) -> Path:
     """Write the page into the search's directory."""
     out = directory / REPORT
     done = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    body = [f"<h1>{html.escape(str(directory))}: {len(done)} of {plan.trials} trials, by {plan.metric}</h1>"]
+    body = [
+        f"<h1>{html.escape(str(directory))}: {len(done)} of {plan.trials} trials, by "
+        f"{plan.metric}</h1>"
+    ]
     body += [_best(study, directory)] if done else []
     body += [_trials(study, plan, directory), _plots(study, plan, done), _curves(study, directory)]
     write_text(out, document(str(directory), body))
@@ -83,24 +97,50 @@ def _trials(study: optuna.Study, plan: Sweep, directory: Path) -> str:
     ordered = sorted(study.get_trials(deepcopy=False), key=lambda trial: _rank(trial, study))
     rows = []
     for trial in ordered:
-        last = next((row for row in reversed(_rows(trial, directory)) if row["split"] == "eval" and "task" in row), {})
-        bounds = ends(last.get("intervals", {}).get(plan.metric)) if trial.state == TrialState.COMPLETE else ""
+        last = next(
+            (
+                row
+                for row in reversed(_rows(trial, directory))
+                if row["split"] == "eval" and "task" in row
+            ),
+            {},
+        )
+        bounds = (
+            ends(last.get("intervals", {}).get(plan.metric))
+            if trial.state == TrialState.COMPLETE
+            else ""
+        )
         said = trial.user_attrs.get("reason") or (
             f"as trial {trial.user_attrs['same as'] + 1}" if "same as" in trial.user_attrs else ""
         )
         value = "" if trial.value is None else trial.value
         values = [trial.params.get(key, "") for key in plan.parameters]
-        rows.append([_link(trial, directory), *values, value, bounds, f"{_STATES.get(trial.state, '')} {said}".strip()])
+        rows.append(
+            [
+                _link(trial, directory),
+                *values,
+                value,
+                bounds,
+                f"{_STATES.get(trial.state, '')} {said}".strip(),
+            ]
+        )
     return f"<h2>Trials, the best first</h2>{table(['trial', *plan.parameters, plan.metric, '95% interval', ''], rows)}"
 
 
-_STATES = {TrialState.PRUNED: "ended early", TrialState.FAIL: "failed:", TrialState.RUNNING: "not finished"}
+_STATES = {
+    TrialState.PRUNED: "ended early",
+    TrialState.FAIL: "failed:",
+    TrialState.RUNNING: "not finished",
+}
 
 
 def _rank(trial: FrozenTrial, study: optuna.Study) -> tuple[bool, float]:
     if trial.state != TrialState.COMPLETE or trial.value is None:
         return True, trial.number
-    return False, trial.value if study.direction == optuna.study.StudyDirection.MINIMIZE else -trial.value
+    return (
+        False,
+        trial.value if study.direction == optuna.study.StudyDirection.MINIMIZE else -trial.value,
+    )
 
 
 def _plots(study: optuna.Study, plan: Sweep, done: list[FrozenTrial]) -> str:
@@ -116,17 +156,25 @@ def _plots(study: optuna.Study, plan: Sweep, done: list[FrozenTrial]) -> str:
         note = f'<p class="muted">Importance is what tells the better half of the trials from all of them (PED-ANOVA).{few}</p>'
     charts += [_by_key(plan, key, done) for key in varied]
     if len(varied) > 1:
-        together = optuna.visualization.plot_parallel_coordinate(study, params=varied, target_name=plan.metric)
+        together = optuna.visualization.plot_parallel_coordinate(
+            study, params=varied, target_name=plan.metric
+        )
         charts.append(drawn(together, "All keys at once"))
     return f"<h2>What mattered</h2>{note}{grid(charts)}"
 
 
 def _history(study: optuna.Study, plan: Sweep, done: list[FrozenTrial]) -> str:
     less = study.direction == optuna.study.StudyDirection.MINIMIZE
-    numbers, values = [trial.number + 1 for trial in done], [float(trial.value or 0) for trial in done]
+    numbers, values = (
+        [trial.number + 1 for trial in done],
+        [float(trial.value or 0) for trial in done],
+    )
     best = np.minimum.accumulate(values) if less else np.maximum.accumulate(values)
     figure = go.Figure(
-        [go.Scatter(x=numbers, y=values, mode="markers", name="trial"), go.Scatter(x=numbers, y=best, name="best so far")]
+        [
+            go.Scatter(x=numbers, y=values, mode="markers", name="trial"),
+            go.Scatter(x=numbers, y=best, name="best so far"),
+        ]
     )
     return drawn(figure, f"{plan.metric}, trial after trial", xaxis_title="trial")
 
@@ -141,16 +189,24 @@ def _by_key(plan: Sweep, key: str, done: list[FrozenTrial]) -> str:
         else {"type": "category"}
     )
     names = [f"trial {trial.number + 1}" for trial in done]
-    dots = go.Scatter(x=[trial.params[key] for trial in done], y=[trial.value for trial in done], text=names, mode="markers")
+    dots = go.Scatter(
+        x=[trial.params[key] for trial in done],
+        y=[trial.value for trial in done],
+        text=names,
+        mode="markers",
+    )
     return drawn(go.Figure(dots), f"{plan.metric} by {key}", xaxis={"title": key, **along})
 
 
 def importance(study: optuna.Study, keys: list[str]) -> dict[str, float]:
-    """How much each key mattered, in shares (Watanabe et al. 2023, PED-ANOVA): what tells the better half of the trials from all.
+    """How much each key mattered, in shares (Watanabe et al. 2023, PED-ANOVA): what tells the
+    better half of the trials from all.
 
     Nothing where Optuna cannot tell, such as of trials that are all as good.
     """
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.5, region_quantile=1.0)
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(
+        target_quantile=0.5, region_quantile=1.0
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         try:
@@ -161,7 +217,10 @@ def importance(study: optuna.Study, keys: list[str]) -> dict[str, float]:
 
 def _bars(importances: dict[str, float]) -> str:
     names = list(reversed(importances))
-    return drawn(go.Figure(go.Bar(x=[importances[name] for name in names], y=names, orientation="h")), "Importance of keys")
+    return drawn(
+        go.Figure(go.Bar(x=[importances[name] for name in names], y=names, orientation="h")),
+        "Importance of keys",
+    )
 
 
 def _curves(study: optuna.Study, directory: Path) -> str:
@@ -171,7 +230,11 @@ def _curves(study: optuna.Study, directory: Path) -> str:
         rows = _rows(trial, directory)
         name = f"trial {trial.number + 1}"
         for split, found in (("train", losses), ("eval", evaluations)):
-            points = [(row["step"], row["loss"]) for row in rows if row["split"] == split and row.get("loss") is not None]
+            points = [
+                (row["step"], row["loss"])
+                for row in rows
+                if row["split"] == split and row.get("loss") is not None
+            ]
             if points:
                 found[name] = [x for x, _ in points], [y for _, y in points]
     if not losses:

@@ -11,24 +11,15 @@ from jaxtune.tracking.trackers import Trackers
 
 FILE = "metrics.jsonl"
 
-# Dense bf16 FLOP/s per chip, from the makers' data sheets.
-_PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
-
 
 class MetricsLog:
-    """Appends rows to `metrics.jsonl`; a row survives the death of the process when `write` returns, and of the machine after `sync`.
+    """Appends rows to `metrics.jsonl`; a row survives the death of the process when `write`
+    returns, and of the machine after `sync`.
 
     Args:
         directory: the run directory.
-        step: the step that the run goes on from; rows of later steps, written by a run that was killed, are removed.
+        step: the step that the run goes on from; rows of later steps, written by a run that was
+            killed, are removed.
         trackers: take each row too.
 
     """
@@ -59,7 +50,7 @@ class MetricsLog:
             self._trackers.close()
 
 
-class NoLog(MetricsLog):
+class NullMetricsLog(MetricsLog):
     """What a process that does not write has for a log."""
 
     def __init__(self) -> None:
@@ -89,7 +80,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def no_better(rows: list[dict[str, Any]], figure: str) -> int:
+def evals_since_best(rows: list[dict[str, Any]], figure: str) -> int:
     """How many of the evaluations, from the last one back, were no better than one before them.
 
     Args:
@@ -97,23 +88,28 @@ def no_better(rows: list[dict[str, Any]], figure: str) -> int:
         figure: by which; less is better of `loss`, more of anything else.
 
     """
-    on_the_way = (row for row in rows if row["split"] == "eval" and "task" not in row and row.get(figure) is not None)
+    on_the_way = (
+        row
+        for row in rows
+        if row["split"] == "eval" and "task" not in row and row.get(figure) is not None
+    )
     values = [-row[figure] if figure == "loss" else row[figure] for row in on_the_way]
     return len(values) - 1 - values.index(max(values)) if values else 0
 
 
-def figures_of(row: dict[str, Any]) -> list[str]:
+def metric_names(row: dict[str, Any]) -> list[str]:
     """The names of what a row of an evaluation measures, in its order."""
-    return [name for name, value in row.items() if name == "perplexity" or (isinstance(value, float) and name != "epoch")]
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """bf16 FLOP/s of a chip, or None where it is not known."""
-    return next((value for name, value in _PEAK_FLOPS.items() if device_kind.startswith(name)), None)
+    return [
+        name
+        for name, value in row.items()
+        if name == "perplexity" or (isinstance(value, float) and name != "epoch")
+    ]
 
 
 def flops_per_token(frozen: int, trainable: int) -> float:
-    """FLOPs of a training step per token: 4 for a frozen parameter (forward, activations' gradient), 6 for one that trains."""
+    """FLOPs of a training step per token: 4 for a frozen parameter (forward, activations'
+    gradient), 6 for one that trains.
+    """
     return 4.0 * frozen + 6.0 * trainable
 
 

@@ -6,16 +6,24 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column
 
-from jaxtune.core.distributed import is_lead
+from jaxtune.core.distributed import is_main
 
 REPORTS = 20
 
 
 class Reporter:
-    """Messages and progress on stderr, so that stdout carries results alone. Of several processes only the lead says anything.
+    """Messages and progress on stderr, so that stdout carries results alone. Of several processes
+    only the lead says anything.
 
     Args:
         quiet: say nothing but errors.
@@ -23,15 +31,21 @@ class Reporter:
     """
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=quiet or not is_lead(), highlight=False, soft_wrap=True)
+        self.console = Console(
+            stderr=True, quiet=quiet or not is_main(), highlight=False, soft_wrap=True
+        )
 
     def say(self, text: str) -> None:
         """One line, or several."""
         self.console.print(text, markup=False)
 
     @contextmanager
-    def task(self, name: str, total: int, start: int = 0, *, lazy: bool = False) -> Iterator["Task"]:
-        """Progress over `total` units, of which `start` were done before; a lazy task shows nothing before its first update."""
+    def task(
+        self, name: str, total: int, start: int = 0, *, lazy: bool = False
+    ) -> Iterator["Task"]:
+        """Progress over `total` units, of which `start` were done before; a lazy task shows
+        nothing before its first update.
+        """
         task = Task(self.console, name, total, start, lazy)
         with task:
             yield task
@@ -40,8 +54,16 @@ class Reporter:
 class Task:
     """One bar, or about twenty lines where there is no terminal."""
 
-    def __init__(self, console: Console, name: str, total: int, start: int, lazy: bool = False) -> None:
-        self.console, self.name, self.total, self.start, self.lazy = console, name, total, start, lazy
+    def __init__(
+        self, console: Console, name: str, total: int, start: int, lazy: bool = False
+    ) -> None:
+        self.console, self.name, self.total, self.start, self.lazy = (
+            console,
+            name,
+            total,
+            start,
+            lazy,
+        )
         self.bar: Progress | None = None
         self._began = time.monotonic()
         self._reported: int | None = None
@@ -70,8 +92,14 @@ class Task:
         every = max(1, -(-self.total // REPORTS))
         if self._reported is None or done - self._reported >= every or done == self.total:
             self._reported = done - done % every
-            left = (time.monotonic() - self._began) / max(done - self.start, 1) * (self.total - done)
-            self.console.print(f"{self.name} {done}/{self.total}  {text + '  ' if text else ''}{_clock(left)} left", markup=False)
+            left = (
+                (time.monotonic() - self._began) / max(done - self.start, 1) * (self.total - done)
+            )
+            self.console.print(
+                f"{self.name} {done}/{self.total}  {text + '  ' if text else ''}{_clock(left)} "
+                "left",
+                markup=False,
+            )
 
     def update_of(self, done: int, total: int) -> None:
         """So many of so many units are done, where the total was not known at the start."""
@@ -108,4 +136,8 @@ def training_text(row: dict[str, Any]) -> str:
 
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+    return (
+        f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+        if minutes >= 60
+        else f"{minutes}:{seconds:02}"
+    )

@@ -1,4 +1,6 @@
-"""The run directory: the whole record of a run, and the guard that it is continued by the same run only."""
+"""The run directory: the whole record of a run, and the guard that it is continued by the same
+run only.
+"""
 
 import fcntl
 import importlib.metadata
@@ -10,28 +12,55 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from etils import epath
 
 from jaxtune.config.load import dump, validated
 from jaxtune.config.schema import Config
-from jaxtune.core.errors import UserError, listed
+from jaxtune.core.errors import UserError, first_line, listed
 from jaxtune.core.files import read_json, write_json, write_text
 from jaxtune.tracking.metrics_log import FILE as METRICS
 from jaxtune.tracking.trackers import TRACKED
-from jaxtune.training.checkpoint import DIRECTORY as CHECKPOINTS
-from jaxtune.training.checkpoint import checkpoints_of
 
-CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, REPORT = "config.yaml", "env.json", "samples.jsonl", "adapter", "report.html"
+CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, REPORT = (
+    "config.yaml",
+    "env.json",
+    "samples.jsonl",
+    "adapter",
+    "report.html",
+)
 MODEL = "model"
+CHECKPOINTS = "checkpoints"
 DATA_SUMMARY, VERIFICATION, PREDICTIONS = "data.json", "verification.json", "predictions.jsonl"
 _RECORD = (CONFIG, ENVIRONMENT, METRICS, SAMPLES)
 _OWN = (
-    CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, MODEL, REPORT, DATA_SUMMARY, VERIFICATION, PREDICTIONS, METRICS, CHECKPOINTS, *TRACKED,
+    CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, MODEL, REPORT, DATA_SUMMARY, VERIFICATION, PREDICTIONS,
+    METRICS, CHECKPOINTS, *TRACKED,
 )  # fmt: skip
 
-# What may change when a run is continued: it alters how the numbers are computed or kept, or how many there are, not which.
-_FREE = ("run.", "checkpoint.", "mesh.", "train.micro_batch_size", "train.remat", "train.patience", "train.samples")
+# What may change when a run is continued: it alters how the numbers are computed or kept, or how
+# many there are, not which.
+_FREE = (
+    "run.",
+    "checkpoint.",
+    "mesh.",
+    "train.micro_batch_size",
+    "train.remat",
+    "train.patience",
+    "train.samples",
+)
 
-_PACKAGES = ("jaxtune", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy")
+_PACKAGES = (
+    "jaxtune",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "transformers",
+    "tokenizers",
+    "numpy",
+)
 
 
 class RunDirectory:
@@ -44,11 +73,14 @@ class RunDirectory:
         fresh: remove what an earlier run left there.
 
     Raises:
-        UserError: the directory belongs to a run with another configuration or other data, or is in use.
+        UserError: the directory belongs to a run with another configuration or other data, or is in
+            use.
 
     """
 
-    def __init__(self, config: Config, data: dict[str, str], day: date, fresh: bool = False) -> None:
+    def __init__(
+        self, config: Config, data: dict[str, str], day: date, fresh: bool = False
+    ) -> None:
         self.path, self._elsewhere = Path(config.run.dir), _record(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -59,7 +91,8 @@ class RunDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
-                f"{self.path}: another process is training in this run directory. Set run.dir to another one."
+                f"{self.path}: another process is training in this run directory. Set run.dir to "
+                "another one."
             ) from None
         try:
             if fresh:
@@ -78,7 +111,9 @@ class RunDirectory:
         (self.path / ".lock").unlink(missing_ok=True)
 
     def keep_copy(self) -> None:
-        """Copy what tells of the run to where its checkpoints lie, if that is elsewhere, so that a new machine can go on."""
+        """Copy what tells of the run to where its checkpoints lie, if that is elsewhere, so that
+        a new machine can go on.
+        """
         if self._elsewhere is None:
             return
         self._elsewhere.mkdir(parents=True, exist_ok=True)
@@ -87,7 +122,7 @@ class RunDirectory:
                 (self._elsewhere / name).write_bytes((self.path / name).read_bytes())
 
     def _clear(self, config: Config) -> None:
-        elsewhere = checkpoints_of(config)
+        elsewhere = checkpoint_directory(config)
         if elsewhere.exists():
             elsewhere.rmtree()
         for name in _OWN:
@@ -102,15 +137,26 @@ class RunDirectory:
         advice = f"Set run.dir to another directory, or start over with --fresh, which removes what {self.path} holds."
         if differing:
             changes = listed(f"{key} ({theirs[key]} there, {ours[key]} now)" for key in differing)
-            raise UserError(f"{self.path} holds a run with another configuration: {changes}. {advice}")
-        before = read_json(self.path / ENVIRONMENT).get("data", {}) if (self.path / ENVIRONMENT).exists() else {}
+            raise UserError(
+                f"{self.path} holds a run with another configuration: {changes}. {advice}"
+            )
+        before = (
+            read_json(self.path / ENVIRONMENT).get("data", {})
+            if (self.path / ENVIRONMENT).exists()
+            else {}
+        )
         if changed := [name for name in before if name in data and before[name] != data[name]]:
-            raise UserError(f"{self.path}: the contents of {listed(changed)} changed since this run began. {advice}")
+            raise UserError(
+                f"{self.path}: the contents of {listed(changed)} changed since this run began. "
+                f"{advice}"
+            )
 
 
 def _record(config: Config) -> Any:
-    """Where the record is copied to, beside checkpoints that lie elsewhere; None where they lie in the run directory."""
-    return checkpoints_of(config) / "record" if config.checkpoint.dir else None
+    """Where the record is copied to, beside checkpoints that lie elsewhere; None where they lie
+    in the run directory.
+    """
+    return checkpoint_directory(config) / "record" if config.checkpoint.dir else None
 
 
 def recall(config: Config) -> None:
@@ -119,9 +165,34 @@ def recall(config: Config) -> None:
     if elsewhere is None or (directory / CONFIG).exists() or not elsewhere.exists():
         return
     directory.mkdir(parents=True, exist_ok=True)
-    for name in sorted(_RECORD, key=lambda name: name == CONFIG):  # last what says that the rest is there
+    for name in sorted(
+        _RECORD, key=lambda name: name == CONFIG
+    ):  # last what says that the rest is there
         if (elsewhere / name).exists():
             (directory / name).write_bytes((elsewhere / name).read_bytes())
+
+
+def checkpoint_directory(config: Config) -> Any:
+    """Where a run's checkpoints lie.
+
+    Raises:
+        UserError: in an object store whose library is not installed.
+
+    """
+    if config.checkpoint.dir is None:
+        return epath.Path(Path(config.run.dir).resolve() / CHECKPOINTS)
+    if "://" not in config.checkpoint.dir:
+        return epath.Path(Path(config.checkpoint.dir).expanduser().resolve())
+    try:
+        path = epath.Path(config.checkpoint.dir)
+        path.exists()
+    except (ImportError, KeyError, OSError) as error:
+        raise UserError(
+            f"checkpoint.dir: {config.checkpoint.dir} cannot be reached: {first_line(error)}. For "
+            "gs:// install gcsfs, for s3:// s3fs, and "
+            "log in there."
+        ) from None
+    return path
 
 
 def read_config(directory: Path) -> Config:
@@ -143,7 +214,9 @@ def is_run(path: str | Path) -> bool:
 
 
 def first_day(path: str | Path) -> date:
-    """The day a run began; today where it has not. Chat templates may print it, and a run that goes on must see the same tokens."""
+    """The day a run began; today where it has not. Chat templates may print it, and a run that
+    goes on must see the same tokens.
+    """
     try:
         return date.fromisoformat(read_json(Path(path) / ENVIRONMENT)["day"])
     except (UserError, KeyError, ValueError):
@@ -161,14 +234,20 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     git = (
-        subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False) if shutil.which("git") else None
+        subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        if shutil.which("git")
+        else None
     )
     devices = jax.devices()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,
-        "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
+        "devices": {
+            "kind": devices[0].device_kind,
+            "count": len(devices),
+            "processes": jax.process_count(),
+        },
         "git_commit": git.stdout.strip() or None if git else None,
     }
 

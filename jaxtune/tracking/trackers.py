@@ -1,4 +1,6 @@
-"""Trackers as thin sinks of the rows of `metrics.jsonl`; a tracker that fails is left out, and the run goes on."""
+"""Trackers as thin sinks of the rows of `metrics.jsonl`; a tracker that fails is left out, and
+the run goes on.
+"""
 
 import contextlib
 import importlib
@@ -49,7 +51,11 @@ class Trackers:
 
     def write(self, row: dict[str, Any]) -> None:
         """A row of the log: its numbers are named after its split, such as train/loss."""
-        numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+        numbers = {
+            name: value
+            for name, value in row.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
         step = int(numbers.pop("step"))
         figures = {f"{row['split']}/{name}": float(value) for name, value in numbers.items()}
         for name, tracker in list(self._open.items()):
@@ -68,7 +74,10 @@ class Trackers:
             raise
         except Exception as error:  # a network that is gone must not cost a run
             self._open.pop(name, None)
-            self._warn(f"{name} takes no more metrics: {type(error).__name__}: {error}. The run and its metrics.jsonl go on.")
+            self._warn(
+                f"{name} takes no more metrics: {type(error).__name__}: {error}. The run and its "
+                "metrics.jsonl go on."
+            )
 
 
 def check_trackers(config: Config) -> None:
@@ -87,7 +96,8 @@ def _module(name: str) -> Any:
         return importlib.import_module("tensorboard.summary" if name == "tensorboard" else name)
     except ModuleNotFoundError:
         raise UserError(
-            f"run.trackers: {name} is not installed: pip install 'jaxtune[track]', or take it out of run.trackers."
+            f"run.trackers: {name} is not installed: pip install 'jaxtune[track]', or take it out "
+            "of run.trackers."
         ) from None
 
 
@@ -113,8 +123,10 @@ class _WandB:
         if not noted.exists():
             noted.write_text(secrets.token_hex(4))
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", _PROJECT), name=Path(config.run.dir).name, id=noted.read_text(), resume="allow",
-            dir=config.run.dir, config=config.model_dump(), settings=wandb.Settings(silent=True, console="off"),
+            project=os.environ.get("WANDB_PROJECT", _PROJECT), name=Path(config.run.dir).name,
+            id=noted.read_text(), resume="allow",
+            dir=config.run.dir, config=config.model_dump(),
+            settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
         self._run.define_metric("*", step_metric="step")
 
@@ -129,7 +141,10 @@ class _Trackio:
     def __init__(self, config: Config) -> None:
         project = os.environ.get("TRACKIO_PROJECT", _PROJECT)
         self._run = _module("trackio").init(
-            project=project, name=Path(config.run.dir).name, config=config.model_dump(), resume="allow"
+            project=project,
+            name=Path(config.run.dir).name,
+            config=config.model_dump(),
+            resume="allow",
         )
 
     def log(self, figures: dict[str, float], step: int) -> None:
@@ -139,4 +154,8 @@ class _Trackio:
         self._run.finish()
 
 
-_TRACKERS: dict[str, Callable[[Config], Tracker]] = {"tensorboard": _TensorBoard, "wandb": _WandB, "trackio": _Trackio}
+_TRACKERS: dict[str, Callable[[Config], Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _WandB,
+    "trackio": _Trackio,
+}

@@ -1,8 +1,9 @@
-"""Checkpoints of all that changes: step, trainable leaves, optimizer state, random key. Written while training goes on."""
+"""Checkpoints of all that changes: step, trainable leaves, optimizer state, random key. Written
+while training goes on.
+"""
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,17 +12,18 @@ from etils import epath
 
 from jaxtune.config.schema import Config
 from jaxtune.core import distributed
-from jaxtune.core.errors import RunFailure, UserError, listed
-from jaxtune.training.step import TrainState
+from jaxtune.core.errors import RunError, UserError, first_line, listed
+from jaxtune.tracking.run_directory import checkpoint_directory
+from jaxtune.training.state import TrainState
 
-DIRECTORY = "checkpoints"
 _SIZES, _BEST, _BAD = "sizes", "best", "bad"
 
 
 class Checkpoints:
     """The checkpoints of a run.
 
-    Of every one that is whole the sizes of its files are kept beside it, by which one that was cut short later is known.
+    Of every one that is whole the sizes of its files are kept beside it, by which one that was cut
+    short later is known.
 
     Args:
         directory: where they lie, on disk or in an object store (`gs://`, `s3://`).
@@ -32,13 +34,19 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: Any, keep: int = 2, warn: Callable[[str], None] = print, before: Callable[[], None] | None = None
+        self,
+        directory: Any,
+        keep: int = 2,
+        warn: Callable[[str], None] = print,
+        before: Callable[[], None] | None = None,
     ) -> None:
         import orbax.checkpoint as ocp
 
         self._ocp, self._warn, self._before, self.path = ocp, warn, before, epath.Path(directory)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=ocp.StandardCheckpointHandler())
+        self._manager = ocp.CheckpointManager(
+            self.path, options=options, item_handlers=ocp.StandardCheckpointHandler()
+        )
 
     @property
     def latest(self) -> int | None:
@@ -49,7 +57,7 @@ class Checkpoints:
         """Begin to write a checkpoint; the state may be donated to the next step at once.
 
         Raises:
-            RunFailure: it, or the one before, cannot be written; those before it are whole.
+            RunError: it, or the one before, cannot be written; those before it are whole.
 
         """
         step = int(state.step)
@@ -64,7 +72,8 @@ class Checkpoints:
             raise self._unwritten(error) from error
 
     def restore(self, like: TrainState) -> TrainState:
-        """The newest checkpoint that can be read, laid out like `like`; ones that cannot are put aside.
+        """The newest checkpoint that can be read, laid out like `like`; ones that cannot are put
+        aside.
 
         Args:
             like: the state, as arrays or as shapes with shardings.
@@ -74,24 +83,30 @@ class Checkpoints:
 
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
-            wrong = distributed.from_lead(lambda step=step: self._wrong(step))
+            wrong = distributed.broadcast_from_main(lambda step=step: self._wrong(step))
             if wrong is None:
                 try:
                     return self._restored(step, like)
                 except UserError:
                     raise
                 except Exception as error:
-                    if distributed.several():  # the others may have read their parts
-                        where, why = self.path / str(step), _reason(error)
-                        raise RunFailure(f"{where} cannot be read: {why}. Remove it, to go on from the one before.") from None
-                    wrong = _reason(error)
+                    if distributed.is_multiprocess():  # the others may have read their parts
+                        where, why = self.path / str(step), first_line(error)
+                        raise RunError(
+                            f"{where} cannot be read: {why}. Remove it, to go on from the one "
+                            "before."
+                        ) from None
+                    wrong = first_line(error)
             self._put_aside(step, wrong)
         raise UserError(f"{self.path}: no checkpoint can be read. Start over with --fresh.")
 
     def _restored(self, step: int, like: TrainState) -> TrainState:
         flat = _flatten(like)
         self._check_leaves(step, flat)
-        abstract = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in flat.items()}
+        abstract = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            for name, leaf in flat.items()
+        }
         found = self._manager.restore(step, args=self._ocp.args.StandardRestore(abstract))
         leaves = [found[name] for name in flat]
         restored = jax.tree.unflatten(jax.tree.structure(_without_key(like)), leaves[:-1])
@@ -111,40 +126,52 @@ class Checkpoints:
             names = listed(sorted(found.keys() ^ wanted.keys()))
             raise UserError(f"The checkpoint of step {step} has other leaves: {names}.")
         if wrong := [name for name, shape in wanted.items() if found[name] != shape]:
-            shapes = listed(f"{name} {list(found[name])} instead of {list(wanted[name])}" for name in wrong)
-            raise UserError(f"The checkpoint of step {step} does not fit this configuration: {shapes}.")
+            shapes = listed(
+                f"{name} {list(found[name])} instead of {list(wanted[name])}" for name in wrong
+            )
+            raise UserError(
+                f"The checkpoint of step {step} does not fit this configuration: {shapes}."
+            )
 
     def _wrong(self, step: int) -> str | None:
-        """What is wrong with the files of a checkpoint; None where nothing is, or where nothing is known of them."""
+        """What is wrong with the files of a checkpoint; None where nothing is, or where nothing
+        is known of them.
+        """
         noted = self.path / _SIZES / f"{step}.json"
         if not noted.exists():
             return None
         try:
             wanted, found = json.loads(noted.read_text()), _sizes(self.path / str(step))
         except (OSError, ValueError) as error:
-            return _reason(error)
+            return first_line(error)
         bad = [name for name, size in wanted.items() if found.get(name) != size]
         return f"{listed(bad, 2)} missing or cut short" if bad else None
 
     def _put_aside(self, step: int, wrong: str) -> None:
-        self._warn(f"WARNING: the checkpoint of step {step} cannot be used ({wrong}); going back to the one before.")
+        self._warn(
+            f"WARNING: the checkpoint of step {step} cannot be used ({wrong}); going back to the "
+            "one before."
+        )
         place = self.path / str(step)
-        if distributed.is_lead():
+        if distributed.is_main():
             kept = self.path / _BAD / str(step)
             kept.parent.mkdir(parents=True, exist_ok=True)
             if kept.exists():
                 kept.rmtree()
             place.rename(kept)
-            (self.path / _SIZES / f"{step}.json").unlink(missing_ok=True)  # not those of the one that will take its place
-        distributed.together("put aside")
+            (self.path / _SIZES / f"{step}.json").unlink(
+                missing_ok=True
+            )  # not those of the one that will take its place
+        distributed.barrier("put aside")
         self._manager.reload()
 
     def _note_sizes(self) -> None:
         """Of the checkpoints that are whole note the sizes of their files, and of no others.
 
-        Orbax's callback after a checkpoint comes before it has its name, so this is done when the next one begins and at the end.
+        Orbax's callback after a checkpoint comes before it has its name, so this is done when the
+        next one begins and at the end.
         """
-        if not distributed.is_lead():
+        if not distributed.is_main():
             return
         folder = self.path / _SIZES
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +188,7 @@ class Checkpoints:
         """Block until what is being written is whole.
 
         Raises:
-            RunFailure: it cannot be written.
+            RunError: it cannot be written.
 
         """
         try:
@@ -174,11 +201,12 @@ class Checkpoints:
         """Finish writing and release the directory."""
         self._manager.close()
 
-    def _unwritten(self, error: Exception) -> RunFailure:
+    def _unwritten(self, error: Exception) -> RunError:
         last = max(steps_in(self.path), default=None)
         kept = "none was written before" if last is None else f"the one of step {last} is whole"
-        return RunFailure(
-            f"{self.path}: a checkpoint cannot be written: {_reason(error)}; {kept}. Make room or set checkpoint.dir, and start again."
+        return RunError(
+            f"{self.path}: a checkpoint cannot be written: {first_line(error)}; {kept}. Make room "
+            "or set checkpoint.dir, and start again."
         )
 
 
@@ -200,7 +228,11 @@ class Best:
     def value(self) -> float | None:
         """Its metric, or None before the first."""
         step = self._checkpoints.latest
-        return None if step is None else distributed.from_lead(lambda: json.loads(self._noted(step).read_text()))
+        return (
+            None
+            if step is None
+            else distributed.broadcast_from_main(lambda: json.loads(self._noted(step).read_text()))
+        )
 
     @property
     def step(self) -> int | None:
@@ -212,7 +244,7 @@ class Best:
         value, before = metrics[self.metric], self.value
         if before is not None and not (value < before if self.metric == "loss" else value > before):
             return
-        if distributed.is_lead():
+        if distributed.is_main():
             self._noted(int(state.step)).parent.mkdir(parents=True, exist_ok=True)
             _write(self._noted(int(state.step)), json.dumps(value))
         self._checkpoints.save(state)
@@ -230,36 +262,18 @@ class Best:
         return self._checkpoints.path / "values" / f"{step}.json"
 
 
-def checkpoints_of(config: Config) -> Any:
-    """Where a run's checkpoints lie.
-
-    Raises:
-        UserError: in an object store whose library is not installed.
-
-    """
-    if config.checkpoint.dir is None:
-        return epath.Path(Path(config.run.dir).resolve() / DIRECTORY)
-    if "://" not in config.checkpoint.dir:
-        return epath.Path(Path(config.checkpoint.dir).expanduser().resolve())
-    try:
-        path = epath.Path(config.checkpoint.dir)
-        path.exists()
-    except (ImportError, KeyError, OSError) as error:
-        raise UserError(
-            f"checkpoint.dir: {config.checkpoint.dir} cannot be reached: {_reason(error)}. For gs:// install gcsfs, for s3:// s3fs, and "
-            "log in there."
-        ) from None
-    return path
-
-
 def steps_saved(config: Config) -> list[int]:
     """Steps of the whole checkpoints of a run, in order, without opening them."""
-    return steps_in(checkpoints_of(config))
+    return steps_in(checkpoint_directory(config))
 
 
 def steps_in(path: Any) -> list[int]:
     """Steps of the whole checkpoints in a folder, in order."""
-    return sorted(int(entry.name) for entry in path.iterdir() if entry.name.isdigit()) if path.is_dir() else []
+    return (
+        sorted(int(entry.name) for entry in path.iterdir() if entry.name.isdigit())
+        if path.is_dir()
+        else []
+    )
 
 
 def _sizes(folder: Any) -> dict[str, int]:
@@ -281,10 +295,6 @@ def _write(path: Any, text: str) -> None:
     staging.replace(path)
 
 
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
 def _without_key(state: TrainState) -> TrainState:
     return state._replace(key=None)
 
@@ -302,4 +312,7 @@ def _flatten(state: TrainState) -> dict[str, Any]:
     leaves, _ = jax.tree.flatten_with_path(_without_key(state))
     flat = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
     flat["key"] = _key_data(state.key)
-    return {name: np.asarray(leaf) if isinstance(leaf, np.generic | int | float) else leaf for name, leaf in flat.items()}
+    return {
+        name: np.asarray(leaf) if isinstance(leaf, np.generic | int | float) else leaf
+        for name, leaf in flat.items()
+    }

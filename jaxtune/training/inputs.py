@@ -1,4 +1,6 @@
-"""From a configuration to the base model's source, its tokenizer and every batch, before any weight is loaded."""
+"""From a configuration to the base model's source, its tokenizer and every batch, before any
+weight is loaded.
+"""
 
 from dataclasses import dataclass, replace
 from datetime import date
@@ -9,14 +11,14 @@ from jaxtune.core.errors import UserError
 from jaxtune.data.chat.template import plain_template
 from jaxtune.data.examples import Examples
 from jaxtune.data.formats.preference import Comparison
-from jaxtune.data.loader import Plan
+from jaxtune.data.loader import BatchSchedule
 from jaxtune.data.packing import Layout
 from jaxtune.data.prepare import Which, has_part, prepare
 from jaxtune.models.families.from_hf import from_hf
 from jaxtune.tracking.progress import Reporter
 from jaxtune.weights.peft import Adapter, open_adapter
 from jaxtune.weights.source import Source, resolve
-from jaxtune.weights.vocabulary import Grown, for_adapter, tokenizer_for, with_tokens
+from jaxtune.weights.vocabulary import ResizedSource, resize_for_adapter, tokenizer_for, with_tokens
 
 _NAMES = {"train": "Training", "eval": "Evaluation"}
 
@@ -39,17 +41,17 @@ class Inputs:
     adapter: Adapter | None
     teacher: Source | None
     tokenizer: Any
-    plan: Plan
-    eval_plan: Plan | None
+    plan: BatchSchedule
+    eval_plan: BatchSchedule | None
 
     @property
-    def plans(self) -> dict[str, Plan]:
+    def plans(self) -> dict[str, BatchSchedule]:
         """The plans that are there, by part."""
         return {"train": self.plan} | ({"eval": self.eval_plan} if self.eval_plan else {})
 
 
 def read_inputs(config: Config, reporter: Reporter, day: date | None = None) -> Inputs:
-    """Open the model and the adapter to start from, and tokenise the data.
+    """Open the model and the adapter to start from, and tokenize the data.
 
     Args:
         config: the resolved configuration.
@@ -61,28 +63,39 @@ def read_inputs(config: Config, reporter: Reporter, day: date | None = None) -> 
 
     """
     adapter = open_adapter(config.adapter.start) if config.adapter.start else None
-    source = for_adapter(resolve(config.model.source), adapter)
-    from_hf(source.config_json(), str(source.config_path))  # what is wrong there is said before the tokenizer is read
+    source = resize_for_adapter(resolve(config.model.source), adapter)
+    from_hf(
+        source.config_json(), str(source.config_path)
+    )  # what is wrong there is said before the tokenizer is read
     if adapter is None:
         source = with_tokens(source, config.model.new_tokens)
     elif config.model.new_tokens or config.adapter.train_tokens != "none":
         raise UserError(
-            "model.new_tokens and adapter.train_tokens: an adapter that is trained further (adapter.init) keeps its tokens. Remove them."
+            "model.new_tokens and adapter.train_tokens: an adapter that is trained further "
+            "(adapter.init) keeps its tokens. Remove them."
         )
-    if config.adapter.train_tokens == "new" and not isinstance(source, Grown):
-        raise UserError("adapter.train_tokens = new, and no token is new. Name some in model.new_tokens, or take all.")
+    if config.adapter.train_tokens == "new" and not isinstance(source, ResizedSource):
+        raise UserError(
+            "adapter.train_tokens = new, and no token is new. Name some in model.new_tokens, or "
+            "take all."
+        )
     tokenizer = tokenizer_for(source, adapter)
     if tokenizer is None:
         raise UserError(
-            f"{config.model.source} has no tokenizer, which training needs. Put its tokenizer files beside the weights."
+            f"{config.model.source} has no tokenizer, which training needs. Put its tokenizer "
+            "files beside the weights."
         )
     train = config.train
     length = config.data.max_length * (2 if config.on_pairs else 1)  # two answers lie side by side
     layout = Layout(train.batch_size, length, config.data.packing, config.data.shuffle, train.seed)
-    plan = Plan(_examples(config, tokenizer, "train", reporter, day), layout, train.epochs, train.steps)
+    plan = BatchSchedule(
+        _examples(config, tokenizer, "train", reporter, day), layout, train.epochs, train.steps
+    )
     held_out = None
     if has_part(config.data, "eval"):
-        held_out = Plan(_examples(config, tokenizer, "eval", reporter, day), replace(layout, shuffle=False), 1)
+        held_out = BatchSchedule(
+            _examples(config, tokenizer, "eval", reporter, day), replace(layout, shuffle=False), 1
+        )
     _give_template(tokenizer, plan.examples)
     found = Inputs(source, adapter, _teacher(config, tokenizer), tokenizer, plan, held_out)
     from_hf(source.config_json(), str(source.config_path)).check_tokens(
@@ -104,23 +117,29 @@ def _teacher(config: Config, tokenizer: Any) -> Source | None:
     theirs = source.tokenizer()
     if theirs is not None and theirs.get_vocab() != tokenizer.get_vocab():
         raise UserError(
-            f"distill.teacher: {source.name} has other tokens than {config.model.source}, so their predictions cannot be compared. "
+            f"distill.teacher: {source.name} has other tokens than {config.model.source}, so "
+            "their predictions cannot be compared. "
             "Take a teacher of the same family."
         )
-    sizes = [from_hf(found.config_json(), str(found.config_path)).vocab_size for found in (source, resolve(config.model.source))]
+    sizes = [
+        from_hf(found.config_json(), str(found.config_path)).vocab_size
+        for found in (source, resolve(config.model.source))
+    ]
     if sizes[0] != sizes[1]:
         raise UserError(
-            f"distill.teacher: {source.name} has {sizes[0]} rows of tokens, the model {sizes[1]}. They must be as many."
+            f"distill.teacher: {source.name} has {sizes[0]} rows of tokens, the model {sizes[1]}. "
+            "They must be as many."
         )
     return source
 
 
-def account(plans: dict[str, Plan], reporter: Reporter) -> None:
+def account(plans: dict[str, BatchSchedule], reporter: Reporter) -> None:
     """Say what will be trained and evaluated on, and what was cut or left out."""
     for part, plan in plans.items():
         examples, counts = plan.examples, plan.examples.summary()
         reporter.say(
-            f"{_NAMES[part]} data: {counts['rows']:,} rows ({counts['format']}), {counts['tokens']:,} tokens, "
+            f"{_NAMES[part]} data: {counts['rows']:,} rows ({counts['format']}), "
+            f"{counts['tokens']:,} tokens, "
             f"{counts['supervised_tokens']:,} supervised, longest {counts['longest']:,}; "
             f"{counts['truncated']} truncated, {counts['dropped'] + counts['bad']} left out"
         )
@@ -131,15 +150,21 @@ def account(plans: dict[str, Plan], reporter: Reporter) -> None:
             (examples.bad, "are bad and left out"),
         ):
             if places:
-                reporter.say(f"  {len(places):,} rows {what}: {', '.join(places[:3])}{' ...' if len(places) > 3 else ''}")
+                reporter.say(
+                    f"  {len(places):,} rows {what}: "
+                    f"{', '.join(places[:3])}{' ...' if len(places) > 3 else ''}"
+                )
         if examples.rewritten:
             reporter.say(
-                f"  {examples.rewritten:,} rows: the chat template rewrites earlier turns, so each answer is an example of its own"
+                f"  {examples.rewritten:,} rows: the chat template rewrites earlier turns, so "
+                "each answer is an example of its own"
             )
 
 
-def _examples(config: Config, tokenizer: Any, which: Which, reporter: Reporter, day: date | None) -> Examples:
-    with reporter.task(f"Tokenising {_NAMES[which].lower()} data", 100, lazy=True) as task:
+def _examples(
+    config: Config, tokenizer: Any, which: Which, reporter: Reporter, day: date | None
+) -> Examples:
+    with reporter.task(f"Tokenizing {_NAMES[which].lower()} data", 100, lazy=True) as task:
         return prepare(config.data, tokenizer, which, task.update_share, day, comparison(config))
 
 
@@ -151,17 +176,20 @@ def comparison(config: Config) -> Comparison | None:
 
 
 def _give_template(tokenizer: Any, examples: Examples) -> None:
-    """A tokenizer without chat template that was trained on chats gets the template they went through, to be exported with it.
+    """A tokenizer without chat template that was trained on chats gets the template they went
+    through, to be exported with it.
 
     Raises:
-        UserError: some rows are chats and others are not, so that afterwards no prompt could fit both.
+        UserError: some rows are chats and others are not, so that afterwards no prompt could fit
+            both.
 
     """
     if tokenizer.chat_template or "chat" not in examples.kinds:
         return
     if "plain" in examples.kinds:
         raise UserError(
-            f"{examples.source}: some rows are chats, others prompts with completions, and the tokenizer has no chat template. "
+            f"{examples.source}: some rows are chats, others prompts with completions, and the "
+            "tokenizer has no chat template. "
             "Write all rows one way, so that prompts are asked as they were trained."
         )
     tokenizer.chat_template = plain_template(tokenizer)

@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM end a run after the step at hand, with a checkpoint; of several processes, all after the same step."""
+"""Ctrl-C and SIGTERM end a run after the step at hand, with a checkpoint; of several processes,
+all after the same step.
+"""
 
 import os
 import signal
@@ -10,14 +12,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """While entered, the first signal is remembered; a second one ends the process as it would have without this.
+    """While entered, the first signal is remembered; a second one ends the process as it would have
+    without this.
 
-    Where there are several processes, SIGTERM is JAX's: its service agrees with all of them on a step. Ctrl-C is passed on as that.
+    Where there are several processes, SIGTERM is JAX's: its service agrees with all of them on a
+    step. Ctrl-C is passed on as that.
     """
 
     def __init__(self) -> None:
         self._number: int | None = None
-        self._shared = distributed.several()
+        self._shared = distributed.is_multiprocess()
 
     def __enter__(self) -> "StopRequest":
         mine = (signal.SIGINT,) if self._shared else SIGNALS

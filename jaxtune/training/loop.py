@@ -12,11 +12,11 @@ import jax
 import numpy as np
 
 from jaxtune.config.schema import Config
-from jaxtune.core.errors import Interrupted, RunFailure
-from jaxtune.core.hardware import Memory, give_back
-from jaxtune.data.loader import Plan, batches, local_rows, on_devices
-from jaxtune.objectives.objective import Batch
-from jaxtune.tracking.metrics_log import MetricsLog, flops_per_token, peak_flops, perplexity
+from jaxtune.core.errors import Interrupted, RunError
+from jaxtune.core.hardware import Memory, give_back, peak_flops
+from jaxtune.data.batch import Batch
+from jaxtune.data.loader import BatchSchedule, batches, local_rows, on_devices
+from jaxtune.tracking.metrics_log import MetricsLog, flops_per_token, perplexity
 from jaxtune.tracking.progress import Task, training_text
 from jaxtune.tracking.run_directory import CONFIG
 from jaxtune.training.checkpoint import Checkpoints
@@ -24,7 +24,8 @@ from jaxtune.training.interrupt import StopRequest
 from jaxtune.training.optimizer import schedule
 from jaxtune.training.profile import Profile
 from jaxtune.training.setup import Setup, parameters
-from jaxtune.training.step import StepMetrics, TrainState, eval_step, train_step
+from jaxtune.training.state import TrainState
+from jaxtune.training.step import StepMetrics, eval_step, train_step
 from jaxtune.training.watchdog import Watchdog
 
 
@@ -40,26 +41,34 @@ class Pending:
 
 
 class Recorder:
-    """Turns the steps' metrics into rows of the log, and stops the run at the first that is not finite."""
+    """Turns the steps' metrics into rows of the log, and stops the run at the first that is not
+    finite.
+    """
 
     def __init__(self, setup: Setup, log: MetricsLog, task: Task) -> None:
         self.setup, self.log, self.task = setup, log, task
-        rates = jax.vmap(schedule(setup.config.optimizer, len(setup.plan)))(np.arange(len(setup.plan)))
-        self._rates = np.asarray(rates)  # all at once: asked for at every step, a device would have to finish the step first
+        rates = jax.vmap(schedule(setup.config.optimizer, len(setup.plan)))(
+            np.arange(len(setup.plan))
+        )
+        self._rates = np.asarray(
+            rates
+        )  # all at once: asked for at every step, a device would have to finish the step first
         self._flops = flops_per_token(parameters(setup.frozen.base), parameters(setup.trainable))
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak = peak * setup.mesh.size if peak else None
         self._since = time.monotonic()
 
     def restart_clock(self) -> None:
-        """Do not count what was done since the last row (an evaluation, a checkpoint) to the next step."""
+        """Do not count what was done since the last row (an evaluation, a checkpoint) to the
+        next step.
+        """
         self._since = time.monotonic()
 
     def record(self, pending: Pending) -> None:
         """Fetch a step's metrics and write its row.
 
         Raises:
-            RunFailure: the loss or the gradient is not finite.
+            RunError: the loss or the gradient is not finite.
 
         """
         metrics = jax.device_get(pending.metrics)
@@ -86,9 +95,11 @@ class Recorder:
         }
         self.log.write(row)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise RunFailure(
-                f"Step {step}: the loss is {loss} and the gradient's norm {norm}. The run has stopped; the checkpoints before it are kept. "
-                "Lower optimizer.learning_rate, set optimizer.clip_norm, or look at this step's rows, and start over with --fresh."
+            raise RunError(
+                f"Step {step}: the loss is {loss} and the gradient's norm {norm}. The run has "
+                "stopped; the checkpoints before it are kept. "
+                "Lower optimizer.learning_rate, set optimizer.clip_norm, or look at this step's "
+                "rows, and start over with --fresh."
             )
         self.task.update(step, training_text(row))
 
@@ -109,12 +120,12 @@ def fit(
         log: gets a row a step.
         checkpoints: gets a checkpoint every `checkpoint.every` steps and at the end.
         task: the progress bar.
-        evaluate: called with the state every `train.eval_every` steps, and says whether training shall end; after the last step only
-            where the best state is kept.
+        evaluate: called with the state every `train.eval_every` steps, and says whether training
+            shall end; after the last step only where the best state is kept.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM came; the state is saved.
-        RunFailure: a loss or gradient that is not finite.
+        RunError: a loss or gradient that is not finite.
 
     """
     config, total = setup.config, len(setup.plan)
@@ -123,7 +134,7 @@ def fit(
     pending: Pending | None = None
     profile = Profile(config.run.dir, config.run.profile)
     with StopRequest() as stop, Watchdog(config.run.watchdog) as watchdog, closing(profile):
-        for loaded in batches(setup.plan, int(state.step), setup.cuts, setup.mesh):
+        for loaded in batches(setup.plan, int(state.step), setup.micro_batches, setup.mesh):
             run, peak = compiled(state, loaded.batch)
             profile.before()
             state, metrics = run(state, setup.frozen, loaded.batch)
@@ -167,7 +178,7 @@ class _Compiled:
 
     def __init__(self, setup: Setup) -> None:
         self._frozen = setup.frozen
-        self._step = train_step(setup.computation, setup.optimizer, setup.config.train.ema, setup.layout)
+        self._step = train_step(setup.spec, setup.optimizer, setup.config.train.ema, setup.layout)
         self._programs: dict[tuple[int, ...], tuple[Any, int | None]] = {}
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[Any, int | None]:
@@ -188,18 +199,24 @@ class Evaluator:
 
     """
 
-    def __init__(self, setup: Setup, plan: Plan) -> None:
+    def __init__(self, setup: Setup, plan: BatchSchedule) -> None:
         self.setup, self.plan = setup, plan
-        self._step = eval_step(setup.computation)
+        self._step = eval_step(setup.spec)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        """The loss with the objective's other figures; of supervised training in nats per supervised token, and perplexity."""
+        """The loss with the objective's other figures; of supervised training in nats per
+        supervised token, and perplexity.
+        """
         sums, leaves = [], self.setup.best(state)
         wanted = local_rows(self.plan.layout.rows, 1, self.setup.mesh)
         for index in range(len(self.plan)):
             batch = on_devices(self.plan.batch(index, wanted), 1, self.setup.mesh)
-            sums.append(self._step(leaves, self.setup.frozen, jax.tree.map(lambda part: part[0], batch)))
-        loss, weight, figures = jax.tree.map(lambda *parts: float(np.sum(np.asarray(parts, np.float64))), *jax.device_get(sums))
+            sums.append(
+                self._step(leaves, self.setup.frozen, jax.tree.map(lambda part: part[0], batch))
+            )
+        loss, weight, figures = jax.tree.map(
+            lambda *parts: float(np.sum(np.asarray(parts, np.float64))), *jax.device_get(sums)
+        )
         found = {"loss": loss / weight}
         found |= {} if self.setup.config.on_pairs else {"perplexity": perplexity(loss / weight)}
         return found | {name: value / weight for name, value in figures.items()}
@@ -208,6 +225,7 @@ class Evaluator:
 def _how_to_go_on(setup: Setup, number: int, step: int) -> str:
     directory = setup.config.run.dir
     return (
-        f"{signal.Signals(number).name}: stopped after step {step} of {len(setup.plan)}; it is saved.\n"
+        f"{signal.Signals(number).name}: stopped after step {step} of {len(setup.plan)}; it is "
+        "saved.\n"
         f"Go on with: jaxtune train {directory}/{CONFIG}"
     )

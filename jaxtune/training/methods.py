@@ -25,13 +25,13 @@ from jaxtune.objectives.simpo import simpo
 from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import Adapter, attach, open_adapter
 from jaxtune.weights.source import Source
-from jaxtune.weights.vocabulary import Grown
+from jaxtune.weights.vocabulary import ResizedSource
 
 _BETA, _SIMPO_BETA = 0.1, 2.0
 
 
 def objective(config: Config) -> Objective:
-    """What the run minimises."""
+    """What the run minimizes."""
     numbers, teacher, name = config.preference, config.distill, config.train.objective
     beta = numbers.beta or (_SIMPO_BETA if name == "simpo" else _BETA)
     return {
@@ -51,7 +51,9 @@ def selected(config: Config) -> tuple[str, ...]:
     return (config.trainable,) if isinstance(config.trainable, str) else tuple(config.trainable)
 
 
-def trained_model(config: Config, source: Source, adapter: Adapter | None, mesh: Mesh, *, shapes: bool = False) -> CausalLM:
+def trained_model(
+    config: Config, source: Source, adapter: Adapter | None, mesh: Mesh, *, shapes: bool = False
+) -> CausalLM:
     """The model as training begins.
 
     Args:
@@ -68,9 +70,19 @@ def trained_model(config: Config, source: Source, adapter: Adapter | None, mesh:
     kind = config.model
     count = from_hf(source.config_json(), str(source.config_path)).num_layers
     layers = _layers(config.adapter, count)
-    cuts = () if layers is None else tuple(at for at in range(1, count) if (at in layers) != (at - 1 in layers))
+    layer_boundaries = (
+        ()
+        if layers is None
+        else tuple(at for at in range(1, count) if (at in layers) != (at - 1 in layers))
+    )
     model = load_model(
-        source, mesh, dtype=kind.dtype, compute=kind.compute_dtype, trainable=selected(config), cuts=cuts, shapes=shapes
+        source,
+        mesh,
+        dtype=kind.dtype,
+        compute=kind.compute_dtype,
+        trainable=selected(config),
+        layer_boundaries=layer_boundaries,
+        shapes=shapes,
     )
 
     def adapt(model: CausalLM) -> None:
@@ -104,12 +116,16 @@ def _shaped(model: CausalLM, change: Callable[[CausalLM], None], mesh: Mesh) -> 
         if path in kept and isinstance(leaf, type(kept[path])):
             leaves[path] = kept[path]
         else:
-            placed = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding(mesh, axes, value.shape))
+            placed = jax.ShapeDtypeStruct(
+                value.shape, value.dtype, sharding=sharding(mesh, axes, value.shape)
+            )
             leaves[path] = leaf.replace(placed)
     return nnx.merge(made[0], nnx.from_flat_state(leaves))
 
 
-def _lora(section: AdapterSection, layers: tuple[int, ...] | None, model: CausalLM, source: Source) -> LoRAConfig:
+def _lora(
+    section: AdapterSection, layers: tuple[int, ...] | None, model: CausalLM, source: Source
+) -> LoRAConfig:
     saved = tuple(section.modules_to_save)
     if section.train_tokens == "all":
         saved = tuple(dict.fromkeys((*saved, "embed_tokens", "lm_head")))
@@ -137,22 +153,27 @@ def _layers(section: AdapterSection, count: int) -> tuple[int, ...] | None:
     if isinstance(found, str):
         return tuple(range(max(0, count - int(found.removeprefix("last:"))), count))
     if found is not None and (beyond := [number for number in found if number >= count]):
-        raise UserError(f"adapter.layers: the model has the layers 0 to {count - 1}, not {beyond[0]}.")
+        raise UserError(
+            f"adapter.layers: the model has the layers 0 to {count - 1}, not {beyond[0]}."
+        )
     return None if found is None else tuple(found)
 
 
 def _token_rows(model: CausalLM, source: Source) -> dict[str, tuple[int, ...]]:
     """The rows of new tokens that come with the adapter, by module."""
-    if not isinstance(source, Grown):
+    if not isinstance(source, ResizedSource):
         return {}
-    return dict.fromkeys(("embed_tokens", "lm_head")[: 1 if model.lm_head is None else 2], source.fresh)
+    return dict.fromkeys(
+        ("embed_tokens", "lm_head")[: 1 if model.lm_head is None else 2], source.fresh
+    )
 
 
 def adopt_adapter(config: Config) -> Config:
     """The configuration with the numbers of the adapter it starts from, if it starts from one.
 
     Raises:
-        UserError: the configuration says another rank, alpha, targets or the like than the adapter has.
+        UserError: the configuration says another rank, alpha, targets or the like than the adapter
+            has.
 
     """
     if config.adapter.start is None:
@@ -161,7 +182,8 @@ def adopt_adapter(config: Config) -> Config:
     for key, value in found.items():
         if key in config.adapter.model_fields_set and getattr(config.adapter, key) != value:
             raise UserError(
-                f"adapter.{key} = {getattr(config.adapter, key)}, and adapter.init has {value}. Remove adapter.{key}, or set it to that."
+                f"adapter.{key} = {getattr(config.adapter, key)}, and adapter.init has {value}. "
+                f"Remove adapter.{key}, or set it to that."
             )
     return config.model_copy(update={"adapter": config.adapter.model_copy(update=found)})
 

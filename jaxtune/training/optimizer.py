@@ -23,9 +23,11 @@ _POWER = {"llama": 0.781, "qwen2": 0.0775, "qwen3": 0.0775}
 
 
 def auto_rate(config: ModelConfig, lora: bool) -> float:
-    """5e-5 (2000 / hidden size)^p, ten times that for LoRA, p = 0.781 for Llama and 0.0775 for Qwen.
+    """5e-5 (2000 / hidden size)^p, ten times that for LoRA, p = 0.781 for Llama and 0.0775 for
+    Qwen.
 
-    Thinking Machines' rule for AdamW, fitted to their sweeps (LoRA Without Regret, 2025); it depends neither on the rank nor on the task.
+    Thinking Machines' rule for AdamW, fitted to their sweeps (LoRA Without Regret, 2025); it
+    depends neither on the rank nor on the task.
 
     Raises:
         UserError: a family that the rule was not fitted to.
@@ -34,9 +36,14 @@ def auto_rate(config: ModelConfig, lora: bool) -> float:
     family = config.raw.get("model_type", "")
     if family not in _POWER:
         raise UserError(
-            f"optimizer.learning_rate=auto: the rule is for {listed(_POWER)}, not for {family}. Give a number, such as 2e-4."
+            f"optimizer.learning_rate=auto: the rule is for {listed(_POWER)}, not for {family}. "
+            "Give a number, such as 2e-4."
         )
-    return _FULL_RATE * (_LORA_FACTOR if lora else 1.0) * (_WIDTH / config.hidden_size) ** _POWER[family]
+    return (
+        _FULL_RATE
+        * (_LORA_FACTOR if lora else 1.0)
+        * (_WIDTH / config.hidden_size) ** _POWER[family]
+    )
 
 
 def warmup_steps(config: OptimizerSection, steps: int) -> int:
@@ -47,8 +54,8 @@ def warmup_steps(config: OptimizerSection, steps: int) -> int:
 def schedule(config: OptimizerSection, steps: int) -> optax.Schedule:
     """Learning rate of the step with index 0, 1, 2 ...
 
-    The warmup's k-th step (from 1) has k / warmup of the peak, so no step is spent at zero; after it the cosine and
-    the line are those of transformers' schedulers, at the same step.
+    The warmup's k-th step (from 1) has k / warmup of the peak, so no step is spent at zero; after
+    it the cosine and the line are those of transformers' schedulers, at the same step.
 
     Args:
         config: peak, kind and warmup; the peak is a number here.
@@ -64,7 +71,9 @@ def schedule(config: OptimizerSection, steps: int) -> optax.Schedule:
         index = jnp.asarray(index, jnp.float32)
         left = jnp.clip((warmup + rest - index) / rest, 0.0, 1.0)
         shape = {
-            "cosine": jnp.square(jnp.sin(0.5 * jnp.pi * left)),  # = (1 + cos(pi (1 - left))) / 2, exact near zero
+            "cosine": jnp.square(
+                jnp.sin(0.5 * jnp.pi * left)
+            ),  # = (1 + cos(pi (1 - left))) / 2, exact near zero
             "linear": left,
             "constant": jnp.ones_like(left),
             "wsd": jnp.clip((steps - index) / decay, 0.0, 1.0),
@@ -99,14 +108,21 @@ def leaves_of(trainable: nnx.State, config: ModelConfig) -> list[Leaf]:
     found = []
     for path, variable in nnx.to_flat_state(trainable):
         axes = variable.get_metadata()["axes"]
-        names = tuple(name.removesuffix(".weight") for name in names_of((*path[:-1], "weight"), config)[1])
+        names = tuple(
+            name.removesuffix(".weight") for name in names_of((*path[:-1], "weight"), config)[1]
+        )
         value = variable.get_value()
-        found.append(Leaf(names, str(path[-1]), value.ndim - len(axes), len(axes) > 1, "vocab" in axes))
+        found.append(
+            Leaf(names, str(path[-1]), value.ndim - len(axes), len(axes) > 1, "vocab" in axes)
+        )
     return found
 
 
-def optimizer(config: OptimizerSection, steps: int, leaves: list[Leaf]) -> optax.GradientTransformation:
-    """The update rule over a whole run: clipping by the global norm, then the rule, decoupled decay, and each leaf's rate.
+def optimizer(
+    config: OptimizerSection, steps: int, leaves: list[Leaf]
+) -> optax.GradientTransformation:
+    """The update rule over a whole run: clipping by the global norm, then the rule, decoupled
+    decay, and each leaf's rate.
 
     Args:
         config: the rule and its numbers; the rate is a number here.
@@ -117,11 +133,19 @@ def optimizer(config: OptimizerSection, steps: int, leaves: list[Leaf]) -> optax
         UserError: an entry of `rates` that fits nothing that trains.
 
     """
-    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    clip = (
+        optax.identity()
+        if config.clip_norm is None
+        else optax.clip_by_global_norm(config.clip_norm)
+    )
     rate, factors = schedule(config, steps), _factors(config, leaves)
     rest = optax.chain(
-        optax.add_decayed_weights(config.weight_decay, partial(_like, [leaf.matrix for leaf in leaves])),
-        optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, _like(factors, updates))),
+        optax.add_decayed_weights(
+            config.weight_decay, partial(_like, [leaf.matrix for leaf in leaves])
+        ),
+        optax.stateless(
+            lambda updates, _: jax.tree.map(jnp.multiply, updates, _like(factors, updates))
+        ),
         optax.scale_by_learning_rate(rate),
     )
     rule = optax.chain(_direction(config, leaves), rest)
@@ -131,7 +155,9 @@ def optimizer(config: OptimizerSection, steps: int, leaves: list[Leaf]) -> optax
 
 
 def evaluated(config: OptimizerSection, opt_state: Any, trainable: nnx.State) -> nnx.State:
-    """The leaves to evaluate and export: those that train, but for schedule-free AdamW, which averages them."""
+    """The leaves to evaluate and export: those that train, but for schedule-free AdamW, which
+    averages them.
+    """
     if config.name != "schedule-free":
         return trainable
     return optax.contrib.schedule_free_eval_params(opt_state[-1], trainable)
@@ -140,12 +166,17 @@ def evaluated(config: OptimizerSection, opt_state: Any, trainable: nnx.State) ->
 def _direction(config: OptimizerSection, leaves: list[Leaf]) -> optax.GradientTransformation:
     """The rule without decay and rate."""
     first, second = config.betas
-    if config.name == "adafactor":  # Shazeer & Stern 2018, with a given rate and without the parameters' scale
+    if (
+        config.name == "adafactor"
+    ):  # Shazeer & Stern 2018, with a given rate and without the parameters' scale
         rule = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
         return _by_matrix(rule, [leaf.stack for leaf in leaves])
     if config.name == "muon":
         kinds = ["muon" if leaf.matrix and not leaf.vocabulary else "adam" for leaf in leaves]
-        rules: dict[Any, Any] = {"muon": _muon(first, config.eps), "adam": optax.scale_by_adam(first, second, config.eps)}
+        rules: dict[Any, Any] = {
+            "muon": _muon(first, config.eps),
+            "adam": optax.scale_by_adam(first, second, config.eps),
+        }
         return optax.partition(rules, partial(_like, kinds))
     return {
         "adamw": optax.scale_by_adam(first, second, config.eps),  # Loshchilov & Hutter 2019
@@ -156,10 +187,14 @@ def _direction(config: OptimizerSection, leaves: list[Leaf]) -> optax.GradientTr
 
 
 def _muon(momentum: float, eps: float) -> optax.GradientTransformation:
-    """Jordan et al. 2024 for matrices; vectors, and what has the vocabulary for a side, are AdamW's. The momentum is bias-corrected."""
+    """Jordan et al. 2024 for matrices; vectors, and what has the vocabulary for a side, are
+    AdamW's. The momentum is bias-corrected.
+    """
 
     def sides(updates: Any) -> Any:
-        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2), updates)
+        return jax.tree.map(
+            lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2), updates
+        )
 
     def sized(update: jax.Array) -> jax.Array:
         return update * (_MUON_RMS * math.sqrt(max(update.shape[-2:])))
@@ -169,26 +204,39 @@ def _muon(momentum: float, eps: float) -> optax.GradientTransformation:
 
 
 def _factors(config: OptimizerSection, leaves: list[Leaf]) -> list[float]:
-    """By what each leaf's rate differs from the peak: `rates`, else `lora_plus` for B (Hayou et al. 2024)."""
+    """By what each leaf's rate differs from the peak: `rates`, else `lora_plus` for B (Hayou et
+    al. 2024).
+    """
     assert config.learning_rate != "auto"
     for pattern in config.rates:
         if not any(_named(pattern, leaf) for leaf in leaves):
             known = sorted({name.rpartition(".")[2] for leaf in leaves for name in leaf.names})
-            raise UserError(f"optimizer.rates: '{pattern}' fits nothing that trains; there are {listed(known, 20)}.")
+            raise UserError(
+                f"optimizer.rates: '{pattern}' fits nothing that trains; there are "
+                f"{listed(known, 20)}."
+            )
     found = []
     for leaf in leaves:
-        own = next((value for pattern, value in config.rates.items() if _named(pattern, leaf)), None)
+        own = next(
+            (value for pattern, value in config.rates.items() if _named(pattern, leaf)), None
+        )
         plus = config.lora_plus if config.lora_plus and leaf.name == "lora_B" else 1.0
         found.append(plus if own is None else own / config.learning_rate)
     return found
 
 
 def _named(pattern: str, leaf: Leaf) -> bool:
-    """Whether the pattern fits all modules of a leaf; one that fits some only is an error, as they are one array."""
-    hits = {re.search(rf"(^|\.)({pattern})(\.|$)", f"{name}.{leaf.name}") is not None for name in leaf.names}
+    """Whether the pattern fits all modules of a leaf; one that fits some only is an error, as
+    they are one array.
+    """
+    hits = {
+        re.search(rf"(^|\.)({pattern})(\.|$)", f"{name}.{leaf.name}") is not None
+        for name in leaf.names
+    }
     if len(hits) > 1:
         raise UserError(
-            f"optimizer.rates: '{pattern}' fits some layers of {listed(leaf.names, 3)} only. Name modules, not single layers."
+            f"optimizer.rates: '{pattern}' fits some layers of {listed(leaf.names, 3)} only. Name "
+            "modules, not single layers."
         )
     return True in hits
 
@@ -198,7 +246,9 @@ def _like(values: list[Any], tree: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), values)
 
 
-def _by_matrix(rule: optax.GradientTransformation, stacks: list[int]) -> optax.GradientTransformation:
+def _by_matrix(
+    rule: optax.GradientTransformation, stacks: list[int]
+) -> optax.GradientTransformation:
     """The rule for each matrix by itself, where a leaf is a stack of them."""
 
     def over(function: Any, depth: int) -> Any:
@@ -207,11 +257,16 @@ def _by_matrix(rule: optax.GradientTransformation, stacks: list[int]) -> optax.G
         return function
 
     def init(params: Any) -> tuple[Any, ...]:
-        return tuple(over(rule.init, depth)(leaf) for leaf, depth in zip(jax.tree.leaves(params), stacks, strict=True))
+        return tuple(
+            over(rule.init, depth)(leaf)
+            for leaf, depth in zip(jax.tree.leaves(params), stacks, strict=True)
+        )
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         parts = zip(jax.tree.leaves(updates), state, jax.tree.leaves(params), stacks, strict=True)
-        done = [over(rule.update, depth)(grad, moments, leaf) for grad, moments, leaf, depth in parts]
+        done = [
+            over(rule.update, depth)(grad, moments, leaf) for grad, moments, leaf, depth in parts
+        ]
         return _like([step for step, _ in done], updates), tuple(moments for _, moments in done)
 
     return optax.GradientTransformation(init, update)

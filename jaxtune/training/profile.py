@@ -4,14 +4,15 @@ from pathlib import Path
 
 import jax
 
-from jaxtune.core.distributed import is_lead
+from jaxtune.core.distributed import is_main
 
 FOLDER = "profile"
 _AFTER = 2  # steps of this call that are not recorded: they compile, and fill the queue
 
 
 class Profile:
-    """Records `steps` steps after the first of a call; what the devices and the host did lies in `profile/` of the run.
+    """Records `steps` steps after the first of a call; what the devices and the host did lies in
+    `profile/` of the run.
 
     Args:
         directory: of the run.
@@ -20,7 +21,7 @@ class Profile:
     """
 
     def __init__(self, directory: str, steps: int) -> None:
-        self.path, self.steps = Path(directory) / FOLDER, steps if is_lead() else 0
+        self.path, self.steps = Path(directory) / FOLDER, steps if is_main() else 0
         self._seen, self._recording = 0, False
 
     def before(self) -> None:

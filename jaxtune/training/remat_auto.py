@@ -1,4 +1,6 @@
-"""Which remat policy a run gets where it leaves that open, by an estimate of what each takes of a device's memory."""
+"""Which remat policy a run gets where it leaves that open, by an estimate of what each takes of
+a device's memory.
+"""
 
 from typing import NamedTuple
 
@@ -6,19 +8,20 @@ from jax.sharding import Mesh
 
 from jaxtune.config.schema import Config
 from jaxtune.core.hardware import platform
-from jaxtune.core.sharding import ways
+from jaxtune.core.sharding import axis_size
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.kernels.blockwise import BLOCK
 from jaxtune.objectives.cross_entropy import most_at_once
 
 _SHARE = 0.9  # of the memory that an estimate may fill
-# Arrays of the MLP's and of the model's width that one layer's backward pass holds at once, by compiled steps.
+# Arrays of the MLP's and of the model's width that one layer's backward pass holds at once, by
+# compiled steps.
 _WIDE, _NARROW = 10, 12
 _SCORES = 4  # blocks of attention's scores at once
 _LOGITS = 3  # arrays of a chunk's logits that are there at once
 
 
-class Room(NamedTuple):
+class MemoryBudget(NamedTuple):
     """What a device has, in bytes.
 
     Attributes:
@@ -31,24 +34,33 @@ class Room(NamedTuple):
     fixed: int
 
 
-def chosen(config: Config, model: CausalLM, mesh: Mesh | None, room: Room) -> str:
-    """The first of `dots`, `full` and `offload` for which there seems to be room.
+def choose_policy(config: Config, model: CausalLM, mesh: Mesh | None, budget: MemoryBudget) -> str:
+    """The first of `dots`, `full` and `offload` for which there seems to be budget.
 
     Args:
         config: the resolved configuration.
         model: the model, of which only shapes matter.
         mesh: the devices; None is one.
-        room: what one of them has.
+        budget: what one of them has.
 
     """
     policies = ("dots", "full") if platform() == "cpu" else ("dots", "full", "offload")
-    fits = (policy for policy in policies if needed(config, model, mesh, policy) + room.fixed <= _SHARE * room.capacity)
+    fits = (
+        policy
+        for policy in policies
+        if activation_bytes(config, model, mesh, policy) + budget.fixed <= _SHARE * budget.capacity
+    )
     return next(fits, policies[-1])
 
 
-def needed(config: Config, model: CausalLM, mesh: Mesh | None, policy: str) -> int:
-    """About how many bytes of activations a device holds at most: what is kept of all layers, one layer at work, logits."""
-    parts = {axis: 1 if mesh is None else ways(mesh, axis) for axis in ("batch", "seq", "kept_seq", "act_mlp", "vocab")}
+def activation_bytes(config: Config, model: CausalLM, mesh: Mesh | None, policy: str) -> int:
+    """About how many bytes of activations a device holds at most: what is kept of all layers,
+    one layer at work, logits.
+    """
+    parts = {
+        axis: 1 if mesh is None else axis_size(mesh, axis)
+        for axis in ("batch", "seq", "kept_seq", "act_mlp", "vocab")
+    }
     train, shape, item = config.train, model.config, model.compute_dtype.itemsize
     rows = (train.micro_batch_size or train.batch_size) * (2 if config.on_pairs else 1)
     tokens = -(-rows * config.data.max_length // (parts["batch"] * parts["seq"]))
@@ -59,11 +71,19 @@ def needed(config: Config, model: CausalLM, mesh: Mesh | None, policy: str) -> i
     )
     heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim // parts["act_mlp"]
     inputs = shape.hidden_size * parts["seq"] // parts["kept_seq"]
-    kept = {"offload": 2 * inputs / shape.num_layers, "full": inputs, "dots": inputs + heads + shape.hidden_size + 2 * wide}[
-        policy
-    ]
+    kept = {
+        "offload": 2 * inputs / shape.num_layers,
+        "full": inputs,
+        "dots": inputs + heads + shape.hidden_size + 2 * wide,
+    }[policy]
     work = _WIDE * wide + _NARROW * shape.hidden_size
     logits = _LOGITS * most_at_once() * (shape.vocab_size // parts["vocab"]) * 4
     square = min(BLOCK, config.data.max_length) ** 2
-    scores = _SCORES * -(-rows // parts["batch"]) * (shape.num_heads // parts["act_mlp"] or 1) * square * 4
+    scores = (
+        _SCORES
+        * -(-rows // parts["batch"])
+        * (shape.num_heads // parts["act_mlp"] or 1)
+        * square
+        * 4
+    )
     return int(tokens * item * (kept * shape.num_layers + work) + logits + scores)

@@ -1,4 +1,6 @@
-"""From a configuration to everything a run needs: data first, weights last, so that a mistake is found before they load."""
+"""From a configuration to everything a run needs: data first, weights last, so that a mistake is
+found before they load.
+"""
 
 from dataclasses import dataclass
 from datetime import date
@@ -11,24 +13,25 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxtune.adapters.inject import split_trainable
+from jaxtune.adapters.inject import partition_trainable
 from jaxtune.config.schema import Config
 from jaxtune.core import distributed
 from jaxtune.core.files import shown
 from jaxtune.core.hardware import bytes_here, capacity
 from jaxtune.core.mesh import make_mesh
-from jaxtune.data.loader import Plan, check_divides
+from jaxtune.data.loader import BatchSchedule, check_divides
 from jaxtune.models.decoder import CausalLM
-from jaxtune.models.kernels.quantized import Quantised
+from jaxtune.models.kernels.quantized import QuantizedTensor
 from jaxtune.tracking.progress import Reporter
 from jaxtune.training.inputs import account, read_inputs
 from jaxtune.training.methods import described, objective, trained_model
 from jaxtune.training.optimizer import auto_rate, evaluated, leaves_of, optimizer
-from jaxtune.training.remat_auto import Room, chosen
-from jaxtune.training.step import Computation, Frozen, TrainState, init_state, layout
+from jaxtune.training.remat_auto import MemoryBudget, choose_policy
+from jaxtune.training.state import Frozen, TrainState, init_state, layout
+from jaxtune.training.step import StepSpec
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import Source
-from jaxtune.weights.vocabulary import Grown
+from jaxtune.weights.vocabulary import ResizedSource
 
 _COPIES = 4  # of what trains: itself, two moments, a gradient
 
@@ -37,14 +40,14 @@ class Assembled(NamedTuple):
     """The step's parts.
 
     Attributes:
-        computation: the model's structure, the objective and how it is run.
+        spec: the model's structure, the objective and how it is run.
         trainable: the leaves that train, as training begins.
         frozen: everything else.
         optimizer: the update rule over the whole run.
 
     """
 
-    computation: Computation
+    spec: StepSpec
     trainable: nnx.State
     frozen: Frozen
     optimizer: optax.GradientTransformation
@@ -58,7 +61,7 @@ class Setup:
         config: the resolved configuration, its learning rate a number.
         mesh: the devices.
         source, tokenizer: the base model's origin and its tokenizer.
-        computation, trainable, frozen, optimizer: see `Assembled`.
+        spec, trainable, frozen, optimizer: see `Assembled`.
         plan: every batch of the run.
         eval_plan: the evaluation's batches, None where there is no evaluation data.
 
@@ -68,17 +71,17 @@ class Setup:
     mesh: Mesh
     source: Source
     tokenizer: Any
-    computation: Computation
+    spec: StepSpec
     trainable: nnx.State
     frozen: Frozen
     optimizer: optax.GradientTransformation
-    plan: Plan
-    eval_plan: Plan | None
+    plan: BatchSchedule
+    eval_plan: BatchSchedule | None
 
     @property
-    def cuts(self) -> int:
+    def micro_batches(self) -> int:
         """Micro-batches per optimizer step."""
-        return cuts_of(self.config)
+        return micro_batches_of(self.config)
 
     @cached_property
     def layout(self) -> TrainState:
@@ -87,11 +90,15 @@ class Setup:
         return layout(self.trainable, self.optimizer, train.seed, self.mesh, average=train.ema > 0)
 
     def initial(self) -> TrainState:
-        """The state before the first step. Its leaves are copies: the step donates its state, and these are used again."""
+        """The state before the first step. Its leaves are copies: the step donates its state,
+        and these are used again.
+        """
         train, optimizer = self.config.train, self.optimizer
         places = jax.tree.map(lambda leaf: leaf.sharding, self.layout)
         make = jax.jit(
-            lambda leaves: init_state(jax.tree.map(jnp.copy, leaves), optimizer, train.seed, average=train.ema > 0),
+            lambda leaves: init_state(
+                jax.tree.map(jnp.copy, leaves), optimizer, train.seed, average=train.ema > 0
+            ),
             out_shardings=places,
         )
         return make(self.trainable)
@@ -102,11 +109,15 @@ class Setup:
 
     def best(self, state: TrainState) -> nnx.State:
         """The leaves to evaluate and export: those that train, or their average."""
-        return evaluated(self.config.optimizer, state.opt_state, state.trainable) if state.average is None else state.average
+        return (
+            evaluated(self.config.optimizer, state.opt_state, state.trainable)
+            if state.average is None
+            else state.average
+        )
 
     def model(self, state: TrainState) -> CausalLM:
         """The model to evaluate and export."""
-        return nnx.merge(self.computation.graph, self.best(state), self.frozen.base)
+        return nnx.merge(self.spec.graph, self.best(state), self.frozen.base)
 
 
 def setup(config: Config, reporter: Reporter, day: date | None = None) -> Setup:
@@ -121,7 +132,13 @@ def setup(config: Config, reporter: Reporter, day: date | None = None) -> Setup:
         UserError: anything that is wrong with the configuration, the data or the weights.
 
     """
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.context, config.mesh.slices)
+    mesh = make_mesh(
+        config.mesh.data,
+        config.mesh.fsdp,
+        config.mesh.tensor,
+        config.mesh.context,
+        config.mesh.slices,
+    )
     check_divides(config, mesh)
     inputs = read_inputs(config, reporter, day)
     account(inputs.plans, reporter)
@@ -134,10 +151,12 @@ def setup(config: Config, reporter: Reporter, day: date | None = None) -> Setup:
         reporter.say(f"Loading {shown(inputs.teacher.name)}, the teacher")
         teacher = load_model(inputs.teacher, mesh, compute=config.model.compute_dtype)
     parts = assembled(config, model, len(inputs.plan), teacher, mesh)
-    if config.train.remat == "auto" and parts.computation.remat != "dots":
-        reporter.say(f"train.remat=auto: {parts.computation.remat}, since more seems not to fit")
-    reporter.say(described(config, model, parameters(parts.trainable), parameters(parts.frozen.base), mesh))
-    if isinstance(source, Grown) and inputs.adapter is None:
+    if config.train.remat == "auto" and parts.spec.remat != "dots":
+        reporter.say(f"train.remat=auto: {parts.spec.remat}, since more seems not to fit")
+    reporter.say(
+        described(config, model, parameters(parts.trainable), parameters(parts.frozen.base), mesh)
+    )
+    if isinstance(source, ResizedSource) and inputs.adapter is None:
         _announce_tokens(source, config, reporter)
     return Setup(config, mesh, source, inputs.tokenizer, *parts, inputs.plan, inputs.eval_plan)
 
@@ -158,21 +177,22 @@ def assembled(
         steps: optimizer steps of the whole run.
         teacher: for distillation.
         mesh: the devices; one by default.
-        memory: bytes that each has, by which train.remat=auto goes; by default those of this machine's.
+        memory: bytes that each has, by which train.remat=auto goes; by default those of this
+            machine's.
 
     Raises:
         UserError: see `optim.optimizer`.
 
     """
     train, found = config.train, objective(config)
-    graph, trainable, base = split_trainable(model)
+    graph, trainable, base = partition_trainable(model)
     structure, leaves = (None, None) if teacher is None else nnx.split(teacher)
     policy = train.remat
     if policy == "auto":
         fixed = bytes_here((base, leaves)) + _COPIES * bytes_here(trainable)
-        room = Room(capacity() if memory is None else memory, fixed)
-        policy = distributed.from_lead(lambda: chosen(config, model, mesh, room))
-    computation = Computation(
+        budget = MemoryBudget(capacity() if memory is None else memory, fixed)
+        policy = distributed.broadcast_from_main(lambda: choose_policy(config, model, mesh, budget))
+    spec = StepSpec(
         graph,
         found,
         policy,
@@ -183,7 +203,7 @@ def assembled(
     )
     start = jax.tree.map(_copied, trainable) if found.has_reference else None
     update = optimizer(config.optimizer, steps, leaves_of(trainable, model.config))
-    return Assembled(computation, trainable, Frozen(base, start, leaves), update)
+    return Assembled(spec, trainable, Frozen(base, start, leaves), update)
 
 
 def _copied(leaf: Any) -> Any:
@@ -196,21 +216,30 @@ def _with_rate(config: Config, model: CausalLM, reporter: Reporter) -> Config:
         return config
     rate = auto_rate(model.config, lora=config.adapter.method != "none")
     reporter.say(f"optimizer.learning_rate=auto: {rate:.2e}")
-    return config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"learning_rate": rate})})
+    return config.model_copy(
+        update={"optimizer": config.optimizer.model_copy(update={"learning_rate": rate})}
+    )
 
 
-def _announce_tokens(source: Grown, config: Config, reporter: Reporter) -> None:
-    note = "train" if config.adapter.train_tokens != "none" else "do NOT train; to train them set adapter.train_tokens=new"
+def _announce_tokens(source: ResizedSource, config: Config, reporter: Reporter) -> None:
+    note = (
+        "train"
+        if config.adapter.train_tokens != "none"
+        else "do NOT train; to train them set adapter.train_tokens=new"
+    )
     if config.adapter.method == "none":
         note = "train where trainable takes the embeddings"
     reporter.say(f"{source.describe()}: their rows begin at the mean of the others and {note}")
 
 
-def cuts_of(config: Config) -> int:
+def micro_batches_of(config: Config) -> int:
     """Micro-batches per optimizer step."""
     return config.train.batch_size // (config.train.micro_batch_size or config.train.batch_size)
 
 
 def parameters(state: nnx.State) -> int:
     """Numbers in a state."""
-    return sum(leaf.size for leaf in jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, Quantised)))
+    return sum(
+        leaf.size
+        for leaf in jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
+    )

@@ -1,4 +1,6 @@
-"""A step that hangs is noticed: the stacks of all threads are printed, and the run ends, so that a scheduler can start it again."""
+"""A step that hangs is noticed: the stacks of all threads are printed, and the run ends, so that
+a scheduler can start it again.
+"""
 
 import faulthandler
 import sys
@@ -7,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from jaxtune.core import distributed
-from jaxtune.core.errors import RunFailure
+from jaxtune.core.errors import RunError
 
 
 class Watchdog:
@@ -19,7 +21,9 @@ class Watchdog:
 
     """
 
-    def __init__(self, seconds: float | None, expire: Callable[[float, str], None] | None = None) -> None:
+    def __init__(
+        self, seconds: float | None, expire: Callable[[float, str], None] | None = None
+    ) -> None:
         self._seconds, self._expire = seconds, expire or _end
         self._changed = threading.Condition()
         self._deadline: float | None = None
@@ -64,11 +68,16 @@ class Watchdog:
 
 def _end(seconds: float, doing: str) -> None:
     """Print where every thread stands, and end."""
-    print(f"jaxtune: {doing} is not done after {seconds:.0f} s; every thread stands at:", file=sys.stderr, flush=True)
+    print(
+        f"jaxtune: {doing} is not done after {seconds:.0f} s; every thread stands at:",
+        file=sys.stderr,
+        flush=True,
+    )
     faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
-    distributed.end_all(
-        RunFailure(
-            f"{doing} was not done after {seconds:.0f} s, so the run was ended; the checkpoints before it are kept. Set run.watchdog higher, "
+    distributed.fail_all(
+        RunError(
+            f"{doing} was not done after {seconds:.0f} s, so the run was ended; the checkpoints "
+            "before it are kept. Set run.watchdog higher, "
             "or null, if steps may take so long."
         )
     )

@@ -1,4 +1,6 @@
-"""A model known by its `config.json` alone: the names, shapes and dtypes of its weights, and none of their numbers."""
+"""A model known by its `config.json` alone: the names, shapes and dtypes of its weights, and
+none of their numbers.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,19 +11,19 @@ import numpy as np
 from flax import nnx
 
 from jaxtune.core.dtypes import DTYPES
-from jaxtune.core.errors import RunFailure
+from jaxtune.core.errors import RunError
 from jaxtune.core.files import read_json
 from jaxtune.models.decoder import abstract_model
 from jaxtune.models.families.from_hf import from_hf
 from jaxtune.weights import hub
-from jaxtune.weights.known_configs import PUBLISHED
-from jaxtune.weights.mapping import rows
+from jaxtune.weights.known_configs import KNOWN_CONFIGS
+from jaxtune.weights.mapping import leaf_mappings
 from jaxtune.weights.source import Source, is_hub_id, resolve
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
 
 
 @dataclass(frozen=True)
-class Outline(Source):
+class AbstractSource(Source):
     """A model without weights.
 
     Attributes:
@@ -46,7 +48,11 @@ class Outline(Source):
         dtype = DTYPES.get(name, np.dtype(np.float32))
         config = from_hf(self.raw, str(self.path))
         state = nnx.split(abstract_model(config, jnp.dtype(jnp.float32), jnp.dtype(jnp.float32)))[1]
-        return {name: LazyTensor(row.shape, dtype, _nothing) for row in rows(state, config) for name in row.names}
+        return {
+            name: LazyTensor(row.shape, dtype, _nothing)
+            for row in leaf_mappings(state, config)
+            for name in row.names
+        }
 
     def tokenizer(self) -> Any | None:
         """None."""
@@ -54,15 +60,16 @@ class Outline(Source):
 
 
 def _nothing(index: Index) -> np.ndarray:
-    raise RunFailure("The weights of a model that is known by its config.json alone were asked for.")
+    raise RunError("The weights of a model that is known by its config.json alone were asked for.")
 
 
-def outlined(model: str) -> Source:
-    """The model that a user's string means, as far as `config.json` tells; weights that are there are not read.
+def abstract_source(model: str) -> Source:
+    """The model that a user's string means, as far as `config.json` tells; weights that are there
+    are not read.
 
     Args:
-        model: as for `weights.source.resolve`, or a `config.json` itself. Of a model of the hub only its `config.json` is fetched,
-            and of the best-known ones not even that.
+        model: as for `weights.source.resolve`, or a `config.json` itself. Of a model of the hub
+            only its `config.json` is fetched, and of the best-known ones not even that.
 
     Raises:
         UserError: there is no such thing.
@@ -70,13 +77,13 @@ def outlined(model: str) -> Source:
     """
     path = Path(model).expanduser()
     if path.is_file() and path.suffix == ".json":
-        return Outline(model, path, read_json(path))
+        return AbstractSource(model, path, read_json(path))
     if path.is_dir() and (path / "config.json").exists() and not any(path.glob("*.safetensors")):
-        return Outline(model, path / "config.json", read_json(path / "config.json"))
+        return AbstractSource(model, path / "config.json", read_json(path / "config.json"))
     if path.exists() or not is_hub_id(model):
         return resolve(model)
-    if (known := PUBLISHED.get(model.partition("@")[0].removesuffix("-Instruct"))) is not None:
-        return Outline(model, Path("config.json"), known)
+    if (known := KNOWN_CONFIGS.get(model.partition("@")[0].removesuffix("-Instruct"))) is not None:
+        return AbstractSource(model, Path("config.json"), known)
     name, _, revision = model.partition("@")
     found = hub.file(name, revision, "config.json")
-    return Outline(model, found, read_json(found))
+    return AbstractSource(model, found, read_json(found))

@@ -15,7 +15,9 @@ def package_directory(name: str) -> Path:
     """
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"The package {name} is not installed: pip install --no-deps {name.replace('_', '-')}")
+        raise UserError(
+            f"The package {name} is not installed: pip install --no-deps {name.replace('_', '-')}"
+        )
     return Path(spec.submodule_search_locations[0])
 
 

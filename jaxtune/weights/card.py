@@ -1,6 +1,6 @@
 """The model card: the `README.md` of an export."""
 
-from jaxtune.weights.source import Changed, Source
+from jaxtune.weights.source import OverriddenSource, Source
 from jaxtune.weights.verify import Comparison
 
 _MADE = {
@@ -45,8 +45,16 @@ def card(source: Source, to: str, result: Comparison, about: str, adapted: bool)
         base = f'"{found["pretrained_model_name_or_path"]}", gguf_file="{found["gguf_file"]}"'
     whose = "PEFT" if to == "peft" else "transformers"
     size, use = source.config_json()["vocab_size"], _USE[to]
-    if to == "peft" and isinstance(source, Changed) and source.base.config_json()["vocab_size"] != size:
-        use = use.replace("\nmodel =", f"\nbase.resize_token_embeddings({size})  # the adapter has the new tokens' rows\nmodel =")
+    if (
+        to == "peft"
+        and isinstance(source, OverriddenSource)
+        and source.base.config_json()["vocab_size"] != size
+    ):
+        use = use.replace(
+            "\nmodel =",
+            f"\nbase.resize_token_embeddings({size})  # the adapter has the new tokens' "
+            "rows\nmodel =",
+        )
     torch = (
         f"{result.torch_difference:.1e} by {whose}"
         if result.torch_difference is not None

@@ -1,4 +1,6 @@
-"""A model in another program's format, with its adapter merged if it has one; it takes its name only once, read again, it is the same."""
+"""A model in another program's format, with its adapter merged if it has one; it takes its name
+only once, read again, it is the same.
+"""
 
 import math
 import shutil
@@ -12,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtune.core.dtypes import DTYPES
-from jaxtune.core.errors import RunFailure, UserError, listed
+from jaxtune.core.errors import RunError, UserError, listed
 from jaxtune.core.files import new_directory, new_file, refuse_existing, write_json, write_text
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.families.from_hf import from_hf
@@ -24,9 +26,17 @@ from jaxtune.weights.formats.gguf import writer as gguf_writer
 from jaxtune.weights.load import checked, load_model
 from jaxtune.weights.merge import merged
 from jaxtune.weights.peft import Adapter, attach
-from jaxtune.weights.source import Changed, GGUFFile, Source, resolve
+from jaxtune.weights.source import GGUFFile, OverriddenSource, Source, resolve
 from jaxtune.weights.tensors import LazyTensor, Tensors
-from jaxtune.weights.verify import SAME, TORCH, Comparison, Texts, against_transformers, logits, texts_of
+from jaxtune.weights.verify import (
+    SAME,
+    TORCH,
+    Comparison,
+    Texts,
+    against_transformers,
+    logits,
+    texts_of,
+)
 
 FORMATS = ("hf", "gguf", "meta", "orbax")
 
@@ -45,15 +55,17 @@ def convert_model(
 ) -> Comparison:
     """Write a model, read it again, and only if it is the same name it `out`.
 
-    The same means: the architecture, every number of every tensor (after rounding to `dtype`), and the logits. Where an adapter is
-    merged, the merged weights in float32 compute what base and adapter compute side by side.
+    The same means: the architecture, every number of every tensor (after rounding to `dtype`), and
+    the logits. Where an adapter is merged, the merged weights in float32 compute what base and
+    adapter compute side by side.
 
     Args:
         out: the directory to make; for `gguf` also a file that ends in .gguf.
         source: the model.
         to: one of FORMATS.
         mesh: where the models that are compared go.
-        dtype: of the weights: float32, bfloat16, float16, for gguf also q8_0; by default each tensor's own.
+        dtype: of the weights: float32, bfloat16, float16, for gguf also q8_0; by default each
+            tensor's own.
         adapter: to be merged in float32.
         tokenizer: the one that goes with the model; by default the source's.
         about: more text for the model card.
@@ -61,7 +73,7 @@ def convert_model(
 
     Raises:
         UserError: a format that has no place for this model, or `out` exists.
-        RunFailure: what was written is not the same; nothing is left at `out`.
+        RunError: what was written is not the same; nothing is left at `out`.
 
     """
     _check_arguments(out, to, dtype, replace)
@@ -77,7 +89,11 @@ def convert_model(
         dtype = dtype or tensors["model.embed_tokens.weight"].dtype.name
         expected = _gguf_rounded(tensors, from_hf(raw, source.name), dtype)
     else:
-        expected = tensors if dtype is None else {key: tensor.astype(DTYPES[dtype]) for key, tensor in tensors.items()}
+        expected = (
+            tensors
+            if dtype is None
+            else {key: tensor.astype(DTYPES[dtype]) for key, tensor in tensors.items()}
+        )
         raw = _with_dtype(raw, expected)
     with _place(out, to, f"{name}-{dtype}.gguf", replace) as path:
         if to == "gguf":
@@ -86,14 +102,19 @@ def convert_model(
         else:
             _write(path, source, raw, expected, to, tokenizer)
         written = resolve(str(path))
-        _check_same(Changed(source.name, source.path, source, raw, expected), written)
+        _check_same(OverriddenSource(source.name, source.path, source, raw, expected), written)
         after = _computed(written, None, mesh, texts)
-        note, torch_difference = against_transformers(written, after, texts) if to == "hf" else (f"not for {to}", None)
+        note, torch_difference = (
+            against_transformers(written, after, texts) if to == "hf" else (f"not for {to}", None)
+        )
         result = Comparison.of(before, after, texts, torch_difference, note)
         exact = adapter is None and _same_numbers(tensors, expected)
-        if not np.isfinite(after).all() or (exact and not result.reload_difference <= SAME * result.largest_logit):
-            raise RunFailure(
-                f"The model that was written computes something else: logits differ by {result.reload_difference:.2e}. Not written."
+        if not np.isfinite(after).all() or (
+            exact and not result.reload_difference <= SAME * result.largest_logit
+        ):
+            raise RunError(
+                "The model that was written computes something else: logits differ by "
+                f"{result.reload_difference:.2e}. Not written."
             )
         folder = path.parent if path.suffix == ".gguf" else path
         write_text(folder / "README.md", card(source, to, result, about, adapter is not None))
@@ -123,32 +144,41 @@ def _check_arguments(out: Path, to: str, dtype: str | None, replace: bool) -> No
         raise UserError(f"The format {to!r} is not supported; supported are {listed(FORMATS)}.")
     allowed = gguf_writer.FORMATS if to == "gguf" else DTYPES
     if dtype is not None and dtype not in allowed:
-        raise UserError(f"The dtype {dtype!r} is not supported for {to}; supported are {listed(allowed)}.")
+        raise UserError(
+            f"The dtype {dtype!r} is not supported for {to}; supported are {listed(allowed)}."
+        )
     if not replace:
         refuse_existing(out)
 
 
-def _check_merged(source: Source, tensors: Tensors, adapter: Adapter, mesh: Mesh, texts: Texts, wanted: np.ndarray) -> None:
+def _check_merged(
+    source: Source, tensors: Tensors, adapter: Adapter, mesh: Mesh, texts: Texts, wanted: np.ndarray
+) -> None:
     """The merged weights, not yet rounded, compute what base and adapter compute side by side.
 
     Raises:
-        RunFailure: they do not.
+        RunError: they do not.
 
     """
     wide, raw = merged(tensors, adapter, source.config_json(), np.dtype("float32"))
-    found = _computed(Changed(source.name, source.path, source, raw, wide), None, mesh, texts)
+    found = _computed(
+        OverriddenSource(source.name, source.path, source, raw, wide), None, mesh, texts
+    )
     difference, top = float(np.abs(found - wanted).max()), float(np.abs(wanted).max())
     if not difference <= TORCH * top:
-        raise RunFailure(
-            f"The merged weights compute something else: logits differ by {difference:.2e} (largest {top:.1f}). Not written."
+        raise RunError(
+            f"The merged weights compute something else: logits differ by {difference:.2e} "
+            f"(largest {top:.1f}). Not written."
         )
 
 
-def _write(staging: Path, source: Source, raw: dict[str, Any], tensors: Tensors, to: str, tokenizer: Any) -> None:
+def _write(
+    staging: Path, source: Source, raw: dict[str, Any], tensors: Tensors, to: str, tokenizer: Any
+) -> None:
     if to == "meta":
         meta.write_directory(staging, tensors, raw)
     else:
-        (shards if to == "hf" else orbax_files).write_directory(staging, tensors)
+        (hf_directory if to == "hf" else orbax).write_directory(staging, tensors)
         write_json(staging / "config.json", raw)
         if generation := source.generation_config():
             write_json(staging / "generation_config.json", generation)
@@ -156,7 +186,9 @@ def _write(staging: Path, source: Source, raw: dict[str, Any], tensors: Tensors,
 
 
 def _copy_tokenizer(staging: Path, source: Source, tokenizer: Any) -> None:
-    """The source's own files where it has some, byte by byte, else the tokenizer as transformers saves it."""
+    """The source's own files where it has some, byte by byte, else the tokenizer as transformers
+    saves it.
+    """
     files = source.tokenizer_files()
     for file in files:
         shutil.copyfile(file, staging / file.name)
@@ -166,14 +198,24 @@ def _copy_tokenizer(staging: Path, source: Source, tokenizer: Any) -> None:
 
 def _gguf_tokenizer(source: Source, raw: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     if isinstance(source, GGUFFile):
-        return {key: value for key, value in source.file.metadata.items() if key.startswith("tokenizer.")}
-    return gguf_tokenizer.metadata(tokenizer, raw["vocab_size"], source.stop_ids()) if tokenizer is not None else {}
+        return {
+            key: value
+            for key, value in source.file.metadata.items()
+            if key.startswith("tokenizer.")
+        }
+    return (
+        gguf_tokenizer.metadata(tokenizer, raw["vocab_size"], source.stop_ids())
+        if tokenizer is not None
+        else {}
+    )
 
 
 def _gguf_rounded(tensors: Tensors, config: ModelConfig, dtype: str) -> Tensors:
     """What will be read from the file: as stored, with what llama.cpp changes done and undone."""
     gguf_writer.check_expressible(config)
-    return gguf_models.round_trip(tensors, config, lambda tensor, name: gguf_writer.stored(tensor, name, dtype))
+    return gguf_models.round_trip(
+        tensors, config, lambda tensor, name: gguf_writer.stored(tensor, name, dtype)
+    )
 
 
 def _with_dtype(raw: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
@@ -190,27 +232,41 @@ def _check_same(expected: Source, written: Source) -> None:
 
     Raises:
         UserError: the format could not hold the architecture.
-        RunFailure: a tensor is another one.
+        RunError: a tensor is another one.
 
     """
-    ours, theirs = (from_hf(source.config_json(), str(source.config_path)) for source in (expected, written))
+    ours, theirs = (
+        from_hf(source.config_json(), str(source.config_path)) for source in (expected, written)
+    )
     if odd := [
         field.name
         for field in fields(ours)
         if field.compare and not _close(getattr(ours, field.name), getattr(theirs, field.name))
     ]:
-        differences = listed(f"{name} {getattr(theirs, name)} instead of {getattr(ours, name)}" for name in odd)
-        raise UserError(f"The format has no place for this model; read again it would have {differences}. Not written.")
+        differences = listed(
+            f"{name} {getattr(theirs, name)} instead of {getattr(ours, name)}" for name in odd
+        )
+        raise UserError(
+            f"The format has no place for this model; read again it would have {differences}. Not "
+            "written."
+        )
     wanted, found = expected.tensors(), checked(written)[1]
     if odd := sorted(wanted.keys() ^ found.keys()):
-        raise RunFailure(f"Read again, the tensors {listed(odd)} are missing or too many. Not written.")
+        raise RunError(
+            f"Read again, the tensors {listed(odd)} are missing or too many. Not written."
+        )
     if odd := [name for name in wanted if not _equal(wanted[name], found[name])]:
-        raise RunFailure(f"Read again, the tensors {listed(odd)} are not what was to be written. Not written.")
+        raise RunError(
+            f"Read again, the tensors {listed(odd)} are not what was to be written. Not written."
+        )
 
 
 def _same_numbers(tensors: Tensors, expected: Tensors) -> bool:
     """Whether nothing was rounded."""
-    return all(tensors[name] is tensor or _equal(tensors[name], tensor) for name, tensor in expected.items())
+    return all(
+        tensors[name] is tensor or _equal(tensors[name], tensor)
+        for name, tensor in expected.items()
+    )
 
 
 def _equal(ours: LazyTensor, theirs: LazyTensor) -> bool:
@@ -227,5 +283,7 @@ def _close(ours: Any, theirs: Any) -> bool:
     if isinstance(ours, tuple) and isinstance(theirs, tuple):
         return len(ours) == len(theirs) and all(map(_close, ours, theirs))
     if is_dataclass(ours) and type(ours) is type(theirs):
-        return all(_close(getattr(ours, field.name), getattr(theirs, field.name)) for field in fields(ours))
+        return all(
+            _close(getattr(ours, field.name), getattr(theirs, field.name)) for field in fields(ours)
+        )
     return ours == theirs

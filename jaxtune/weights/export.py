@@ -1,4 +1,6 @@
-"""Exports of what was trained, verified: the directory takes its name only once its reload computes the same."""
+"""Exports of what was trained, verified: the directory takes its name only once its reload
+computes the same.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,18 +16,28 @@ from jax.sharding import Mesh
 from jaxtune.adapters import pissa
 from jaxtune.adapters.lora import LoRAParam
 from jaxtune.core.distributed import fetch
-from jaxtune.core.errors import RunFailure
+from jaxtune.core.errors import RunError
 from jaxtune.core.files import new_directory, write_text
 from jaxtune.models.decoder import CausalLM
-from jaxtune.models.kernels.quantized import Quantised
+from jaxtune.models.kernels.quantized import QuantizedTensor
 from jaxtune.weights.card import card
 from jaxtune.weights.convert import convert_model
 from jaxtune.weights.load import checked, load_model
-from jaxtune.weights.mapping import rows
+from jaxtune.weights.mapping import leaf_mappings
 from jaxtune.weights.peft import attach, open_adapter, write_adapter
-from jaxtune.weights.source import Changed, Source
+from jaxtune.weights.source import OverriddenSource, Source
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
-from jaxtune.weights.verify import SAME, Comparison, Texts, difference, logits, texts_of, torch_logits, torch_model, why_not_torch
+from jaxtune.weights.verify import (
+    SAME,
+    Comparison,
+    Texts,
+    difference,
+    logits,
+    texts_of,
+    torch_logits,
+    torch_model,
+    why_not_torch,
+)
 
 
 def export_adapter(
@@ -41,7 +53,8 @@ def export_adapter(
     about: str = "",
     replace: bool = False,
 ) -> Comparison:
-    """Write the adapter of `model` in PEFT's format, reload it into a fresh base, compare logits, and only then name it `out`.
+    """Write the adapter of `model` in PEFT's format, reload it into a fresh base, compare logits,
+    and only then name it `out`.
 
     Args:
         out: the directory to make.
@@ -56,7 +69,7 @@ def export_adapter(
         replace: whether an existing `out` is replaced.
 
     Raises:
-        RunFailure: the reload does not compute the same; nothing is left at `out`.
+        RunError: the reload does not compute the same; nothing is left at `out`.
 
     """
     model = pissa.as_lora(model)
@@ -71,8 +84,9 @@ def export_adapter(
         note = why_not_torch(source, "peft")
         result = Comparison.of(trained, reloaded, texts, None, note)
         if not result.reload_difference <= SAME * result.largest_logit:
-            raise RunFailure(
-                f"The exported adapter computes something else: logits differ by {result.reload_difference:.2e} "
+            raise RunError(
+                "The exported adapter computes something else: logits differ by "
+                f"{result.reload_difference:.2e} "
                 f"(largest {result.largest_logit:.1f}). Not written."
             )
         if note is None:
@@ -94,7 +108,8 @@ def export_weights(
     about: str = "",
     replace: bool = False,
 ) -> Comparison:
-    """Write all weights of `model` as they were trained, rounded to the dtypes of the base; read again they compute the same.
+    """Write all weights of `model` as they were trained, rounded to the dtypes of the base; read
+    again they compute the same.
 
     Args:
         out: the directory to make.
@@ -109,36 +124,55 @@ def export_weights(
 
     Raises:
         UserError: a format that has no place for the model.
-        RunFailure: the reload does not compute the same; nothing is left at `out`.
+        RunError: the reload does not compute the same; nothing is left at `out`.
 
     """
     config, base = checked(source)
     trained, kept = _trained(model, base)
     texts = texts_of(tokenizer, config.vocab_size)
-    changed = Changed(source.name, source.path, source, source.config_json(), trained)
+    changed = OverriddenSource(source.name, source.path, source, source.config_json(), trained)
     model.compute_dtype = jnp.dtype(jnp.float32)
-    ours, theirs = logits(_rounded(model, kept), texts), logits(load_model(changed, mesh, compute="float32"), texts)
+    ours, theirs = (
+        logits(_rounded(model, kept), texts),
+        logits(load_model(changed, mesh, compute="float32"), texts),
+    )
     difference, top = float(np.abs(ours - theirs).max()), float(np.abs(ours).max())
     if not difference <= SAME * top:
-        raise RunFailure(f"The weights to be written compute something else: logits differ by {difference:.2e}. Not written.")
-    return convert_model(out, changed, to, mesh, dtype=dtype, tokenizer=tokenizer, about=about, replace=replace)
+        raise RunError(
+            "The weights to be written compute something else: logits differ by "
+            f"{difference:.2e}. Not written."
+        )
+    return convert_model(
+        out, changed, to, mesh, dtype=dtype, tokenizer=tokenizer, about=about, replace=replace
+    )
 
 
 def _trained(model: CausalLM, base: Tensors) -> tuple[Tensors, list[np.dtype]]:
-    """`(tensors by Hugging Face's names, the dtype of each leaf)`: that of the base's file, the widest where a stack has several."""
+    """`(tensors by Hugging Face's names, the dtype of each leaf)`: that of the base's file, the
+    widest where a stack has several.
+    """
     found, kept = {}, []
     state = nnx.state(model, nnx.Param)
-    for row, (_, variable) in zip(rows(state, model.config), nnx.to_flat_state(state), strict=True):
+    for row, (_, variable) in zip(
+        leaf_mappings(state, model.config), nnx.to_flat_state(state), strict=True
+    ):
         with jax.numpy_dtype_promotion("standard"):
             dtype = np.dtype(jnp.result_type(*{base[name].dtype for name in row.names}))
         kept.append(dtype)
         for number, name in enumerate(row.names):
-            read = partial(_slice, variable, np.unravel_index(number, row.stack) if row.stack else (), base[name].shape)
+            read = partial(
+                _slice,
+                variable,
+                np.unravel_index(number, row.stack) if row.stack else (),
+                base[name].shape,
+            )
             found[name] = LazyTensor(base[name].shape, np.dtype("float32"), read).astype(dtype)
     return found, kept
 
 
-def _slice(variable: nnx.Variable, place: tuple[Any, ...], shape: tuple[int, ...], index: Index) -> np.ndarray:
+def _slice(
+    variable: nnx.Variable, place: tuple[Any, ...], shape: tuple[int, ...], index: Index
+) -> np.ndarray:
     """A part of one tensor of a leaf; beyond `shape` a leaf has padding."""
     leaf = jax.tree.map(lambda part: part[place], variable.get_value())
     return fetch(leaf.astype(jnp.float32)[: shape[0]][index])
@@ -147,17 +181,18 @@ def _slice(variable: nnx.Variable, place: tuple[Any, ...], shape: tuple[int, ...
 def _rounded(model: CausalLM, dtypes: list[np.dtype]) -> CausalLM:
     """The model with each leaf rounded to the dtype it is written in."""
     graph, state = nnx.split(model)
-    leaves, tree = jax.tree.flatten(state, is_leaf=lambda leaf: isinstance(leaf, Quantised))
+    leaves, tree = jax.tree.flatten(state, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
     wide = (leaf.astype(jnp.float32) for leaf in leaves)
     rounded = [leaf.astype(dtype) for leaf, dtype in zip(wide, dtypes, strict=True)]
     return nnx.merge(graph, jax.tree.unflatten(tree, rounded))
 
 
 def _compare_with_peft(fresh: CausalLM, adapter: Path, source: Source, texts: Texts) -> float:
-    """Largest difference of float32 logits between the reloaded model and PEFT's, on the base as it was stored here.
+    """Largest difference of float32 logits between the reloaded model and PEFT's, on the base as it
+    was stored here.
 
     Raises:
-        RunFailure: they differ by more than rounding.
+        RunError: they differ by more than rounding.
 
     """
     from peft import PeftModel
@@ -166,7 +201,12 @@ def _compare_with_peft(fresh: CausalLM, adapter: Path, source: Source, texts: Te
     ours = logits(fresh, texts)
     with torch_model(source) as (base, scratch):
         stored = _stored(fresh)
-        for name, weight in base.named_parameters():  # the base that was trained on may have been kept in fewer bits
+        for (
+            name,
+            weight,
+        ) in (
+            base.named_parameters()
+        ):  # the base that was trained on may have been kept in fewer bits
             if name in stored:
                 weight.copy_(stored[name](weight))
         peft = PeftModel.from_pretrained(base, adapter, cache_dir=scratch).eval()
@@ -174,23 +214,34 @@ def _compare_with_peft(fresh: CausalLM, adapter: Path, source: Source, texts: Te
 
 
 def _stored(model: CausalLM) -> dict[str, Callable[[Any], Any]]:
-    """What became of each tensor of the base when it was loaded, by Hugging Face's names: a rounding, or other numbers."""
+    """What became of each tensor of the base when it was loaded, by Hugging Face's names: a
+    rounding, or other numbers.
+    """
     import torch
 
-    base = nnx.state(model, lambda path, variable: isinstance(variable, nnx.Param) and not isinstance(variable, LoRAParam))
+    base = nnx.state(
+        model,
+        lambda path, variable: (
+            isinstance(variable, nnx.Param) and not isinstance(variable, LoRAParam)
+        ),
+    )
     found: dict[str, Callable[[Any], Any]] = {}
-    for row, (_, variable) in zip(rows(base, model.config), nnx.to_flat_state(base), strict=True):
+    for row, (_, variable) in zip(
+        leaf_mappings(base, model.config), nnx.to_flat_state(base), strict=True
+    ):
         leaf = variable.get_value()
         for number, name in enumerate(row.names):
-            if isinstance(leaf, Quantised):
-                found[name] = partial(_dequantised, variable, np.unravel_index(number, row.stack))
+            if isinstance(leaf, QuantizedTensor):
+                found[name] = partial(_dequantized, variable, np.unravel_index(number, row.stack))
             else:
-                found[name] = partial(torch.Tensor.to, dtype=getattr(torch, np.dtype(leaf.dtype).name))
+                found[name] = partial(
+                    torch.Tensor.to, dtype=getattr(torch, np.dtype(leaf.dtype).name)
+                )
     return found
 
 
-def _dequantised(variable: nnx.Variable, place: tuple[Any, ...], weight: Any) -> Any:
-    """What a tensor of the base became by quantisation, for PyTorch."""
+def _dequantized(variable: nnx.Variable, place: tuple[Any, ...], weight: Any) -> Any:
+    """What a tensor of the base became by quantization, for PyTorch."""
     import torch
 
     return torch.from_numpy(np.array(_slice(variable, place, tuple(weight.shape), (slice(None),))))

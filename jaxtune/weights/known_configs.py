@@ -1,4 +1,6 @@
-"""What the `config.json` of a few much used models says of their architecture, so that a plan needs no licence and no network."""
+"""What the `config.json` of a few much used models says of their architecture, so that a plan
+needs no license and no network.
+"""
 
 from typing import Any
 
@@ -18,15 +20,36 @@ _LLAMA: dict[str, Any] = {
 }
 
 
-def _llama(embed: int, mlp: int, layers: int, heads: int, factor: float = 8.0, **further: Any) -> dict[str, Any]:
-    sizes = {"hidden_size": embed, "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": heads}
-    scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    return {**_LLAMA, **sizes, "rope_scaling": {**scaling, "original_max_position_embeddings": 8192}, **further}
+def _llama(
+    embed: int, mlp: int, layers: int, heads: int, factor: float = 8.0, **further: Any
+) -> dict[str, Any]:
+    sizes = {
+        "hidden_size": embed,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+    scaling = {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
+    return {
+        **_LLAMA,
+        **sizes,
+        "rope_scaling": {**scaling, "original_max_position_embeddings": 8192},
+        **further,
+    }
 
 
-PUBLISHED = {
-    "meta-llama/Llama-3.2-1B": _llama(2048, 8192, 16, 32, 32.0, head_dim=64, tie_word_embeddings=True),
-    "meta-llama/Llama-3.2-3B": _llama(3072, 8192, 28, 24, 32.0, head_dim=128, tie_word_embeddings=True),
+KNOWN_CONFIGS = {
+    "meta-llama/Llama-3.2-1B": _llama(
+        2048, 8192, 16, 32, 32.0, head_dim=64, tie_word_embeddings=True
+    ),
+    "meta-llama/Llama-3.2-3B": _llama(
+        3072, 8192, 28, 24, 32.0, head_dim=128, tie_word_embeddings=True
+    ),
     "meta-llama/Llama-3.1-8B": _llama(4096, 14336, 32, 32),
     "meta-llama/Llama-3.1-70B": _llama(8192, 28672, 80, 64),
     "meta-llama/Llama-3.3-70B": _llama(8192, 28672, 80, 64),

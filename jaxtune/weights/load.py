@@ -1,4 +1,6 @@
-"""From a source to a model on the devices, tensor by tensor; no second copy of the weights exists."""
+"""From a source to a model on the devices, tensor by tensor; no second copy of the weights
+exists.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -13,15 +15,15 @@ from jax.sharding import Mesh
 from jaxtune.adapters.selection import Selection
 from jaxtune.core.dtypes import compute_dtype, storage_dtype
 from jaxtune.core.errors import UserError, listed
-from jaxtune.core.sharding import sharding, ways
+from jaxtune.core.sharding import axis_size, sharding
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import CausalLM, abstract_model
 from jaxtune.models.families.from_hf import from_hf
-from jaxtune.models.kernels.quantized import Quantised
+from jaxtune.models.kernels.quantized import QuantizedTensor
 from jaxtune.models.layers import Linear
-from jaxtune.models.moe import Stacked
-from jaxtune.weights.mapping import Row, check, rows
-from jaxtune.weights.quantize import KINDS, check_quantisable, quantised, quantised_shapes
+from jaxtune.models.moe import ExpertLinear
+from jaxtune.weights.mapping import LeafMapping, check, leaf_mappings
+from jaxtune.weights.quantize import KINDS, check_quantizable, quantized, quantized_shapes
 from jaxtune.weights.source import Source
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
 
@@ -35,7 +37,7 @@ def load_model(
     dtype: str = "auto",
     compute: str = "auto",
     trainable: tuple[str, ...] = (),
-    cuts: tuple[int, ...] = (),
+    layer_boundaries: tuple[int, ...] = (),
     shapes: bool = False,
 ) -> CausalLM:
     """The model with its weights sharded over the mesh.
@@ -43,33 +45,46 @@ def load_model(
     Args:
         source: the resolved model.
         mesh: where the weights go.
-        dtype: storage of the weights; auto keeps what the file has; int8 and nf4 quantise the matrices of the blocks, one by one.
+        dtype: storage of the weights; auto keeps what the file has; int8 and nf4 quantize the
+            matrices of the blocks, one by one.
         compute: dtype of activations and matrix products.
-        trainable: which weights train, and so are float32 leaves of their own; see `adapters.selection`.
-        cuts: further layers at which stacks are cut, because there adapters begin or end.
+        trainable: which weights train, and so are float32 leaves of their own; see
+            `adapters.selection`.
+        layer_boundaries: further layers at which stacks are cut, because there adapters begin or
+            end.
         shapes: only what the leaves would be and where: nothing is read.
 
     Raises:
-        UserError: an unsupported architecture, missing, unexpected or misshapen tensors, or matrices that cannot be quantised.
+        UserError: an unsupported architecture, missing, unexpected or misshapen tensors, or
+            matrices that cannot be quantized.
 
     """
     config, tensors = checked(source)
     chosen = Selection(trainable, config.num_layers)
     chosen.check(tensors)
-    config = replace(config, vocab_padding=-config.vocab_size % ways(mesh, "vocab"), cuts=(*cuts, *chosen.cuts(tensors)))
+    config = replace(
+        config,
+        vocab_padding=-config.vocab_size % axis_size(mesh, "vocab"),
+        layer_boundaries=(*layer_boundaries, *chosen.layer_boundaries(tensors)),
+    )
     graph, state = nnx.split(abstract_model(config, jnp.dtype(jnp.float32), compute_dtype(compute)))
     matrices = _block_matrices(graph, state) if dtype in KINDS else set()
     leaves: dict[tuple[Any, ...], Any] = dict(nnx.to_flat_state(state))
-    read, rounded = (_shaped, _shaped_quantised) if shapes else (_read, _read_quantised)
-    for row in rows(state, config):
+    read, rounded = (_shaped, _shaped_quantized) if shapes else (_read, _read_quantized)
+    for row in leaf_mappings(state, config):
         axes = leaves[row.path].get_metadata()["axes"]
         trains = {chosen.trains(name) for name in row.names}
         if len(trains) > 1:
-            raise UserError(f"trainable: {listed(trainable)} takes some of the experts of a layer only, not all.")
+            raise UserError(
+                f"trainable: {listed(trainable)} takes some of the experts of a layer only, not "
+                "all."
+            )
         if True in trains:
-            leaves[row.path] = nnx.Param(read(row, tensors, mesh, axes, "float32"), axes=axes, trained=True)
+            leaves[row.path] = nnx.Param(
+                read(row, tensors, mesh, axes, "float32"), axes=axes, trained=True
+            )
         elif row.path in matrices:
-            check_quantisable(row.names[0], row.shape, dtype)
+            check_quantizable(row.names[0], row.shape, dtype)
             leaves[row.path] = nnx.Param(rounded(row, tensors, mesh, axes, dtype), axes=axes)
         else:
             kept = "auto" if dtype in KINDS else dtype
@@ -81,7 +96,9 @@ def _block_matrices(graph: nnx.GraphDef, state: nnx.State) -> set[tuple[Any, ...
     """The weights of the linear maps in the blocks, those of experts among them."""
     model = nnx.merge(graph, state)
     return {
-        (*path, "weight") for path, module in nnx.iter_modules(model) if "layers" in path and isinstance(module, Linear | Stacked)
+        (*path, "weight")
+        for path, module in nnx.iter_modules(model)
+        if "layers" in path and isinstance(module, Linear | ExpertLinear)
     }
 
 
@@ -94,37 +111,51 @@ def checked(source: Source) -> tuple[ModelConfig, Tensors]:
     """
     config = from_hf(source.config_json(), str(source.config_path))
     state = nnx.split(abstract_model(config, jnp.dtype(jnp.float32), jnp.dtype(jnp.float32)))[1]
-    tensors, table = source.tensors(), rows(state, config)
+    tensors, table = source.tensors(), leaf_mappings(state, config)
     check(table, tensors, str(source.path), config.tie_embeddings)
     names = {name for row in table for name in row.names}
     return config, {name: tensor for name, tensor in tensors.items() if name in names}
 
 
-def _read(row: Row, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], dtype: str) -> jax.Array:
+def _read(
+    row: LeafMapping, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], dtype: str
+) -> jax.Array:
     leaf = _shaped(row, tensors, mesh, axes, dtype)
     parts = [_with_padding(tensors[name], row.shape) for name in row.names]
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, partial(_part, row, parts, leaf.dtype))
+    return jax.make_array_from_callback(
+        leaf.shape, leaf.sharding, partial(_part, row, parts, leaf.dtype)
+    )
 
 
-def _shaped(row: Row, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], dtype: str) -> Any:
+def _shaped(
+    row: LeafMapping, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], dtype: str
+) -> Any:
     """The shape, dtype and sharding of a leaf."""
     parts = [tensors[name] for name in row.names]
-    with jax.numpy_dtype_promotion("standard"):  # a stack of layers has one dtype: the least that holds them all
+    with jax.numpy_dtype_promotion(
+        "standard"
+    ):  # a stack of layers has one dtype: the least that holds them all
         found = np.dtype(jnp.result_type(*{part.dtype for part in parts}))
-    stored = storage_dtype(dtype, found, any(part.quantised for part in parts))
+    stored = storage_dtype(dtype, found, any(part.quantized for part in parts))
     shape = (*row.stack, *row.shape)
     return jax.ShapeDtypeStruct(shape, stored, sharding=sharding(mesh, axes, shape))
 
 
-def _read_quantised(row: Row, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], kind: str) -> Quantised:
-    return quantised((tensors[name].all() for name in row.names), row.stack, axes, mesh, kind)
+def _read_quantized(
+    row: LeafMapping, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], kind: str
+) -> QuantizedTensor:
+    return quantized((tensors[name].all() for name in row.names), row.stack, axes, mesh, kind)
 
 
-def _shaped_quantised(row: Row, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], kind: str) -> Quantised:
-    return quantised_shapes(row.shape, row.stack, axes, mesh, kind)
+def _shaped_quantized(
+    row: LeafMapping, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], kind: str
+) -> QuantizedTensor:
+    return quantized_shapes(row.shape, row.stack, axes, mesh, kind)
 
 
-def _part(row: Row, parts: list[LazyTensor], dtype: np.dtype, index: Index | None) -> np.ndarray:
+def _part(
+    row: LeafMapping, parts: list[LazyTensor], dtype: np.dtype, index: Index | None
+) -> np.ndarray:
     """The part of a leaf that a device holds, read from the tensors that make it up."""
     assert index is not None
     depth = len(row.stack)
@@ -144,10 +175,12 @@ def _with_padding(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
 
     def read(index: Index) -> np.ndarray:
         start, stop, _ = index[0].indices(shape[0])
-        rows = tensor.read((slice(min(start, tensor.shape[0] - 1), min(stop, tensor.shape[0])), *index[1:]))
+        rows = tensor.read(
+            (slice(min(start, tensor.shape[0] - 1), min(stop, tensor.shape[0])), *index[1:])
+        )
         return np.concatenate([rows, np.repeat(rows[-1:], stop - start - len(rows), axis=0)])
 
-    return LazyTensor(shape, tensor.dtype, read, tensor.quantised)
+    return LazyTensor(shape, tensor.dtype, read, tensor.quantized)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

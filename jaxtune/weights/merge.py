@@ -1,4 +1,6 @@
-"""An adapter merged into its base, tensor by tensor as they are read: in float32, then in the base's dtype."""
+"""An adapter merged into its base, tensor by tensor as they are read: in float32, then in the
+base's dtype.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,14 +22,17 @@ def merged(
     Args:
         base: the original weights, by Hugging Face's names.
         adapter: fits the base.
-        config_json: the base's; where the adapter changes one of two tied matrices, they are tied no longer.
+        config_json: the base's; where the adapter changes one of two tied matrices, they are tied
+            no longer.
         dtype: of the result's matrices that the adapter changes; the base's by default.
 
     """
     tied = HEAD not in base
     out = dict(base) | ({HEAD: base[EMBEDDING]} if tied else {})
     changed: Tensors = {}
-    copied = {name for name in adapter.tensors if name.endswith(".weight") and _is_copy(name, adapter)}
+    copied = {
+        name for name in adapter.tensors if name.endswith(".weight") and _is_copy(name, adapter)
+    }
     kept = {name: tensor for name, tensor in adapter.tensors.items() if name not in copied}
     found = {name.removeprefix(PREFIX).replace(COPY, ""): tensor for name, tensor in kept.items()}
     for name, tensor in found.items():
@@ -43,11 +48,16 @@ def merged(
             magnitude = found.get(f"{module}.lora_magnitude_vector")
             scale = adapter.config.scale_of(module)
             changed[f"{module}.weight"] = _adapted(
-                out[f"{module}.weight"], *factors, scale, None if magnitude is None else magnitude.all()
+                out[f"{module}.weight"],
+                *factors,
+                scale,
+                None if magnitude is None else magnitude.all(),
             )
         elif leaf == "embedding_A":
             factors = found[f"{module}.lora_embedding_B"].all().T, tensor.all().T
-            changed[f"{module}.weight"] = _adapted(out[f"{module}.weight"], *factors, adapter.config.scale_of(module), None)
+            changed[f"{module}.weight"] = _adapted(
+                out[f"{module}.weight"], *factors, adapter.config.scale_of(module), None
+            )
     for name, tensor in changed.items():
         out[name] = tensor.astype(out[name].dtype if dtype is None else dtype)
     if tied and not changed.keys() & {EMBEDDING, HEAD}:
@@ -59,10 +69,14 @@ def merged(
 def _is_copy(name: str, adapter: Adapter) -> bool:
     """Whether a tensor only repeats the base's."""
     plain = name.removeprefix(PREFIX)
-    return COPY in plain or ("lora_" not in plain and not adapter.config.is_saved(plain.removesuffix(".weight")))
+    return COPY in plain or (
+        "lora_" not in plain and not adapter.config.is_saved(plain.removesuffix(".weight"))
+    )
 
 
-def _with_rows(weight: LazyTensor, ids: tuple[int, ...], rows: np.ndarray, dtype: np.dtype | None) -> LazyTensor:
+def _with_rows(
+    weight: LazyTensor, ids: tuple[int, ...], rows: np.ndarray, dtype: np.dtype | None
+) -> LazyTensor:
     """The matrix with these rows for these tokens."""
     weight = weight if dtype is None else weight.astype(dtype)
 
@@ -77,8 +91,12 @@ def _with_rows(weight: LazyTensor, ids: tuple[int, ...], rows: np.ndarray, dtype
     return LazyTensor(weight.shape, weight.dtype, read)
 
 
-def _adapted(weight: LazyTensor, a: np.ndarray, b: np.ndarray, scale: float, magnitude: np.ndarray | None) -> LazyTensor:
-    """W + scale B A in float32; with a magnitude, its rows brought to that length (see `adapters.lora`)."""
+def _adapted(
+    weight: LazyTensor, a: np.ndarray, b: np.ndarray, scale: float, magnitude: np.ndarray | None
+) -> LazyTensor:
+    """W + scale B A in float32; with a magnitude, its rows brought to that length (see
+    `adapters.lora`).
+    """
     a, b = a.astype(np.float32), b.astype(np.float32)
 
     def rows(chosen: slice) -> np.ndarray:
@@ -86,7 +104,9 @@ def _adapted(weight: LazyTensor, a: np.ndarray, b: np.ndarray, scale: float, mag
         whole = whole + np.float32(scale) * (b[chosen] @ a)
         if magnitude is None:
             return whole
-        return whole * (magnitude[chosen].astype(np.float32) / np.linalg.norm(whole, axis=1))[:, None]
+        return (
+            whole * (magnitude[chosen].astype(np.float32) / np.linalg.norm(whole, axis=1))[:, None]
+        )
 
     return LazyTensor(weight.shape, np.dtype("float32"), _by_rows(rows))
 

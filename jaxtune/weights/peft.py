@@ -1,4 +1,6 @@
-"""Adapters in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`, read and written strictly."""
+"""Adapters in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`, read and
+written strictly.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +21,7 @@ from jaxtune.core.files import read_json, write_json
 from jaxtune.core.sharding import sharding
 from jaxtune.models.decoder import CausalLM
 from jaxtune.weights.formats.safetensors_files import open_file
-from jaxtune.weights.mapping import rows
+from jaxtune.weights.mapping import leaf_mappings
 from jaxtune.weights.tensors import Tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -29,11 +31,14 @@ TOKENS = ".token_adapter.trainable_tokens_delta"
 
 # Keys of adapter_config.json that do not change what the adapter computes.
 _NEUTRAL = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "task_type", "peft_type", "revision",
-    "peft_version", "megatron_core", "runtime_config", "loftq_config", "qalora_group_size", "corda_config", "eva_config",
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "task_type",
+    "peft_type", "revision",
+    "peft_version", "megatron_core", "runtime_config", "loftq_config", "qalora_group_size",
+    "corda_config", "eva_config",
 }  # fmt: skip
 _READ = {
-    "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules", "layers_to_transform",
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules",
+    "exclude_modules", "layers_to_transform",
     "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save", "bias",
     "trainable_token_indices", "ensure_weight_tying",
 }  # fmt: skip
@@ -67,9 +72,13 @@ def open_adapter(directory: str | Path) -> Adapter:
         raise UserError(f"{directory} is not a PEFT adapter: it needs {CONFIG} and {WEIGHTS}.")
     raw, where = read_json(path / CONFIG), path / CONFIG
     if raw.get("peft_type") != "LORA":
-        raise UserError(f"{where}: peft_type {raw.get('peft_type')!r} is not supported; supported is LORA.")
+        raise UserError(
+            f"{where}: peft_type {raw.get('peft_type')!r} is not supported; supported is LORA."
+        )
     unused = (None, False, 0, [], {})
-    if unknown := [key for key, value in raw.items() if key not in _NEUTRAL | _READ and value not in unused]:
+    if unknown := [
+        key for key, value in raw.items() if key not in _NEUTRAL | _READ and value not in unused
+    ]:
         raise UserError(f"{where}: options that jaxtune does not implement: {listed(unknown)}.")
     return Adapter(path, _config(raw, where), open_file(path / WEIGHTS))
 
@@ -78,12 +87,15 @@ def _config(raw: dict[str, Any], where: Path) -> LoRAConfig:
     targets, layers = raw.get("target_modules"), raw.get("layers_to_transform")
     if not targets or not isinstance(targets, list | str):
         raise UserError(
-            f"{where}: target_modules must be a list of module names, a regular expression or '{ALL_LINEAR}', not {targets!r}."
+            f"{where}: target_modules must be a list of module names, a regular expression or "
+            f"'{ALL_LINEAR}', not {targets!r}."
         )
     if "r" not in raw or "lora_alpha" not in raw:
         raise UserError(f"{where}: r or lora_alpha is missing.")
     if (bias := raw.get("bias") or "none") not in ("none", "all", "lora_only"):
-        raise UserError(f"{where}: bias {bias!r} is not supported; supported are none, all and lora_only.")
+        raise UserError(
+            f"{where}: bias {bias!r} is not supported; supported are none, all and lora_only."
+        )
     return LoRAConfig(
         rank=raw["r"],
         alpha=float(raw["lora_alpha"]),
@@ -93,7 +105,13 @@ def _config(raw: dict[str, Any], where: Path) -> LoRAConfig:
         targets=_names(targets),
         excluded=_names(raw.get("exclude_modules")),
         layers=(layers,) if isinstance(layers, int) else (tuple(layers) if layers else None),
-        layers_pattern=tuple(_names([found] if isinstance(found := raw.get("layers_pattern"), str) and found else found or ())),
+        layers_pattern=tuple(
+            _names(
+                [found]
+                if isinstance(found := raw.get("layers_pattern"), str) and found
+                else found or ()
+            )
+        ),
         ranks=tuple((raw.get("rank_pattern") or {}).items()),
         alphas=tuple((raw.get("alpha_pattern") or {}).items()),
         saved=tuple(_names(raw.get("modules_to_save"))),
@@ -104,8 +122,13 @@ def _config(raw: dict[str, Any], where: Path) -> LoRAConfig:
 
 def _tokens(found: Any, where: Path) -> tuple[tuple[str, tuple[int, ...]], ...]:
     rows = found if isinstance(found, dict) else {"embed_tokens": found} if found else {}
-    if not all(isinstance(ids, list) and all(isinstance(token, int) for token in ids) for ids in rows.values()):
-        raise UserError(f"{where}: trainable_token_indices must be lists of token ids, not {found!r}.")
+    if not all(
+        isinstance(ids, list) and all(isinstance(token, int) for token in ids)
+        for ids in rows.values()
+    ):
+        raise UserError(
+            f"{where}: trainable_token_indices must be lists of token ids, not {found!r}."
+        )
     return tuple((name, tuple(ids)) for name, ids in rows.items())
 
 
@@ -149,7 +172,8 @@ def _kept(variable: LoRAParam, value: np.ndarray, found: list["Entry"]) -> np.nd
 
 
 def write_adapter(directory: Path, model: CausalLM, base_name: str) -> None:
-    """Write the model's adapter into an existing directory, float32, its declared keys and nothing else.
+    """Write the model's adapter into an existing directory, float32, its declared keys and nothing
+    else.
 
     Args:
         directory: where to; see `weights.export` for a verified export.
@@ -224,7 +248,10 @@ def entries(model: CausalLM) -> Iterator[Entry]:
         stacked = len(names) > 1 or any(isinstance(part, int) for part in path)
         for number, name in enumerate(names):
             rank = layer.part.ranks[number] if layer else 0
-            used = {"rank": rank, "vocab": model.config.vocab_size}  # the rest of these axes is padding
+            used = {
+                "rank": rank,
+                "vocab": model.config.vocab_size,
+            }  # the rest of these axes is padding
             at: tuple[Any, ...] = (number,) if stacked else ()
             at += tuple(slice(used.get(axis)) for axis in variable.get_metadata()["axes"])
             if leaf == TOKENS.rpartition(".")[2]:
@@ -234,22 +261,36 @@ def entries(model: CausalLM) -> Iterator[Entry]:
                 yield Entry(f"{PREFIX}{name}{inner}.{leaf}", variable, at)
             elif rank:
                 suffix = ".weight" if leaf in ("lora_A", "lora_B") else ""
-                yield Entry(f"{PREFIX}{name}.{leaf}{suffix}", variable, at, leaf == "lora_magnitude_vector")
+                yield Entry(
+                    f"{PREFIX}{name}.{leaf}{suffix}", variable, at, leaf == "lora_magnitude_vector"
+                )
 
 
-def _check(adapter: Adapter, shapes: dict[str, tuple[int, ...]], model: CausalLM, base: nnx.State) -> tuple[str, ...]:
-    """Every tensor of the adapter is there with its shape, and no other but copies of the base, which are returned by name."""
+def _check(
+    adapter: Adapter, shapes: dict[str, tuple[int, ...]], model: CausalLM, base: nnx.State
+) -> tuple[str, ...]:
+    """Every tensor of the adapter is there with its shape, and no other but copies of the base,
+    which are returned by name.
+    """
     found, problems, copies = adapter.tensors, [], []
-    where = {name: leaf for leaf, row in zip(_leaves(base), rows(base, model.config), strict=True) for name in row.names}
+    where = {
+        name: leaf
+        for leaf, row in zip(_leaves(base), leaf_mappings(base, model.config), strict=True)
+        for name in row.names
+    }
     where.setdefault("lm_head.weight", where["model.embed_tokens.weight"])
     for name in [name for name in found if name not in shapes]:
         plain = name.removeprefix(PREFIX).replace(COPY, "")
         leaf = where.get(plain)
         if leaf is not None and plain in ("model.embed_tokens.weight", "lm_head.weight"):
             leaf = leaf[: model.config.vocab_size]
-            if found[name].shape != leaf.shape or (found[name].all().astype(np.float32) != fetch(leaf).astype(np.float32)).any():
+            if (
+                found[name].shape != leaf.shape
+                or (found[name].all().astype(np.float32) != fetch(leaf).astype(np.float32)).any()
+            ):
                 raise UserError(
-                    f"{adapter.path / WEIGHTS}: {name} differs from the base's {plain}. The adapter was trained on another base, or with "
+                    f"{adapter.path / WEIGHTS}: {name} differs from the base's {plain}. The "
+                    "adapter was trained on another base, or with "
                     "more tokens; give that base."
                 )
             copies.append(name)
@@ -260,10 +301,15 @@ def _check(adapter: Adapter, shapes: dict[str, tuple[int, ...]], model: CausalLM
     wrong = [name for name, shape in shapes.items() if name in found and found[name].shape != shape]
     if wrong:
         problems.append(
-            "of the wrong shape: " + listed(f"{n} {list(found[n].shape)} instead of {list(shapes[n])}" for n in wrong)
+            "of the wrong shape: "
+            + listed(f"{n} {list(found[n].shape)} instead of {list(shapes[n])}" for n in wrong)
         )
     if problems:
-        raise UserError(f"{adapter.path / WEIGHTS}: the adapter does not fit this model. Tensors " + "; ".join(problems) + ".")
+        raise UserError(
+            f"{adapter.path / WEIGHTS}: the adapter does not fit this model. Tensors "
+            + "; ".join(problems)
+            + "."
+        )
     return tuple(copies)
 
 
@@ -273,5 +319,9 @@ def _leaves(state: nnx.State) -> list[jax.Array]:
 
 def _base_tensor(model: CausalLM, name: str) -> np.ndarray:
     """A tensor of the base that the adapter's file repeats: the embedding or the head."""
-    module = model.lm_head if "lm_head" in name and model.lm_head is not None else model.model.embed_tokens
+    module = (
+        model.lm_head
+        if "lm_head" in name and model.lm_head is not None
+        else model.model.embed_tokens
+    )
     return np.ascontiguousarray(fetch(module.weight[: model.config.vocab_size]))

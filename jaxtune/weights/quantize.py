@@ -1,4 +1,6 @@
-"""Rounding matrices to few bits as they are read, one at a time: NF4 as in QLoRA, and eight bits a row."""
+"""Rounding matrices to few bits as they are read, one at a time: NF4 as in QLoRA, and eight bits
+a row.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,12 +12,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune.core.errors import UserError
 from jaxtune.core.sharding import sharding
-from jaxtune.models.kernels.quantized import BLOCK, NF4, NF4_CODES, SCALES, Int8Rows, Quantised, dynamic_value, split_columns
+from jaxtune.models.kernels.quantized import (
+    BLOCK,
+    NF4,
+    NF4_CODES,
+    SCALES,
+    Int8Rows,
+    QuantizedTensor,
+    dynamic_value,
+    split_columns,
+)
 
 KINDS = ("int8", "nf4")
 
 
-def check_quantisable(name: str, shape: tuple[int, ...], kind: str) -> None:
+def check_quantizable(name: str, shape: tuple[int, ...], kind: str) -> None:
     """That a matrix has whole blocks.
 
     Raises:
@@ -24,14 +35,19 @@ def check_quantisable(name: str, shape: tuple[int, ...], kind: str) -> None:
     """
     if kind == "nf4" and shape[-1] % BLOCK:
         raise UserError(
-            f"model.dtype=nf4: {name} has rows of {shape[-1]} numbers, which are no multiple of {BLOCK}. Take model.dtype=int8."
+            f"model.dtype=nf4: {name} has rows of {shape[-1]} numbers, which are no multiple of "
+            f"{BLOCK}. Take model.dtype=int8."
         )
 
 
-def quantised(
-    matrices: Iterable[np.ndarray], stack: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh, kind: str
-) -> Quantised:
-    """The matrices as one quantised leaf on the mesh; of the originals one at a time is in memory.
+def quantized(
+    matrices: Iterable[np.ndarray],
+    stack: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    mesh: Mesh,
+    kind: str,
+) -> QuantizedTensor:
+    """The matrices as one quantized leaf on the mesh; of the originals one at a time is in memory.
 
     Args:
         matrices: [out, in] each, in the order of the stack.
@@ -41,27 +57,59 @@ def quantised(
         kind: `nf4` or `int8`.
 
     """
-    rounded = [jax.tree.map(np.asarray, _ROUND[kind](np.asarray(matrix, np.float32))) for matrix in matrices]
-    whole: Any = jax.tree.map(lambda *parts: np.stack(parts).reshape(*stack, *parts[0].shape), *rounded)
+    rounded = [
+        jax.tree.map(np.asarray, _ROUND[kind](np.asarray(matrix, np.float32)))
+        for matrix in matrices
+    ]
+    whole: Any = jax.tree.map(
+        lambda *parts: np.stack(parts).reshape(*stack, *parts[0].shape), *rounded
+    )
     return _placed(whole, axes, mesh, _put)
 
 
-def quantised_shapes(
-    shape: tuple[int, ...], stack: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh, kind: str
-) -> Quantised:
-    """What `quantised` would give for matrices of this shape, as shapes."""
+def quantized_shapes(
+    shape: tuple[int, ...],
+    stack: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    mesh: Mesh,
+    kind: str,
+) -> QuantizedTensor:
+    """What `quantized` would give for matrices of this shape, as shapes."""
     one = jax.eval_shape(_ROUND[kind], jax.ShapeDtypeStruct(shape, jnp.float32))
-    whole: Any = jax.tree.map(lambda part: jax.ShapeDtypeStruct((*stack, *part.shape), part.dtype), one)
-    return _placed(whole, axes, mesh, lambda part, place: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=place))
+    whole: Any = jax.tree.map(
+        lambda part: jax.ShapeDtypeStruct((*stack, *part.shape), part.dtype), one
+    )
+    return _placed(
+        whole,
+        axes,
+        mesh,
+        lambda part, place: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=place),
+    )
 
 
-def _placed(whole: Quantised, axes: tuple[str | None, ...], mesh: Mesh, put: Callable[[Any, NamedSharding], Any]) -> Quantised:
+def _placed(
+    whole: QuantizedTensor,
+    axes: tuple[str | None, ...],
+    mesh: Mesh,
+    put: Callable[[Any, NamedSharding], Any],
+) -> QuantizedTensor:
     if isinstance(whole, Int8Rows):
         place = sharding(mesh, axes, whole.codes.shape)
-        return Int8Rows(put(whole.codes, place), put(whole.scales, NamedSharding(mesh, PartitionSpec(*place.spec[:-1]))))
+        return Int8Rows(
+            put(whole.codes, place),
+            put(whole.scales, NamedSharding(mesh, PartitionSpec(*place.spec[:-1]))),
+        )
     assert isinstance(whole, NF4)
-    place, everywhere = sharding(mesh, axes, whole.scales.shape), NamedSharding(mesh, PartitionSpec())
-    return NF4(put(whole.codes, place), put(whole.scales, place), put(whole.wide, everywhere), put(whole.offset, everywhere))
+    place, everywhere = (
+        sharding(mesh, axes, whole.scales.shape),
+        NamedSharding(mesh, PartitionSpec()),
+    )
+    return NF4(
+        put(whole.codes, place),
+        put(whole.scales, place),
+        put(whole.wide, everywhere),
+        put(whole.offset, everywhere),
+    )
 
 
 def _put(values: Any, place: NamedSharding) -> jax.Array:
@@ -70,7 +118,8 @@ def _put(values: Any, place: NamedSharding) -> jax.Array:
 
 @jax.jit
 def to_nf4(matrix: jax.Array) -> NF4:
-    """The nearest codes, and the scales rounded by the dynamic map around their mean (Dettmers et al. 2023, section 3).
+    """The nearest codes, and the scales rounded by the dynamic map around their mean (Dettmers et
+    al. 2023, section 3).
 
     Args:
         matrix: [out, in], float32; in is a multiple of 64.
@@ -79,14 +128,22 @@ def to_nf4(matrix: jax.Array) -> NF4:
     outputs, inputs = matrix.shape
     blocks = matrix.reshape(outputs, inputs // BLOCK, BLOCK)
     largest = jnp.max(jnp.abs(blocks), axis=-1)
-    codes = _nearest(blocks / jnp.where(largest == 0, 1.0, largest)[..., None], jnp.asarray(NF4_CODES, jnp.float32))
+    codes = _nearest(
+        blocks / jnp.where(largest == 0, 1.0, largest)[..., None],
+        jnp.asarray(NF4_CODES, jnp.float32),
+    )
     offset = jnp.mean(largest)
     flat = (largest - offset).reshape(-1)
     groups = jnp.pad(flat, (0, -flat.size % SCALES)).reshape(-1, SCALES)
     wide = jnp.max(jnp.abs(groups), axis=-1)
-    scales = _nearest(groups / jnp.where(wide == 0, 1.0, wide)[:, None], dynamic_value(jnp.arange(256, dtype=jnp.uint8)))
+    scales = _nearest(
+        groups / jnp.where(wide == 0, 1.0, wide)[:, None],
+        dynamic_value(jnp.arange(256, dtype=jnp.uint8)),
+    )
     first, second = split_columns(codes.reshape(outputs, inputs))
-    return NF4((first << 4) | second, scales.reshape(-1)[: flat.size].reshape(largest.shape), wide, offset)
+    return NF4(
+        (first << 4) | second, scales.reshape(-1)[: flat.size].reshape(largest.shape), wide, offset
+    )
 
 
 @jax.jit
@@ -103,4 +160,6 @@ _ROUND = {"nf4": to_nf4, "int8": to_int8}
 def _nearest(values: jax.Array, table: jax.Array) -> jax.Array:
     """The place of the nearest entry of a sorted table."""
     middles = (table[1:] + table[:-1]) / 2
-    return jnp.searchsorted(middles, values, method="compare_all" if len(table) < BLOCK else "scan").astype(jnp.uint8)
+    return jnp.searchsorted(
+        middles, values, method="compare_all" if len(table) < BLOCK else "scan"
+    ).astype(jnp.uint8)

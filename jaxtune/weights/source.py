@@ -1,4 +1,6 @@
-"""Where a model comes from: a hub id, a Hugging Face directory, Meta's files or a GGUF file, seen alike."""
+"""Where a model comes from: a hub id, a Hugging Face directory, Meta's files or a GGUF file,
+seen alike.
+"""
 
 import re
 from abc import ABC, abstractmethod
@@ -17,7 +19,8 @@ from jaxtune.weights.tensors import Tensors
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt",
+    "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
@@ -54,14 +57,20 @@ class Source(ABC):
 
     def tokenizer_files(self) -> list[Path]:
         """The files that the tokenizer is read from, where they are Hugging Face's."""
-        return [self.path / name for name in TOKENIZER_FILES if self.path.is_dir() and (self.path / name).exists()]
+        return [
+            self.path / name
+            for name in TOKENIZER_FILES
+            if self.path.is_dir() and (self.path / name).exists()
+        ]
 
     def stop_ids(self) -> list[int]:
         """Ids at which generation ends."""
         return _ids(self.config_json().get("eos_token_id"))
 
     def transformers(self) -> dict[str, str] | None:
-        """What `from_pretrained` of transformers loads the same weights by; None where it cannot."""
+        """What `from_pretrained` of transformers loads the same weights by; None where it
+        cannot.
+        """
         return None
 
     def generation_config(self) -> dict[str, Any]:
@@ -70,8 +79,15 @@ class Source(ABC):
         if path.exists():
             return read_json(path)
         stops, config = self.stop_ids(), self.config_json()
-        found = {"bos_token_id": config.get("bos_token_id"), "eos_token_id": stops[0] if len(stops) == 1 else stops or None}
-        return {key: value for key, value in (found | {"pad_token_id": config.get("pad_token_id")}).items() if value is not None}
+        found = {
+            "bos_token_id": config.get("bos_token_id"),
+            "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
+        }
+        return {
+            key: value
+            for key, value in (found | {"pad_token_id": config.get("pad_token_id")}).items()
+            if value is not None
+        }
 
 
 @dataclass(frozen=True)
@@ -107,7 +123,11 @@ class Directory(Source):
 
     def transformers(self) -> dict[str, str] | None:
         """See Source."""
-        return None if (self.path / orbax.FOLDER).is_dir() else {"pretrained_model_name_or_path": str(self.path)}
+        return (
+            None
+            if (self.path / orbax.FOLDER).is_dir()
+            else {"pretrained_model_name_or_path": str(self.path)}
+        )
 
 
 @dataclass(frozen=True)
@@ -131,15 +151,27 @@ class GGUFFile(Source):
 
     def tokenizer(self) -> Any | None:
         """See Source."""
-        return gguf_tokenizer.tokenizer(self.file) if "tokenizer.ggml.tokens" in self.file.metadata else None
+        return (
+            gguf_tokenizer.tokenizer(self.file)
+            if "tokenizer.ggml.tokens" in self.file.metadata
+            else None
+        )
 
     def stop_ids(self) -> list[int]:
         """The ends of a sequence, of a turn and of a message."""
-        return _ids([self.file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")])
+        return _ids(
+            [
+                self.file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+                for name in ("eos", "eot", "eom")
+            ]
+        )
 
     def transformers(self) -> dict[str, str] | None:
         """See Source."""
-        return {"pretrained_model_name_or_path": str(self.path.resolve().parent), "gguf_file": self.path.name}
+        return {
+            "pretrained_model_name_or_path": str(self.path.resolve().parent),
+            "gguf_file": self.path.name,
+        }
 
 
 @dataclass(frozen=True)
@@ -160,12 +192,14 @@ class MetaDirectory(Source):
         return meta.tensors(self.path)
 
     def tokenizer(self) -> Any | None:
-        """A tokenizer in Hugging Face's format beside the weights; Meta's own `tokenizer.model` alone is not read."""
+        """A tokenizer in Hugging Face's format beside the weights; Meta's own `tokenizer.model`
+        alone is not read.
+        """
         return load_tokenizer(self.path) if (self.path / "tokenizer.json").exists() else None
 
 
 @dataclass(frozen=True)
-class Changed(Source):
+class OverriddenSource(Source):
     """Another source's model with other weights.
 
     Attributes:
@@ -213,8 +247,8 @@ def resolve(model: str) -> Source:
     """The model that a user's string means.
 
     Args:
-        model: a directory with `config.json` or with Meta's `params.json`, a `.gguf` file, or a hub id such as org/name,
-            with a branch, tag or commit as org/name@revision.
+        model: a directory with `config.json` or with Meta's `params.json`, a `.gguf` file, or a hub
+            id such as org/name, with a branch, tag or commit as org/name@revision.
 
     Raises:
         UserError: there is no such thing, or the hub does not give it out.
@@ -227,16 +261,27 @@ def resolve(model: str) -> Source:
         if (path / meta.PARAMS).exists():
             return MetaDirectory(str(path.resolve()), path)
         raise UserError(
-            f"{model} holds no config.json and no {meta.PARAMS}, so it is a model directory neither of Hugging Face nor of Meta."
+            f"{model} holds no config.json and no {meta.PARAMS}, so it is a model directory "
+            "neither of Hugging Face nor of Meta."
         )
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise UserError(f"{model} is a file, but not a .gguf one. Give the model's directory or a .gguf file.")
+            raise UserError(
+                f"{model} is a file, but not a .gguf one. Give the model's directory or a .gguf "
+                "file."
+            )
         return GGUFFile(str(path.resolve()), path, open_gguf(path))
     if (named := _HUB_ID.fullmatch(model)) and not model.startswith((".", "/")):
         path = hub.download(*named.groups())
-        return Directory(model, path) if (path / "config.json").exists() else MetaDirectory(model, path)
-    raise UserError(f"{model} does not exist. Give a directory with config.json, a .gguf file or a hub id (org/name).")
+        return (
+            Directory(model, path)
+            if (path / "config.json").exists()
+            else MetaDirectory(model, path)
+        )
+    raise UserError(
+        f"{model} does not exist. Give a directory with config.json, a .gguf file or a hub id "
+        "(org/name)."
+    )
 
 
 def is_hub_id(model: str) -> bool:
@@ -263,4 +308,6 @@ def load_tokenizer(path: Path) -> Any | None:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{path}: the tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"{path}: the tokenizer cannot be loaded: {type(error).__name__}: {error}"
+        ) from error

@@ -1,4 +1,6 @@
-"""What every weight reader yields: named tensors that are read only where and when they are asked for."""
+"""What every weight reader yields: named tensors that are read only where and when they are
+asked for.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,14 +19,14 @@ class LazyTensor:
         shape: its shape, as Hugging Face lays it out.
         dtype: the dtype in which `read` returns it.
         read: reads the part that an index of slices names.
-        quantised: whether the file holds it in blocks of few bits; `read` de-quantises.
+        quantized: whether the file holds it in blocks of few bits; `read` de-quantizes.
 
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[Index], np.ndarray]
-    quantised: bool = False
+    quantized: bool = False
 
     def blocks(self) -> Iterator[np.ndarray]:
         """The whole tensor in runs of rows of a bounded size, in order."""
@@ -32,11 +34,17 @@ class LazyTensor:
         step = max(1, _BLOCK_BYTES // max(row, 1))
         rest = tuple(slice(0, size) for size in self.shape[1:])
         for start in range(0, self.shape[0], step) if self.shape else ():
-            yield np.ascontiguousarray(self.read((slice(start, min(start + step, self.shape[0])), *rest)))
+            yield np.ascontiguousarray(
+                self.read((slice(start, min(start + step, self.shape[0])), *rest))
+            )
 
     def astype(self, dtype: np.dtype) -> "LazyTensor":
         """The tensor rounded to a dtype as it is read."""
-        return self if dtype == self.dtype else LazyTensor(self.shape, dtype, lambda index: self.read(index).astype(dtype))
+        return (
+            self
+            if dtype == self.dtype
+            else LazyTensor(self.shape, dtype, lambda index: self.read(index).astype(dtype))
+        )
 
     def all(self) -> np.ndarray:
         """The whole tensor."""

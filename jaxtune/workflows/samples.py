@@ -1,4 +1,6 @@
-"""What a model says to the same prompts before, while and after it trains: `samples.jsonl` of a run."""
+"""What a model says to the same prompts before, while and after it trains: `samples.jsonl` of a
+run.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -6,16 +8,16 @@ from typing import Any
 from jaxtune.core import distributed
 from jaxtune.core.errors import UserError
 from jaxtune.core.files import read_jsonl, write_jsonl
+from jaxtune.data.batch import REJECTED
 from jaxtune.data.chat.tokenize import prompt_ids
 from jaxtune.data.formats.conversation import Conversation
 from jaxtune.data.prepare import conversations
 from jaxtune.inference.engine import Engine
 from jaxtune.models.decoder import CausalLM
-from jaxtune.objectives.objective import REJECTED
 from jaxtune.tracking.run_directory import SAMPLES
 from jaxtune.training.inputs import comparison
 from jaxtune.training.setup import Setup
-from jaxtune.training.step import TrainState
+from jaxtune.training.state import TrainState
 
 _TOKENS = 64
 _OPENING = 200  # characters of a text that are asked to be continued
@@ -27,13 +29,16 @@ class Samples:
     Args:
         parts: the run.
         directory: its directory.
-        step: the step that it goes on from; answers of later ones, which a run that was killed wrote, are dropped.
+        step: the step that it goes on from; answers of later ones, which a run that was killed
+            wrote, are dropped.
 
     """
 
     def __init__(self, parts: Setup, directory: Path, step: int) -> None:
         self._parts, self._path = parts, directory / SAMPLES
-        found = distributed.from_lead(lambda: read_jsonl(self._path) if self._path.exists() else None)
+        found = distributed.broadcast_from_main(
+            lambda: read_jsonl(self._path) if self._path.exists() else None
+        )
         self._known = found is not None
         self._rows: list[dict[str, Any]] = found or []
         for row in self._rows:
@@ -48,7 +53,10 @@ class Samples:
 
     def during(self, state: TrainState, step: int) -> None:
         """The answers after so many steps."""
-        self._say(self._parts.model(state), lambda row, text: row["during"].append({"step": step, "text": text}))
+        self._say(
+            self._parts.model(state),
+            lambda row, text: row["during"].append({"step": step, "text": text}),
+        )
 
     def after(self, model: CausalLM) -> None:
         """The answers of the trained model."""
@@ -57,14 +65,18 @@ class Samples:
     def _say(self, model: CausalLM, note: Any) -> None:
         for row, text in zip(self._rows, _answers(self._parts, model, self._rows), strict=True):
             note(row, text)
-        if distributed.is_lead():
+        if distributed.is_main():
             write_jsonl(self._path, self._rows)
 
 
 def _prompts(parts: Setup) -> list[dict[str, Any]]:
-    """The first rows to evaluate on, or else to train on, as prompts; of a text, its first words."""
+    """The first rows to evaluate on, or else to train on, as prompts; of a text, its first
+    words.
+    """
     data, found = parts.config.data, []
-    for row in conversations(data, "train" if parts.eval_plan is None else "eval", comparison=comparison(parts.config)):
+    for row in conversations(
+        data, "train" if parts.eval_plan is None else "eval", comparison=comparison(parts.config)
+    ):
         if len(found) == parts.config.train.samples:
             break
         if row.label == REJECTED:
@@ -72,8 +84,17 @@ def _prompts(parts: Setup) -> list[dict[str, Any]]:
         prompt, wanted = row.prompt, row.answer
         if row.text:
             text = row.messages[0]["content"]
-            prompt, wanted = [{"role": "user", "content": text[:_OPENING]}], text[_OPENING : 3 * _OPENING]
-        sample = {"place": str(row.place), "prompt": prompt, "wanted": wanted, "plain": row.plain, "text": row.text}
+            prompt, wanted = (
+                [{"role": "user", "content": text[:_OPENING]}],
+                text[_OPENING : 3 * _OPENING],
+            )
+        sample = {
+            "place": str(row.place),
+            "prompt": prompt,
+            "wanted": wanted,
+            "plain": row.plain,
+            "text": row.text,
+        }
         sample |= {"options": dict(row.options)} if row.options else {}
         if prompt and _is_prompt(parts, sample):
             found.append(sample)

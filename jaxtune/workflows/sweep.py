@@ -1,4 +1,6 @@
-"""A search over the keys of a run: Optuna chooses, each trial is a run directory, and a search that was stopped goes on."""
+"""A search over the keys of a run: Optuna chooses, each trial is a run directory, and a search
+that was stopped goes on.
+"""
 
 import fcntl
 import itertools
@@ -13,34 +15,51 @@ from typing import Any
 import jax
 import optuna
 import yaml
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from jaxtune.config.load import dump, keys, load_config, load_sweep, validated
 from jaxtune.config.schema import Config
 from jaxtune.config.sweep import Range, Sweep
 from jaxtune.core import distributed, runtime
-from jaxtune.core.errors import Interrupted, RunFailure, UserError, listed, nearest
+from jaxtune.core.errors import Interrupted, RunError, UserError, listed, nearest
 from jaxtune.core.files import read_jsonl, write_jsonl, write_text
-from jaxtune.report.sweep import BASE, NAME, STUDY, TRIALS, open_study, trial_directory, write_sweep_report
+from jaxtune.report.sweep import (
+    BASE,
+    NAME,
+    STUDY,
+    TRIALS,
+    open_study,
+    trial_directory,
+    write_sweep_report,
+)
 from jaxtune.tracking.metrics_log import FILE as METRICS
-from jaxtune.tracking.metrics_log import figures_of, read_metrics
+from jaxtune.tracking.metrics_log import metric_names, read_metrics
 from jaxtune.tracking.progress import Reporter
 from jaxtune.tracking.run_directory import SAMPLES
 from jaxtune.workflows.train import run
 
 _STARTS, _REASON, _SAME = "starts", "reason", "same as"
 _MOST_STARTS = 3  # a trial that has ended the program so often is given up
-# Keys that leave the model as it is before training, so that its evaluation then is the same in all trials.
+# Keys that leave the model as it is before training, so that its evaluation then is the same in all
+# trials.
 _AFTER_THE_START = (
-    "optimizer.", "checkpoint.", "adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.rslora", "adapter.targets", "adapter.layers",
-    "adapter.exclude", "adapter.method", "trainable", "train.epochs", "train.steps", "train.batch_size", "train.micro_batch_size",
+    "optimizer.", "checkpoint.", "adapter.rank", "adapter.alpha", "adapter.dropout",
+    "adapter.rslora", "adapter.targets", "adapter.layers",
+    "adapter.exclude", "adapter.method", "trainable", "train.epochs", "train.steps",
+    "train.batch_size", "train.micro_batch_size",
     "train.neftune", "train.ema", "train.seed", "train.patience", "train.eval_every",
 )  # fmt: skip
 
 
-# What a trial may end with that costs only this trial; the last is, for one, a device's memory that is too small for it.
-_COSTS_A_TRIAL = (RunFailure, UserError, jax.errors.JaxRuntimeError)
+# What a trial may end with that costs only this trial; the last is, for one, a device's memory that
+# is too small for it.
+_COSTS_A_TRIAL = (RunError, UserError, jax.errors.JaxRuntimeError)
 
 
 class _NoSuchFigure(Exception):
@@ -61,7 +80,7 @@ def sweep(config: Path, description: Path | Sweep, reporter: Reporter) -> optuna
 
     """
     runtime.start()
-    distributed.alone("jaxtune sweep")
+    distributed.require_single_process("jaxtune sweep")
     plan = description if isinstance(description, Sweep) else load_sweep(description)
     directory, base = Path(plan.dir), load_config(config)
     _check(base, plan)
@@ -74,7 +93,9 @@ def sweep(config: Path, description: Path | Sweep, reporter: Reporter) -> optuna
             search.run()
         except Interrupted as stopped:
             how = f"Go on with: jaxtune sweep {config} {'SWEEP.yaml' if isinstance(description, Sweep) else description}"
-            raise Interrupted(stopped.number, f"Stopped in trial {search.at + 1}; what was done is kept.\n{how}") from None
+            raise Interrupted(
+                stopped.number, f"Stopped in trial {search.at + 1}; what was done is kept.\n{how}"
+            ) from None
         except _NoSuchFigure as error:
             if len(study.trials) == 1:
                 _forget(directory)
@@ -93,8 +114,16 @@ class _Search:
 
     """
 
-    def __init__(self, study: optuna.Study, plan: Sweep, base: Config, directory: Path, reporter: Reporter) -> None:
-        self.study, self.plan, self.base, self.directory, self.reporter = study, plan, base, directory, reporter
+    def __init__(
+        self, study: optuna.Study, plan: Sweep, base: Config, directory: Path, reporter: Reporter
+    ) -> None:
+        self.study, self.plan, self.base, self.directory, self.reporter = (
+            study,
+            plan,
+            base,
+            directory,
+            reporter,
+        )
         self.at = 0
 
     def run(self) -> None:
@@ -116,12 +145,18 @@ class _Search:
         starts = trial.user_attrs.get(_STARTS, 0) + 1
         trial.set_user_attr(_STARTS, starts)
         chosen = ", ".join(f"{key}={_written(value)}" for key, value in values.items())
-        self.reporter.say(f"\nTrial {trial.number + 1} of {self.plan.trials}: {chosen}" + (" (goes on)" if starts > 1 else ""))
+        self.reporter.say(
+            f"\nTrial {trial.number + 1} of {self.plan.trials}: {chosen}"
+            + (" (goes on)" if starts > 1 else "")
+        )
         if starts > _MOST_STARTS:
             self._failed(trial, f"the program ended {_MOST_STARTS} times while it ran")
         elif (twin := self._twin(trial)) is not None:
             trial.set_user_attr(_SAME, twin.number)
-            self.reporter.say(f"The same as trial {twin.number + 1}, so its {self.plan.metric} is taken: {twin.value:.4f}")
+            self.reporter.say(
+                f"The same as trial {twin.number + 1}, so its {self.plan.metric} is taken: "
+                f"{twin.value:.4f}"
+            )
             self.study.tell(trial.number, twin.value)
         else:
             self._trained(trial, values)
@@ -129,7 +164,14 @@ class _Search:
 
     def _twin(self, trial: Trial) -> FrozenTrial | None:
         done = self.study.get_trials(states=[TrialState.COMPLETE])
-        return next((other for other in done if other.params == trial.params and _SAME not in other.user_attrs), None)
+        return next(
+            (
+                other
+                for other in done
+                if other.params == trial.params and _SAME not in other.user_attrs
+            ),
+            None,
+        )
 
     def _trained(self, trial: Trial, values: dict[str, Any]) -> None:
         directory = trial_directory(self.directory, trial.number)
@@ -137,12 +179,21 @@ class _Search:
         try:
             places = {"run.dir": str(directory)}
             if self.base.checkpoint.dir:
-                places["checkpoint.dir"] = f"{self.base.checkpoint.dir.rstrip('/')}/{directory.name}"
+                places["checkpoint.dir"] = (
+                    f"{self.base.checkpoint.dir.rstrip('/')}/{directory.name}"
+                )
             config = _with(self.base, values | places)
-            result = run(config, self.reporter, watch=lambda step, figures: self._watched(trial, step, figures))
+            result = run(
+                config,
+                self.reporter,
+                watch=lambda step, figures: self._watched(trial, step, figures),
+            )
         except optuna.TrialPruned:
             self.study.tell(trial.number, state=TrialState.PRUNED)
-            self.reporter.say(f"Trial {trial.number + 1} is worse than others at this point and ends here (pruner)")
+            self.reporter.say(
+                f"Trial {trial.number + 1} is worse than others at this point and ends here "
+                "(pruner)"
+            )
         except Interrupted:
             # It was asked to stop, and did not bring the program down.
             trial.set_user_attr(_STARTS, trial.user_attrs[_STARTS] - 1)
@@ -158,7 +209,10 @@ class _Search:
             return
         self.study.tell(trial.number, value)
         best = self.study.best_trial
-        self.reporter.say(f"{self.plan.metric} {value:.4f}; best so far {best.value:.4f} (trial {best.number + 1})")
+        self.reporter.say(
+            f"{self.plan.metric} {value:.4f}; best so far {best.value:.4f} (trial "
+            f"{best.number + 1})"
+        )
 
     def _failed(self, trial: Trial, reason: str) -> None:
         trial.set_user_attr(_REASON, reason)
@@ -167,12 +221,15 @@ class _Search:
 
     def _watched(self, trial: Trial, step: int, figures: dict[str, Any]) -> None:
         if step == 0 and self.plan.metric not in figures:
-            names = ", ".join(figures_of(figures))
+            names = ", ".join(metric_names(figures))
             raise _NoSuchFigure(
-                f"metric: {self.plan.metric}: the evaluation has {names}. Take one of these, or set train.eval_task."
+                f"metric: {self.plan.metric}: the evaluation has {names}. Take one of these, or "
+                "set train.eval_task."
             )
         value = figures.get(self.plan.metric)
-        told = self.study.trials[trial.number].intermediate_values  # of a trial that goes on, some were told before
+        told = self.study.trials[
+            trial.number
+        ].intermediate_values  # of a trial that goes on, some were told before
         if step > 0 and value is not None and step not in told:
             trial.report(float(value), step)
             if trial.should_prune():
@@ -188,12 +245,19 @@ class _Search:
             return
         for other in sorted((self.directory / TRIALS).glob("*")):
             if (other / SAMPLES).exists():
-                rows = [row for row in read_metrics(other)[:1] if row["step"] == 0 and "task" in row]
+                rows = [
+                    row for row in read_metrics(other)[:1] if row["step"] == 0 and "task" in row
+                ]
                 if rows:
                     directory.mkdir(parents=True)
-                    write_jsonl(directory / METRICS, [{"measured_in": other.name} | row for row in rows])
+                    write_jsonl(
+                        directory / METRICS, [{"measured_in": other.name} | row for row in rows]
+                    )
                     kept = [{**row, "during": []} for row in read_jsonl(other / SAMPLES)]
-                    write_jsonl(directory / SAMPLES, [{name: row[name] for name in row if name != "after"} for row in kept])
+                    write_jsonl(
+                        directory / SAMPLES,
+                        [{name: row[name] for name in row if name != "after"} for row in kept],
+                    )
                     return
 
 
@@ -202,16 +266,21 @@ def _check(base: Config, plan: Sweep) -> None:
     if base.data.eval is None and base.data.split is None:
         raise UserError("A search judges trials by their evaluation. Set data.eval or data.split.")
     if plan.pruner != "none" and base.train.eval_every is None:
-        raise UserError(f"pruner: {plan.pruner} looks at evaluations on the way. Set train.eval_every.")
+        raise UserError(
+            f"pruner: {plan.pruner} looks at evaluations on the way. Set train.eval_every."
+        )
     if plan.pruner != "none" and plan.metric not in ("loss", base.checkpoint.best):
         raise UserError(
-            f"pruner: {plan.pruner} needs {plan.metric} on the way. Set checkpoint.best={plan.metric}, or metric: loss."
+            f"pruner: {plan.pruner} needs {plan.metric} on the way. Set "
+            f"checkpoint.best={plan.metric}, or metric: loss."
         )
     for key, options in plan.parameters.items():
         if key not in keys():
             raise UserError(f"parameters: unknown key '{key}'.{nearest(key, keys())}")
         if key.startswith("run."):
-            raise UserError(f"parameters: {key} is not searched: every trial has a run directory of its own.")
+            raise UserError(
+                f"parameters: {key} is not searched: every trial has a run directory of its own."
+            )
         for value in (options.low, options.high) if isinstance(options, Range) else options:
             _with(base, {key: value})
 
@@ -233,17 +302,30 @@ def _refuse_another(directory: Path, base: Config, plan: Sweep) -> None:
     """
     if not (directory / NAME).exists():
         return
-    shown, before = plan.model_dump(mode="json"), yaml.safe_load((directory / NAME).read_text(encoding="utf-8"))
+    shown, before = (
+        plan.model_dump(mode="json"),
+        yaml.safe_load((directory / NAME).read_text(encoding="utf-8")),
+    )
     changed = [key for key in ("parameters", "metric") if before[key] != shown[key]]
-    changed += [] if yaml.safe_load((directory / BASE).read_text()) == base.model_dump(mode="json") else ["the configuration"]
+    changed += (
+        []
+        if yaml.safe_load((directory / BASE).read_text()) == base.model_dump(mode="json")
+        else ["the configuration"]
+    )
     if changed:
-        raise UserError(f"{directory} holds a search with another {listed(changed)}. Set dir to another directory, or remove it.")
+        raise UserError(
+            f"{directory} holds a search with another {listed(changed)}. Set dir to another "
+            "directory, or remove it."
+        )
 
 
 def _record(directory: Path, base: Config, plan: Sweep) -> None:
     """Note what is searched."""
     write_text(directory / BASE, dump(base))
-    write_text(directory / NAME, yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    write_text(
+        directory / NAME,
+        yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+    )
 
 
 def _forget(directory: Path) -> None:
@@ -261,21 +343,33 @@ def _distribution(options: Range | list[Any]) -> BaseDistribution:
     if not isinstance(options, Range):
         return CategoricalDistribution([_written(value) for value in options])
     if options.whole:
-        return IntDistribution(int(options.low), int(options.high), log=options.log, step=int(options.step or 1))
-    return FloatDistribution(float(options.low), float(options.high), log=options.log, step=options.step)
+        return IntDistribution(
+            int(options.low), int(options.high), log=options.log, step=int(options.step or 1)
+        )
+    return FloatDistribution(
+        float(options.low), float(options.high), log=options.log, step=options.step
+    )
 
 
 def _values(plan: Sweep, chosen: dict[str, Any]) -> dict[str, Any]:
-    """The keys' values; of lists Optuna knows what is written, which is also what its plots show."""
+    """The keys' values; of lists Optuna knows what is written, which is also what its plots
+    show.
+    """
     found = {}
     for key, options in plan.parameters.items():
         value = chosen[key]
-        found[key] = value if isinstance(options, Range) else next(one for one in options if _written(one) == value)
+        found[key] = (
+            value
+            if isinstance(options, Range)
+            else next(one for one in options if _written(one) == value)
+        )
     return found
 
 
 def _written(value: Any) -> Any:
-    return value if isinstance(value, str | int | float | bool) or value is None else json.dumps(value)
+    return (
+        value if isinstance(value, str | int | float | bool) or value is None else json.dumps(value)
+    )
 
 
 def _sampler(plan: Sweep, trial: int) -> optuna.samplers.BaseSampler:
@@ -285,14 +379,21 @@ def _sampler(plan: Sweep, trial: int) -> optuna.samplers.BaseSampler:
 
 
 def _grid(plan: Sweep) -> list[dict[str, Any]]:
-    """All combinations, the last key varying fastest. Optuna's own sampler of grids works in its own loop only."""
-    lists = [[_written(value) for value in options] for options in plan.parameters.values() if not isinstance(options, Range)]
+    """All combinations, the last key varying fastest. Optuna's own sampler of grids works in its
+    own loop only.
+    """
+    lists = [
+        [_written(value) for value in options]
+        for options in plan.parameters.values()
+        if not isinstance(options, Range)
+    ]
     return [dict(zip(plan.parameters, values, strict=True)) for values in itertools.product(*lists)]
 
 
 def _pruner(plan: Sweep) -> optuna.pruners.BasePruner:
     kinds = {
-        "none": optuna.pruners.NopPruner, "median": optuna.pruners.MedianPruner, "hyperband": optuna.pruners.HyperbandPruner,
+        "none": optuna.pruners.NopPruner, "median": optuna.pruners.MedianPruner,
+        "hyperband": optuna.pruners.HyperbandPruner,
         "successive-halving": optuna.pruners.SuccessiveHalvingPruner,
     }  # fmt: skip
     return kinds[plan.pruner]()

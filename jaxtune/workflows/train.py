@@ -15,9 +15,15 @@ from jaxtune.core import distributed, runtime
 from jaxtune.core.errors import UserError
 from jaxtune.core.files import write_json, write_jsonl
 from jaxtune.data.inspect import histogram
-from jaxtune.evaluation.evaluate import Asked, evaluate
+from jaxtune.evaluation.evaluate import EvalOptions, evaluate
 from jaxtune.report.page import write_report
-from jaxtune.tracking.metrics_log import MetricsLog, NoLog, figures_of, no_better, read_metrics
+from jaxtune.tracking.metrics_log import (
+    MetricsLog,
+    NullMetricsLog,
+    evals_since_best,
+    metric_names,
+    read_metrics,
+)
 from jaxtune.tracking.progress import Reporter
 from jaxtune.tracking.run_directory import (
     ADAPTER,
@@ -27,15 +33,16 @@ from jaxtune.tracking.run_directory import (
     REPORT,
     VERIFICATION,
     RunDirectory,
+    checkpoint_directory,
     first_day,
     recall,
 )
 from jaxtune.tracking.trackers import Trackers, check_trackers
-from jaxtune.training.checkpoint import Best, Checkpoints, checkpoints_of
+from jaxtune.training.checkpoint import Best, Checkpoints
 from jaxtune.training.loop import Evaluator, fit
 from jaxtune.training.methods import adopt_adapter
 from jaxtune.training.setup import Setup, setup
-from jaxtune.training.step import TrainState
+from jaxtune.training.state import TrainState
 from jaxtune.weights.verify import Comparison
 from jaxtune.workflows.export import export_trained, output
 from jaxtune.workflows.samples import Samples
@@ -69,36 +76,44 @@ class Run:
         return read_metrics(self.dir)
 
 
-def run(config: Config, reporter: Reporter, *, fresh: bool = False, watch: Watch | None = None) -> Run:
+def run(
+    config: Config, reporter: Reporter, *, fresh: bool = False, watch: Watch | None = None
+) -> Run:
     """Train as `config` says, or go on where an earlier call was stopped.
 
     Args:
         config: the run.
         reporter: where progress is shown.
         fresh: remove an earlier run in the same directory instead of going on with it.
-        watch: called with the step and the figures of the evaluation before training and of every one on the way; what it raises
-            ends the run.
+        watch: called with the step and the figures of the evaluation before training and of every
+            one on the way; what it raises ends the run.
 
     Raises:
-        UserError, RunFailure, Interrupted: see `api.train` and `training.loop.fit`.
+        UserError, RunError, Interrupted: see `api.train` and `training.loop.fit`.
 
     """
     runtime.start()
-    with distributed.ending_together():
+    with distributed.fail_together():
         check_trackers(config)
         config = adopt_adapter(config)
-        day = date.fromisoformat(distributed.from_lead(lambda: _begun(config, fresh)))
+        day = date.fromisoformat(distributed.broadcast_from_main(lambda: _begun(config, fresh)))
         parts = setup(config, reporter, day)
         plans = (("data.train", parts.plan), ("data.eval", parts.eval_plan))
         digests = {key: plan.examples.digest for key, plan in plans if plan}
-        distributed.alike("configuration", dump(config))
-        distributed.alike("training or evaluation data", str(digests))
-        distributed.together("agreed")
-        directory = RunDirectory(config, digests, day, fresh) if distributed.is_lead() else None
-        distributed.together("run directory")
+        distributed.assert_same("configuration", dump(config))
+        distributed.assert_same("training or evaluation data", str(digests))
+        distributed.barrier("agreed")
+        directory = RunDirectory(config, digests, day, fresh) if distributed.is_main() else None
+        distributed.barrier("run directory")
         try:
             with jax.set_mesh(parts.mesh):
-                return _run(parts, Path(config.run.dir), reporter, directory.keep_copy if directory else None, watch)
+                return _run(
+                    parts,
+                    Path(config.run.dir),
+                    reporter,
+                    directory.keep_copy if directory else None,
+                    watch,
+                )
         finally:
             if directory:
                 directory.close()
@@ -112,17 +127,33 @@ def _begun(config: Config, fresh: bool) -> str:
     return str(first_day(config.run.dir))
 
 
-def _run(parts: Setup, directory: Path, reporter: Reporter, keep_copy: Callable[[], None] | None, watch: Watch | None) -> Run:
+def _run(
+    parts: Setup,
+    directory: Path,
+    reporter: Reporter,
+    keep_copy: Callable[[], None] | None,
+    watch: Watch | None,
+) -> Run:
     config, total = parts.config, len(parts.plan)
     _write(write_json, directory / DATA_SUMMARY, _data_summary(parts))
-    checkpoints = Checkpoints(checkpoints_of(config), config.checkpoint.keep, reporter.say, keep_copy)
-    best = Best(checkpoints_of(config), config.checkpoint.best, reporter.say) if config.checkpoint.best else None
+    checkpoints = Checkpoints(
+        checkpoint_directory(config), config.checkpoint.keep, reporter.say, keep_copy
+    )
+    best = (
+        Best(checkpoint_directory(config), config.checkpoint.best, reporter.say)
+        if config.checkpoint.best
+        else None
+    )
     begins = checkpoints.latest is None
     state = parts.initial() if begins else checkpoints.restore(parts.layout)
     parts.release()
     if not begins:
         reporter.say(f"Going on after step {int(state.step)} of {total} ({directory})")
-    log = MetricsLog(directory, int(state.step), Trackers(config, reporter.say)) if distributed.is_lead() else NoLog()
+    log = (
+        MetricsLog(directory, int(state.step), Trackers(config, reporter.say))
+        if distributed.is_main()
+        else NullMetricsLog()
+    )
     try:
         before = _measured(parts, state, log, directory, 0, reporter)
         _check_figure(config, before)
@@ -130,14 +161,17 @@ def _run(parts: Setup, directory: Path, reporter: Reporter, keep_copy: Callable[
             watch(0, before)
         samples = Samples(parts, directory, int(state.step))
         samples.before(state)
-        on_the_way = _OnTheWay(parts, log, best, samples, directory, reporter, watch)
+        on_the_way = EvalCallback(parts, log, best, samples, directory, reporter, watch)
         if not on_the_way.enough():
             with reporter.task("Training", total, int(state.step)) as task:
                 state = fit(parts, state, log, checkpoints, task, on_the_way)
         checkpoints.wait()
         ended = int(state.step)
         if best is not None and best.step not in (None, ended):
-            reporter.say(f"The evaluation was best after step {best.step} ({best.metric} {best.value:.4f}): that state is taken")
+            reporter.say(
+                f"The evaluation was best after step {best.step} ({best.metric} "
+                f"{best.value:.4f}): that state is taken"
+            )
             state = best.restore(parts.layout)
         after = _measured(parts, state, log, directory, ended, reporter)
     finally:
@@ -147,12 +181,15 @@ def _run(parts: Setup, directory: Path, reporter: Reporter, keep_copy: Callable[
                 opened.close()
     model = parts.model(state)
     samples.after(model)
-    del state  # the export loads the model again, and the optimizer's moments are not needed any more
+    del (
+        state
+    )  # the export loads the model again, and the optimizer's moments are not needed any more
     kind = output(config)
     reporter.say(
-        f"Exporting the {'weights' if kind == MODEL else 'adapter'}, reloading {'them' if kind == MODEL else 'it'} and comparing logits"
+        f"Exporting the {'weights' if kind == MODEL else 'adapter'}, reloading "
+        f"{'them' if kind == MODEL else 'it'} and comparing logits"
     )
-    with distributed.own_place(directory / kind) as out:
+    with distributed.main_only_path(directory / kind) as out:
         verification = export_trained(parts, model, out, replace=True)
     _write(write_json, directory / VERIFICATION, verification.as_dict())
     _write(write_report, [directory], directory / REPORT)
@@ -162,26 +199,34 @@ def _run(parts: Setup, directory: Path, reporter: Reporter, keep_copy: Callable[
 
 def _write(write: Callable[..., Any], *arguments: Any) -> None:
     """Write what only one process of a run writes."""
-    if distributed.is_lead():
+    if distributed.is_main():
         write(*arguments)
 
 
 def _measured(
     parts: Setup, state: TrainState, log: MetricsLog, directory: Path, step: int, reporter: Reporter
 ) -> dict[str, Any] | None:
-    """The evaluation before (step 0) or after training: from the log where an earlier call has it, else made and logged."""
+    """The evaluation before (step 0) or after training: from the log where an earlier call has
+    it, else made and logged.
+    """
     if parts.eval_plan is None:
         return None
-    found = distributed.from_lead(lambda: _logged(directory, step))
+    found = distributed.broadcast_from_main(lambda: _logged(directory, step))
     if found:
         return found
     with reporter.task("Evaluating before" if step == 0 else "Evaluating after", 1) as bar:
         model = parts.model(state)
         if parts.config.on_pairs:
-            result = {"task": "preference", "rows": parts.eval_plan.examples.rows, **Evaluator(parts, parts.eval_plan)(state)}
+            result = {
+                "task": "preference",
+                "rows": parts.eval_plan.examples.rows,
+                **Evaluator(parts, parts.eval_plan)(state),
+            }
         else:
-            asked = Asked(parts.config.train.eval_task, progress=bar.update_of)
-            found = evaluate(model, parts.tokenizer, parts.source.stop_ids(), parts.config.data, asked)
+            asked = EvalOptions(parts.config.train.eval_task, progress=bar.update_of)
+            found = evaluate(
+                model, parts.tokenizer, parts.source.stop_ids(), parts.config.data, asked
+            )
             result = found.figures()
             if step and found.predictions:
                 _write(write_jsonl, directory / PREDICTIONS, found.predictions)
@@ -191,21 +236,27 @@ def _measured(
 
 
 def _logged(directory: Path, step: int) -> dict[str, Any] | None:
-    rows = (row for row in read_metrics(directory) if row["split"] == "eval" and row["step"] == step and "task" in row)
+    rows = (
+        row
+        for row in read_metrics(directory)
+        if row["split"] == "eval" and row["step"] == step and "task" in row
+    )
     return next(rows, None)
 
 
 def _check_figure(config: Config, before: dict[str, Any] | None) -> None:
     """Whether the evaluation has what the run shall be judged by, before it is trained."""
-    if before is not None and config.judged_by not in before:
+    if before is not None and config.monitor not in before:
         raise UserError(
-            f"checkpoint.best = {config.judged_by}: the evaluation ({before['task']}) has {', '.join(figures_of(before))}. "
+            f"checkpoint.best = {config.monitor}: the evaluation ({before['task']}) has "
+            f"{', '.join(metric_names(before))}. "
             "Take one of these, or set train.eval_task."
         )
 
 
-class _OnTheWay:
-    """The evaluation every `train.eval_every` steps: logged, offered to the best state, with answers to look at.
+class EvalCallback:
+    """The evaluation every `train.eval_every` steps: logged, offered to the best state, with
+    answers to look at.
 
     Args:
         parts: the run.
@@ -237,13 +288,18 @@ class _OnTheWay:
         if self._loss is None:
             return False
         config, figures = self._parts.config, self._loss(state)
-        if config.judged_by not in figures:
-            asked = Asked(config.train.eval_task)
+        if config.monitor not in figures:
+            asked = EvalOptions(config.train.eval_task)
             model, stops = self._parts.model(state), self._parts.source.stop_ids()
             found = evaluate(model, self._parts.tokenizer, stops, config.data, asked).figures()
-            figures = {name: found[name] for name in figures_of(found)}
-        self._log.write({"split": "eval", "step": step, "epoch": _epoch(self._parts, step), **figures})
-        self._reporter.say(f"step {step}: evaluation " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+            figures = {name: found[name] for name in metric_names(found)}
+        self._log.write(
+            {"split": "eval", "step": step, "epoch": _epoch(self._parts, step), **figures}
+        )
+        self._reporter.say(
+            f"step {step}: evaluation "
+            + ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        )
         if self._best is not None:
             self._best.offer(state, figures)
         if config.train.samples and step < len(self._parts.plan):
@@ -257,9 +313,14 @@ class _OnTheWay:
         config = self._parts.config
         if config.train.patience is None:
             return False
-        since = distributed.from_lead(lambda: no_better(read_metrics(self._directory), config.judged_by))
+        since = distributed.broadcast_from_main(
+            lambda: evals_since_best(read_metrics(self._directory), config.monitor)
+        )
         if since >= config.train.patience:
-            self._reporter.say(f"No better {config.judged_by} in {since} evaluations (train.patience): training ends here")
+            self._reporter.say(
+                f"No better {config.monitor} in {since} evaluations (train.patience): training "
+                "ends here"
+            )
         return since >= config.train.patience
 
 

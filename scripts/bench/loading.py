@@ -1,9 +1,11 @@
-"""Loading a model: memory and time of jaxtune and of transformers, beside reading its files; and how much two processes read.
+"""Loading a model: memory and time of jaxtune and of transformers, beside reading its files; and
+how much two processes read.
 
     python scripts/bench/loading.py [--parameters 3.2e9] [--record]
 
-A random Llama in bfloat16, in shards, is written by jaxtune's own writer to a temporary folder (6.4 GB by default) that is removed
-afterwards. Every measurement is a process of its own, by turns; anonymous memory is the peak of RssAnon, which leaves mapped files out.
+A random Llama in bfloat16, in shards, is written by jaxtune's own writer to a temporary folder (6.4
+GB by default) that is removed afterwards. Every measurement is a process of its own, by turns;
+anonymous memory is the peak of RssAnon, which leaves mapped files out.
 """
 
 import argparse
@@ -19,9 +21,12 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24,
-    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "max_position_embeddings": 8192, "dtype": "bfloat16",
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 3072,
+    "intermediate_size": 8192, "num_attention_heads": 24,
+    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "max_position_embeddings": 8192, "dtype": "bfloat16",
 }  # fmt: skip
 
 
@@ -34,7 +39,7 @@ def make(directory: Path, parameters: float) -> int:
     from jaxtune.models.decoder import abstract_model
     from jaxtune.models.families.from_hf import from_hf
     from jaxtune.weights.formats import hf_directory
-    from jaxtune.weights.mapping import rows
+    from jaxtune.weights.mapping import leaf_mappings
     from jaxtune.weights.tensors import LazyTensor
 
     layers = max(1, round((parameters - 128256 * 3072) / (3072 * (3072 * 2 + 2 * 1024 + 3 * 8192))))
@@ -45,12 +50,18 @@ def make(directory: Path, parameters: float) -> int:
     def tensor(shape: tuple[int, ...]) -> LazyTensor:
         def read(index: tuple[slice, ...]) -> np.ndarray:
             size = int(np.prod([len(range(n)[part]) for n, part in zip(shape, index, strict=True)]))
-            return np.resize(bits, size).view(dtype).reshape([len(range(n)[part]) for n, part in zip(shape, index, strict=True)])
+            return (
+                np.resize(bits, size)
+                .view(dtype)
+                .reshape([len(range(n)[part]) for n, part in zip(shape, index, strict=True)])
+            )
 
         return LazyTensor(shape, dtype, read)
 
-    table = rows(nnx.split(abstract_model(config, dtype, dtype))[1], config)
-    hf_directory.write_directory(directory, {name: tensor(row.shape) for row in table for name in row.names}, 2_000_000_000)
+    table = leaf_mappings(nnx.split(abstract_model(config, dtype, dtype))[1], config)
+    hf_directory.write_directory(
+        directory, {name: tensor(row.shape) for row in table for name in row.names}, 2_000_000_000
+    )
     (directory / "config.json").write_text(json.dumps(raw))
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
@@ -99,7 +110,11 @@ def child(task: str, directory: str, rank: int, port: int) -> None:
         total = sum(
             float(value.detach().view(torch.int16).sum()) for value in model.parameters()
         )  # lazily mapped weights are read
-        found = {"seconds": time.monotonic() - began, "anonymous": peak.bytes - peak.start_bytes, "sum": total}
+        found = {
+            "seconds": time.monotonic() - began,
+            "anonymous": peak.bytes - peak.start_bytes,
+            "sum": total,
+        }
     else:
         found = _ours(task, directory, rank, port)
     print(json.dumps(found))
@@ -134,14 +149,29 @@ def _ours(task: str, directory: str, rank: int, port: int) -> dict:
     peak, began = Peak(), time.monotonic()
     model = load_model(resolve(directory), mesh)
     jax.block_until_ready(jax.tree.leaves(model))
-    return {"seconds": time.monotonic() - began, "anonymous": peak.bytes - peak.start_bytes, "read": read[0]}
+    return {
+        "seconds": time.monotonic() - began,
+        "anonymous": peak.bytes - peak.start_bytes,
+        "read": read[0],
+    }
 
 
 def measure(task: str, directory: Path, processes: int = 1) -> list[dict]:
     port = 20000 + os.getpid() % 20000
     started = [
         subprocess.Popen(
-            [sys.executable, __file__, "--child", task, "--directory", str(directory), "--rank", str(rank), "--port", str(port)],
+            [
+                sys.executable,
+                __file__,
+                "--child",
+                task,
+                "--directory",
+                str(directory),
+                "--rank",
+                str(rank),
+                "--port",
+                str(port),
+            ],
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
@@ -152,7 +182,9 @@ def measure(task: str, directory: Path, processes: int = 1) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parameters", type=float, default=3.2e9, help="about how many")
     parser.add_argument("--rounds", type=int, default=2, help="times each side is measured")
     parser.add_argument("--record", action="store_true", help="append the table to RESULTS.md")
@@ -173,26 +205,32 @@ def main() -> None:
         two = measure("two", directory, 2)
     finally:
         shutil.rmtree(directory)
-    best = {task: min((row[task] for row in rows), key=lambda item: item["seconds"]) for task in rows[0]}
+    best = {
+        task: min((row[task] for row in rows), key=lambda item: item["seconds"]) for task in rows[0]
+    }
     lines = [
-        f"Loading {size / 1e9:.2f} GB of bfloat16 in shards, files in the page cache, {os.cpu_count()} CPU cores, best of {options.rounds}; "
+        f"Loading {size / 1e9:.2f} GB of bfloat16 in shards, files in the page cache, "
+        f"{os.cpu_count()} CPU cores, best of {options.rounds}; "
         f"`python scripts/bench/loading.py --parameters {options.parameters:g}`:",
         "",
         "| | seconds | of reading | peak anonymous memory | of the model |",
         "|---|---|---|---|---|",
         f"| reading the files into memory | {best['read']['seconds']:.1f} | 1.00x | | |",
-        f"| reading them through one small buffer | {best['scan']['seconds']:.1f} | {best['scan']['seconds'] / best['read']['seconds']:.2f}x | | |",
+        f"| reading them through one small buffer | {best['scan']['seconds']:.1f} | "
+        f"{best['scan']['seconds'] / best['read']['seconds']:.2f}x | | |",
     ]
     for task, name in (("ours", "jaxtune"), ("transformers", "transformers")):
         item = best[task]
         lines.append(
-            f"| {name} | {item['seconds']:.1f} | {item['seconds'] / best['read']['seconds']:.2f}x | {item['anonymous'] / 1e9:.2f} GB "
+            f"| {name} | {item['seconds']:.1f} | {item['seconds'] / best['read']['seconds']:.2f}x "
+            f"| {item['anonymous'] / 1e9:.2f} GB "
             f"| {item['anonymous'] / size:.2f}x |"
         )
     together = sum(item["read"] for item in two)
     lines += [
         "",
-        f"Two processes of a mesh of fsdp 2 read {together / 1e9:.2f} GB together, {together / size:.3f}x of the files.",
+        f"Two processes of a mesh of fsdp 2 read {together / 1e9:.2f} GB together, "
+        f"{together / size:.3f}x of the files.",
     ]
     print("\n".join(lines))
     if options.record:

@@ -1,12 +1,14 @@
 #!/usr/bin/env python
-"""Memory of one training step, compiled for TPUs that are not there: by method, by model and mesh, and how many tokens fit.
+"""Memory of one training step, compiled for TPUs that are not there: by method, by model and mesh,
+and how many tokens fit.
 
     scripts/test --version          # makes the environment, the compiler for TPUs among it
     .venv/bin/python scripts/bench/memory.py methods|models|largest [--record]
 
-It is `jaxtune plan` on many configurations: the step that `jaxtune train` runs, bfloat16 base, rank 16 on all linear maps, rows of 2,048
-tokens, whole layers recomputed, at the compiler's low effort. `sum` is what a chip holds at once by the safe reading (arguments + results -
-what they replace + temporaries), `peak` the compiler's own figure. `--record` appends the table to RESULTS.md.
+It is `jaxtune plan` on many configurations: the step that `jaxtune train` runs, bfloat16 base, rank
+16 on all linear maps, rows of 2,048 tokens, whole layers recomputed, at the compiler's low effort.
+`sum` is what a chip holds at once by the safe reading (arguments + results - what they replace +
+temporaries), `peak` the compiler's own figure. `--record` appends the table to RESULTS.md.
 """
 
 import argparse
@@ -16,7 +18,12 @@ from jaxtune.config.load import load_config
 from jaxtune.planning.planner import Plan, plans
 
 GIB, LENGTH = 2**30, 2048
-NAMES = {"1B": "Llama-3.2-1B", "8B": "Llama-3.1-8B", "70B": "Llama-3.3-70B", "405B": "Llama-3.1-405B"}
+NAMES = {
+    "1B": "Llama-3.2-1B",
+    "8B": "Llama-3.1-8B",
+    "70B": "Llama-3.3-70B",
+    "405B": "Llama-3.1-405B",
+}
 METHODS = {
     "full": ["adapter.method=none"],
     "last:4": ["adapter.method=none", "trainable=last:4"],
@@ -25,7 +32,8 @@ METHODS = {
     "QLoRA, int8": ["model.dtype=int8"],
     "QLoRA, nf4": ["model.dtype=nf4"],
 }
-# Model, target, tensor, rows, further keys; the last column is google-tunix 0.1.7 at its best remat, peak / sum, from the project's notes.
+# Model, target, tensor, rows, further keys; the last column is google-tunix 0.1.7 at its best
+# remat, peak / sum, from the project's notes.
 MODELS = [
     ("1B", "v5e:1x1", 1, 4, [], "8.6 / 8.8"),
     ("1B", "v5e:1x1", 1, 8, [], "13.6 / 13.6"),
@@ -69,11 +77,16 @@ def cells(found):
 
 def methods():
     lines = [
-        "| model, method (v5e:1x1, 4 x 2,048) | arguments | temporaries | peak | sum | fits 15.75 |",
+        "| model, method (v5e:1x1, 4 x 2,048) | arguments | temporaries | peak | sum | fits 15.75 "
+        "|",
         "|---|---|---|---|---|---|",
     ]
     for model in ("1B", "8B"):
-        for name, found in zip(METHODS, plans([config(model, 4, *keys) for keys in METHODS.values()], "v5e:1x1"), strict=True):
+        for name, found in zip(
+            METHODS,
+            plans([config(model, 4, *keys) for keys in METHODS.values()], "v5e:1x1"),
+            strict=True,
+        ):
             lines.append(f"| {model}, {name} | {cells(found)} |")
     return lines
 
@@ -84,7 +97,10 @@ def models():
     for model, target, tensor, rows, keys, theirs in MODELS:
         slices = int(target.partition("*")[0]) if "*" in target else 1
         (found,) = plans([config(model, rows, *keys, tensor=tensor, slices=slices)], target)
-        mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items() if size > 1) or "one chip"
+        mesh = (
+            " x ".join(f"{name} {size}" for name, size in found.mesh.items() if size > 1)
+            or "one chip"
+        )
         note = f", {keys[0].partition('=')[2]}" if keys else ""
         lines.append(f"| {model}{note}, {target} | {mesh} | {rows} | {cells(found)} | {theirs} |")
     return lines
@@ -92,7 +108,8 @@ def models():
 
 def largest():
     lines = [
-        "| model, target | largest batch that fits, rows of 2,048 | sum, GiB | next that does not | tunix |",
+        "| model, target | largest batch that fits, rows of 2,048 | sum, GiB | next that does not "
+        "| tunix |",
         "|---|---|---|---|---|",
     ]
     for model, target, keys, theirs in LARGEST:
@@ -113,7 +130,9 @@ TABLES = {"methods": methods, "models": models, "largest": largest}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()

@@ -1,10 +1,12 @@
 #!/usr/bin/env python
-"""The sides of a comparison: each is a process of its own that makes its steps when it is its turn, so that what else the machine does
-falls on all alike. `scripts/bench/run` asks them; run as a program, this file is one of them.
+"""The sides of a comparison: each is a process of its own that makes its steps when it is its turn,
+so that what else the machine does falls on all alike. `scripts/bench/run` asks them; run as a
+program, this file is one of them.
 
-The model is SmolLM2-135M (packaged) or the directory in BENCH_MODEL, LoRA r=16 on all linear layers of the blocks, AdamW, clipping at 1.
-Of `random` data a batch is 4 x 256 tokens (BENCH_ROWS x BENCH_LENGTH), every one supervised; of `news` it is what the quickstart trains
-on: peers pad eight rows a step, as their users do, jaxtune packs rows of 512.
+The model is SmolLM2-135M (packaged) or the directory in BENCH_MODEL, LoRA r=16 on all linear layers
+of the blocks, AdamW, clipping at 1. Of `random` data a batch is 4 x 256 tokens (BENCH_ROWS x
+BENCH_LENGTH), every one supervised; of `news` it is what the quickstart trains on: peers pad eight
+rows a step, as their users do, jaxtune packs rows of 512.
 """
 
 import argparse
@@ -18,7 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROWS, LENGTH = (int(os.environ.get(f"BENCH_{name}", size)) for name, size in (("ROWS", 4), ("LENGTH", 256)))
+ROWS, LENGTH = (
+    int(os.environ.get(f"BENCH_{name}", size)) for name, size in (("ROWS", 4), ("LENGTH", 256))
+)
 RANK, ALPHA = 16, 32.0
 NEWS_ROWS, PACKED_ROWS, PACKED_LENGTH = 8, 2, 512
 WARM_UP = 2  # the first step compiles, the second may do so again for its own results' layout
@@ -45,9 +49,13 @@ def torch_model(dtype, **options):
     from transformers import AutoModelForCausalLM
 
     path = model_path()
-    place, options = (path.parent, options | {"gguf_file": path.name}) if path.is_file() else (path, options)
+    place, options = (
+        (path.parent, options | {"gguf_file": path.name}) if path.is_file() else (path, options)
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), **options).to(device), device
+    return AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), **options).to(
+        device
+    ), device
 
 
 def news():
@@ -60,7 +68,10 @@ def news():
 
     with tempfile.TemporaryDirectory() as folder:
         trained, _ = write_news(Path(folder))
-        found = prepare(DataSection(train=str(trained), max_length=PACKED_LENGTH), resolve(str(smollm2())).tokenizer())
+        found = prepare(
+            DataSection(train=str(trained), max_length=PACKED_LENGTH),
+            resolve(str(smollm2())).tokenizer(),
+        )
         return found, [(list(item.ids), list(item.supervised)) for item in found.items[:]]
 
 
@@ -74,29 +85,52 @@ class Jaxtune:
         from jaxtune.config.load import load_config
         from jaxtune.core.hardware import give_back
         from jaxtune.core.mesh import make_mesh
-        from jaxtune.data.loader import Plan, on_devices
+        from jaxtune.data.batch import Batch
+        from jaxtune.data.loader import BatchSchedule, on_devices
         from jaxtune.data.packing import Layout
-        from jaxtune.objectives.objective import Batch
         from jaxtune.training.methods import trained_model
         from jaxtune.training.setup import assembled
-        from jaxtune.training.step import init_state, train_step
+        from jaxtune.training.state import init_state
+        from jaxtune.training.step import train_step
         from jaxtune.weights.source import resolve
 
         self.mesh, source = make_mesh(), resolve(str(model_path()))
         plain = [f"model.dtype={dtype}", f"model.compute_dtype={dtype}"]
-        keys = {"int8": ["model.dtype=int8", "model.products=int8"], "nf4": ["model.dtype=nf4"]}.get(dtype, plain)
+        keys = {
+            "int8": ["model.dtype=int8", "model.products=int8"],
+            "nf4": ["model.dtype=nf4"],
+        }.get(dtype, plain)
         shape = [f"data.max_length={LENGTH}", f"train.batch_size={ROWS}"]
-        config = load_config(overrides=[*keys, *shape, f"adapter.rank={RANK}", f"adapter.alpha={ALPHA}", f"train.remat={remat}"])
-        computation, trainable, self.frozen, update = assembled(config, trained_model(config, source, None, self.mesh), 1000)
-        self.run = train_step(computation, update)
+        config = load_config(
+            overrides=[
+                *keys,
+                *shape,
+                f"adapter.rank={RANK}",
+                f"adapter.alpha={ALPHA}",
+                f"train.remat={remat}",
+            ]
+        )
+        spec, trainable, self.frozen, update = assembled(
+            config, trained_model(config, source, None, self.mesh), 1000
+        )
+        self.run = train_step(spec, update)
         self.state = init_state(trainable, update, 0)
         if data == "random":
             ids, ones = random_ids(), np.ones((ROWS, LENGTH), np.int32)
-            batch = Batch(ids[:, :-1], ids[:, 1:], ones.astype(np.float32), ones, np.cumsum(ones, axis=1, dtype=np.int32) - 1)
+            batch = Batch(
+                ids[:, :-1],
+                ids[:, 1:],
+                ones.astype(np.float32),
+                ones,
+                np.cumsum(ones, axis=1, dtype=np.int32) - 1,
+            )
             self.batches = [(on_devices(batch, 1, self.mesh), ROWS * LENGTH)]
         else:
-            plan = Plan(news()[0], Layout(PACKED_ROWS, PACKED_LENGTH, True, True, 0), 1)
-            self.batches = [(on_devices(plan.batch(k), 1, self.mesh), plan.tokens(k)) for k in range(len(plan) - 1)]
+            plan = BatchSchedule(news()[0], Layout(PACKED_ROWS, PACKED_LENGTH, True, True, 0), 1)
+            self.batches = [
+                (on_devices(plan.batch(k), 1, self.mesh), plan.tokens(k))
+                for k in range(len(plan) - 1)
+            ]
         self.ready, self.give_back = jax.block_until_ready, give_back
         self.programs = {}
 
@@ -125,19 +159,29 @@ class Peft:
             from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
             _apply_liger_kernel_to_instance(model=model)
-        lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+        lora = LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
         self.torch, self.model = torch, get_peft_model(model, lora)
         if self.kernels == "compile":
             self.model = torch.compile(self.model)
-        self.mixed = self.device == "cuda" and dtype == "bfloat16"  # as transformers' Trainer with bf16=True
-        self.update = torch.optim.AdamW([leaf for leaf in self.model.parameters() if leaf.requires_grad], lr=2e-4)
+        self.mixed = (
+            self.device == "cuda" and dtype == "bfloat16"
+        )  # as transformers' Trainer with bf16=True
+        self.update = torch.optim.AdamW(
+            [leaf for leaf in self.model.parameters() if leaf.requires_grad], lr=2e-4
+        )
         if data == "random":
             ids = torch.as_tensor(random_ids()[:, :-1]).long().to(self.device)
             self.batches = [({"input_ids": ids, "labels": ids}, ROWS * LENGTH)]
         else:
             rows = news()[1]
-            groups = [rows[k : k + NEWS_ROWS] for k in range(0, len(rows) - NEWS_ROWS + 1, NEWS_ROWS)]
-            self.batches = [(self.padded(group), sum(len(ids) for ids, _ in group)) for group in groups]
+            groups = [
+                rows[k : k + NEWS_ROWS] for k in range(0, len(rows) - NEWS_ROWS + 1, NEWS_ROWS)
+            ]
+            self.batches = [
+                (self.padded(group), sum(len(ids) for ids, _ in group)) for group in groups
+            ]
 
     def padded(self, rows):
         longest = max(len(ids) for ids, _ in rows)
@@ -146,7 +190,9 @@ class Peft:
         for number, (ids, supervised) in enumerate(rows):
             found["input_ids"][number, : len(ids)] = self.torch.as_tensor(ids)
             found["attention_mask"][number, : len(ids)] = 1
-            kept = [token if wanted else -100 for token, wanted in zip(ids, supervised, strict=True)]
+            kept = [
+                token if wanted else -100 for token, wanted in zip(ids, supervised, strict=True)
+            ]
             found["labels"][number, : len(ids)] = self.torch.as_tensor(kept)
         return found
 
@@ -176,7 +222,9 @@ class Liger(Peft):
 
 
 class Tunix:
-    """google-tunix: its Llama of this shape with random weights, its loss and its trainer's step; an environment of its own runs it."""
+    """google-tunix: its Llama of this shape with random weights, its loss and its trainer's
+    step; an environment of its own runs it.
+    """
 
     def __init__(self, dtype, data):
         import jax
@@ -189,7 +237,8 @@ class Tunix:
 
         assert data == "random"
         config = llama3.ModelConfig(
-            num_layers=30, vocab_size=49152, embed_dim=576, hidden_dim=1536, num_heads=9, head_dim=64, num_kv_heads=3,
+            num_layers=30, vocab_size=49152, embed_dim=576, hidden_dim=1536, num_heads=9,
+            head_dim=64, num_kv_heads=3,
             rope_theta=100_000, norm_eps=1e-5, weight_tying=True,
         )  # fmt: skip
         model = llama3.Llama3(config, rngs=nnx.Rngs(0))
@@ -197,13 +246,22 @@ class Tunix:
         provider = qwix.LoraProvider(module_path=module, rank=RANK, alpha=ALPHA)
         model = qwix.apply_lora_to_model(model, provider, **model.get_model_input())
         update = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(2e-4))
-        trainer = peft_trainer.PeftTrainer(model, update, peft_trainer.TrainingConfig(eval_every_n_steps=1000, max_steps=1000))
+        trainer = peft_trainer.PeftTrainer(
+            model, update, peft_trainer.TrainingConfig(eval_every_n_steps=1000, max_steps=1000)
+        )
 
         def inputs(tokens):
             size = tokens.shape[1]
             places = jnp.broadcast_to(jnp.arange(size), tokens.shape)
-            seen = jnp.broadcast_to(jnp.tril(jnp.ones((size, size), bool)), (tokens.shape[0], size, size))
-            return {"input_tokens": tokens, "input_mask": jnp.ones_like(tokens), "positions": places, "attention_mask": seen}
+            seen = jnp.broadcast_to(
+                jnp.tril(jnp.ones((size, size), bool)), (tokens.shape[0], size, size)
+            )
+            return {
+                "input_tokens": tokens,
+                "input_mask": jnp.ones_like(tokens),
+                "positions": places,
+                "attention_mask": seen,
+            }
 
         trainer = trainer.with_gen_model_input_fn(inputs)
         self.step, _ = trainer.jit_train_and_eval_step()
@@ -215,7 +273,9 @@ class Tunix:
 
 
 class Floor:
-    """The products with frozen matrices that a step cannot do without, alone: 4 FLOP a parameter and token."""
+    """The products with frozen matrices that a step cannot do without, alone: 4 FLOP a parameter
+    and token.
+    """
 
     def __init__(self, dtype, data):
         import jax
@@ -230,9 +290,12 @@ class Floor:
         )  # fmt: skip
         heads = 192 if raw is None else raw.num_key_value_heads * raw.head_dim
         shapes = [
-            (width, width, 2 * layers), (heads, width, 2 * layers), (mlp, width, 2 * layers), (width, mlp, layers), (vocab, width, 1)
+            (width, width, 2 * layers), (heads, width, 2 * layers), (mlp, width, 2 * layers),
+            (width, mlp, layers), (vocab, width, 1)
         ]  # fmt: skip
-        wide = jnp.float32 if jax.default_backend() == "cpu" else None  # the form of a product that is fastest there
+        wide = (
+            jnp.float32 if jax.default_backend() == "cpu" else None
+        )  # the form of a product that is fastest there
 
         def forward(x, w):
             return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=wide)
@@ -243,7 +306,8 @@ class Floor:
         self.work, self.waits = [], wide is not None  # on a GPU the host would be what is measured
         for out, width, count in shapes:
             x, y, w = (
-                jax.random.normal(jax.random.key(0), size, kind) for size in ((tokens, width), (tokens, out), (out, width))
+                jax.random.normal(jax.random.key(0), size, kind)
+                for size in ((tokens, width), (tokens, out), (out, width))
             )
             self.work += [(jax.jit(forward), (x, w), count), (jax.jit(backward), (y, w), count)]
 
@@ -258,7 +322,9 @@ class Floor:
 
 
 class Tokens:
-    """Greedy generation, 64 tokens after each of `rows` prompts of 32 tokens; a step counts the new tokens."""
+    """Greedy generation, 64 tokens after each of `rows` prompts of 32 tokens; a step counts the
+    new tokens.
+    """
 
     def __init__(self, name, rows):
         self.rows, prompts = rows, random_ids(rows, 32)[:, :-1]
@@ -268,7 +334,11 @@ class Tokens:
             from jaxtune.weights.load import load_model
             from jaxtune.weights.source import resolve
 
-            engine = Engine(load_model(resolve(str(model_path())), make_mesh(), compute="float32"), [], batch=rows)
+            engine = Engine(
+                load_model(resolve(str(model_path())), make_mesh(), compute="float32"),
+                [],
+                batch=rows,
+            )
             self.step = lambda: engine.generate([list(map(int, row)) for row in prompts], 64)
         else:
             import torch
@@ -276,7 +346,11 @@ class Tokens:
             model, device = torch_model("float32")
             ids = torch.as_tensor(prompts).long().to(device)
             self.step = lambda: model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, min_new_tokens=64, do_sample=False
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=64,
+                min_new_tokens=64,
+                do_sample=False,
             )
 
     def __call__(self, number):
@@ -284,7 +358,14 @@ class Tokens:
         return self.rows * 64
 
 
-WORKERS = {"jaxtune": Jaxtune, "peft": Peft, "peft-compile": Compiled, "peft-liger": Liger, "tunix": Tunix, "floor": Floor}
+WORKERS = {
+    "jaxtune": Jaxtune,
+    "peft": Peft,
+    "peft-compile": Compiled,
+    "peft-liger": Liger,
+    "tunix": Tunix,
+    "floor": Floor,
+}
 
 
 def peak_bytes():
@@ -304,7 +385,7 @@ class Side:
 
     Args:
         name: a key of `WORKERS`.
-        dtype: of its computation; for generation the number of rows.
+        dtype: of its spec; for generation the number of rows.
         data: `random`, `news` or `generate`.
         python: the interpreter, where it is not this one.
 
@@ -318,7 +399,12 @@ class Side:
         quiet = subprocess.DEVNULL if "BENCH_DEBUG" not in os.environ else None
         environment = os.environ | (LIKE_JAXTUNE if self.name in ("jaxtune", "floor") else {})
         self.process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=quiet, text=True, env=environment
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=quiet,
+            text=True,
+            env=environment,
         )
 
     def line(self):
@@ -356,7 +442,9 @@ class Side:
 
 
 def by_turns(sides, turns):
-    """Let the sides make their steps; those that did not get through their warm-up are left without seconds."""
+    """Let the sides make their steps; those that did not get through their warm-up are left
+    without seconds.
+    """
     alive = []
     for side in sides:  # one after the other: on a GPU compilers time their kernels
         side.start()
@@ -364,7 +452,9 @@ def by_turns(sides, turns):
             alive.append(side)
         else:
             side.process.kill()
-            print(f"{side.name} {side.dtype}: no step within {LIMIT} s, or it ended", file=sys.stderr)
+            print(
+                f"{side.name} {side.dtype}: no step within {LIMIT} s, or it ended", file=sys.stderr
+            )
     for number in range(turns):
         for side in alive if number % 2 else reversed(alive):
             time.sleep(PAUSE)
@@ -376,7 +466,9 @@ def by_turns(sides, turns):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", choices=WORKERS)
     parser.add_argument("dtype")
     parser.add_argument("data", choices=("random", "news", "generate"))
@@ -384,7 +476,11 @@ def main():
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     generates = options.data == "generate"
-    worker = Tokens(options.name, int(options.dtype)) if generates else WORKERS[options.name](options.dtype, options.data)
+    worker = (
+        Tokens(options.name, int(options.dtype))
+        if generates
+        else WORKERS[options.name](options.dtype, options.data)
+    )
     for number in range(WARM_UP):
         worker(number)
     print("ready", file=out, flush=True)

@@ -36,10 +36,21 @@ def broken(chat_model, tmp_path):
 
 
 def assert_refused(cli, tmp_path, model, *expected, rows=None, extra=()):
-    """Training is refused with one message that has all that is expected, and makes no run directory."""
-    data = rows if isinstance(rows, str) else tools.write_rows(tmp_path / "rows.jsonl", [GOOD] if rows is None else rows)
+    """Training is refused with one message that has all that is expected, and makes no run
+    directory.
+    """
+    data = (
+        rows
+        if isinstance(rows, str)
+        else tools.write_rows(tmp_path / "rows.jsonl", [GOOD] if rows is None else rows)
+    )
     code, err = cli(
-        "train", f"model.source={model}", f"data.train={data}", f"run.dir={tmp_path / 'run'}", "train.batch_size=8", *extra
+        "train",
+        f"model.source={model}",
+        f"data.train={data}",
+        f"run.dir={tmp_path / 'run'}",
+        "train.batch_size=8",
+        *extra,
     )
     message = err[err.index("jaxtune: ") :]
     assert code == 2, err
@@ -51,7 +62,9 @@ def assert_refused(cli, tmp_path, model, *expected, rows=None, extra=()):
 
 
 def lines(path, *texts):
-    path.write_bytes(b"\n".join(text if isinstance(text, bytes) else text.encode() for text in texts) + b"\n")
+    path.write_bytes(
+        b"\n".join(text if isinstance(text, bytes) else text.encode() for text in texts) + b"\n"
+    )
     return str(path)
 
 
@@ -59,17 +72,38 @@ GOOD_LINE = json.dumps(GOOD)
 BAD_ROWS = {
     "malformed JSON": ([GOOD_LINE, "", '{"messages": [}'], "rows.jsonl:3: not valid JSON"),
     "not an object": ([GOOD_LINE, "[1]"], "rows.jsonl:2: a list instead of a JSON object"),
-    "no messages": ([GOOD_LINE, '{"text": "x"}'], "rows.jsonl:2: the key 'messages' is missing; there are text"),
+    "no messages": (
+        [GOOD_LINE, '{"text": "x"}'],
+        "rows.jsonl:2: the key 'messages' is missing; there are text",
+    ),
     "messages of another type": (['{"messages": "x"}'], "rows.jsonl:1: 'messages' is not a list"),
-    "no messages in the list": (['{"messages": []}'], "rows.jsonl:1: 'messages' is not a list with at least one"),
-    "unknown role": (['{"messages": [{"role": "asistant", "content": "x"}]}'], "messages[0]: unknown role 'asistant'"),
-    "suggested role": (['{"messages": [{"role": "asistant", "content": "x"}]}'], "Did you mean 'assistant'?"),
-    "content of another type": (['{"messages": [{"role": "user", "content": 3}]}'], "messages[0]: 'content' is not a string"),
+    "no messages in the list": (
+        ['{"messages": []}'],
+        "rows.jsonl:1: 'messages' is not a list with at least one",
+    ),
+    "unknown role": (
+        ['{"messages": [{"role": "asistant", "content": "x"}]}'],
+        "messages[0]: unknown role 'asistant'",
+    ),
+    "suggested role": (
+        ['{"messages": [{"role": "asistant", "content": "x"}]}'],
+        "Did you mean 'assistant'?",
+    ),
+    "content of another type": (
+        ['{"messages": [{"role": "user", "content": 3}]}'],
+        "messages[0]: 'content' is not a string",
+    ),
     "no completion": (['{"prompt": "x", "completions": "y"}'], "Did you mean 'completions'?"),
-    "prompt of another type": (['{"prompt": 1, "completion": "y"}'], "rows.jsonl:1: 'prompt' is of type int, not a string"),
+    "prompt of another type": (
+        ['{"prompt": 1, "completion": "y"}'],
+        "rows.jsonl:1: 'prompt' is of type int, not a string",
+    ),
     "not UTF-8": ([GOOD_LINE, b'{"prompt": "\xa3"}'], "rows.jsonl:2: not UTF-8"),
     "empty": ([""], "rows.jsonl: there are no rows"),
-    "nothing supervised": (['{"messages": [{"role": "user", "content": "x"}]}'], "no row has a supervised token"),
+    "nothing supervised": (
+        ['{"messages": [{"role": "user", "content": "x"}]}'],
+        "no row has a supervised token",
+    ),
 }
 
 
@@ -128,10 +162,13 @@ def test_overrides(cli):
         "jaxtune: command line: unknown key 'train.batch_sise'. Did you mean 'train.batch_size'?\n",
     )
     assert "not of the form" in cli("config", "=3")[1]
-    assert "unknown key 'train.batch_sise'" in cli("train", "--quiet", "train.batch_sise=3")[1]  # behind an option too
+    assert (
+        "unknown key 'train.batch_sise'" in cli("train", "--quiet", "train.batch_sise=3")[1]
+    )  # behind an option too
     assert cli("train", "--quiet", "--frsh", "train.batch_size=3") == (
         2,
-        "usage: jaxtune [-h] [--version] COMMAND ...\njaxtune: error: unrecognized arguments: --frsh\n",
+        "usage: jaxtune [-h] [--version] COMMAND ...\njaxtune: error: unrecognized arguments: "
+        "--frsh\n",
     )
     assert "unrecognized arguments: x" in cli("report", "a", "--out", "b", "x")[1]
     assert "one configuration file at most" in cli("config", "a.yaml", "b.yaml")[1]
@@ -139,10 +176,27 @@ def test_overrides(cli):
 
 def test_targets_and_mesh(cli, tmp_path, chat_model):
     assert_refused(
-        cli, tmp_path, chat_model, "'q_prj' matches no module", "Did you mean 'q_proj'?", extra=["adapter.targets=[q_prj]"]
+        cli,
+        tmp_path,
+        chat_model,
+        "'q_prj' matches no module",
+        "Did you mean 'q_proj'?",
+        extra=["adapter.targets=[q_prj]"],
     )
-    assert_refused(cli, tmp_path, chat_model, "needs 3 devices and there are 8", extra=["mesh.data=3", "mesh.fsdp=1"])
-    assert_refused(cli, tmp_path, chat_model, "train.batch_size = 6 does not divide over 8 devices", extra=["train.batch_size=6"])
+    assert_refused(
+        cli,
+        tmp_path,
+        chat_model,
+        "needs 3 devices and there are 8",
+        extra=["mesh.data=3", "mesh.fsdp=1"],
+    )
+    assert_refused(
+        cli,
+        tmp_path,
+        chat_model,
+        "train.batch_size = 6 does not divide over 8 devices",
+        extra=["train.batch_size=6"],
+    )
 
 
 def edit(path, change):
@@ -154,9 +208,18 @@ def edit(path, change):
 NORM, HEAD = "model.layers.1.input_layernorm.weight", "lm_head.weight"
 WEIGHTS = {
     "missing": (lambda t: t.pop(NORM), f"missing: {NORM}"),
-    "unexpected": (lambda t: t.update({"model.extra.weight": np.ones(2, np.float32)}), "unexpected: model.extra.weight"),
-    "misshapen": (lambda t: t.update({NORM: np.ones(31, np.float32)}), f"of the wrong shape: {NORM} [31] instead of [32]"),
-    "transposed": (lambda t: t.update({HEAD: np.ascontiguousarray(t[HEAD].T)}), "lm_head.weight [32, 288] instead of [288, 32]"),
+    "unexpected": (
+        lambda t: t.update({"model.extra.weight": np.ones(2, np.float32)}),
+        "unexpected: model.extra.weight",
+    ),
+    "misshapen": (
+        lambda t: t.update({NORM: np.ones(31, np.float32)}),
+        f"of the wrong shape: {NORM} [31] instead of [32]",
+    ),
+    "transposed": (
+        lambda t: t.update({HEAD: np.ascontiguousarray(t[HEAD].T)}),
+        "lm_head.weight [32, 288] instead of [288, 32]",
+    ),
     "integers": (lambda t: t.update({NORM: np.ones(32, np.int8)}), "has dtype I8"),
 }
 
@@ -187,14 +250,23 @@ ARCHITECTURES = {
         "GPT2LMHeadModel (model_type 'gpt2') is not supported",
     ),
     "unknown key": ({"residual_multiplier": 0.22}, "does not understand: residual_multiplier"),
-    "unknown activation": ({"hidden_act": "quick_gelu"}, "activation 'quick_gelu' is not supported"),
+    "unknown activation": (
+        {"hidden_act": "quick_gelu"},
+        "activation 'quick_gelu' is not supported",
+    ),
     "unknown rope": (
         {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}},
         "rope_type 'proportional' is not supported",
     ),
-    "rope without factor": ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope_type linear needs factor"),
-    "unknown rope number": ({"rope_parameters": {"rope_type": "default", "bend": 2}}, "does not understand: bend"),
-    "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    "rope without factor": (
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
+        "rope_type linear needs factor",
+    ),
+    "unknown rope number": (
+        {"rope_parameters": {"rope_type": "default", "bend": 2}},
+        "does not understand: bend",
+    ),
+    "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config"),
     "heads do not divide": ({"num_key_value_heads": 3}, "num_key_value_heads (3) must divide"),
 }
 
@@ -209,17 +281,31 @@ def test_architecture(name, cli, tmp_path, broken):
 def test_a_dtype_that_python_asks_for(chat_model):
     import jaxtune
 
-    with pytest.raises(UserError, match="The dtype 'int7' is not supported; supported are auto, float32"):
+    with pytest.raises(
+        UserError, match="The dtype 'int7' is not supported; supported are auto, float32"
+    ):
         jaxtune.load(str(chat_model), dtype="int7")
 
 
 def test_other_commands(cli, tmp_path, chat_model):
     rows = tools.write_rows(tmp_path / "rows.jsonl", [GOOD])
     assert cli("eval", chat_model, "--data", rows, "--task", "sorting")[0] == 2
-    assert "is not a PEFT adapter" in cli("generate", chat_model, "--prompt", "x", "--adapter", tmp_path)[1]
-    assert "temperature = -1.0" in cli("generate", chat_model, "--prompt", "x", "--temperature", "-1")[1]
-    assert "max_new_tokens = 0" in cli("generate", chat_model, "--prompt", "x", "--max-new-tokens", "0")[1]
-    for command in (("export", tmp_path, "--to", "peft", "--out", tmp_path / "out"), ("report", tmp_path)):
+    assert (
+        "is not a PEFT adapter"
+        in cli("generate", chat_model, "--prompt", "x", "--adapter", tmp_path)[1]
+    )
+    assert (
+        "temperature = -1.0"
+        in cli("generate", chat_model, "--prompt", "x", "--temperature", "-1")[1]
+    )
+    assert (
+        "max_new_tokens = 0"
+        in cli("generate", chat_model, "--prompt", "x", "--max-new-tokens", "0")[1]
+    )
+    for command in (
+        ("export", tmp_path, "--to", "peft", "--out", tmp_path / "out"),
+        ("report", tmp_path),
+    ):
         code, err = cli(*command)
         assert code == 2
         assert "is not a run directory" in err

@@ -13,11 +13,11 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from jaxtune.inference.chat import Chat, Voice
+from jaxtune.inference.chat import Chat, ChatModel
 from jaxtune.inference.sampling import Sampling
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
-from jaxtune.workflows.load import Loaded
+from jaxtune.workflows.load import LoadedModel
 from tests.support import tools
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -26,7 +26,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 @pytest.fixture(scope="module")
 def loaded(chat_model, one_device):
     source = resolve(str(chat_model))
-    return Loaded(load_model(source, one_device), source.tokenizer(), source.stop_ids(), source)
+    return LoadedModel(
+        load_model(source, one_device), source.tokenizer(), source.stop_ids(), source
+    )
 
 
 class Typed:
@@ -44,8 +46,14 @@ class Typed:
 
 def talk(loaded, *lines, base=None, system=None, sampling=None):
     out = StringIO()
-    voice = Voice(loaded, sampling or Sampling(), 8)
-    chat = Chat(voice, base and (lambda: Voice(base, Sampling(), 8)), system, Console(file=out, width=100), Typed(*lines))
+    voice = ChatModel(loaded, sampling or Sampling(), 8)
+    chat = Chat(
+        voice,
+        base and (lambda: ChatModel(base, Sampling(), 8)),
+        system,
+        Console(file=out, width=100),
+        Typed(*lines),
+    )
     chat.run()
     return chat, out.getvalue()
 
@@ -59,7 +67,9 @@ def test_trap05_a_conversation_is_read_through_the_models_own_template(loaded):
     assert roles(chat) == ["system", "user", "assistant", "user", "assistant"]
     assert chat.messages[3]["content"] == "and \nmore"
     for length in (2, 4):
-        expected = loaded.tokenizer.apply_chat_template(chat.messages[:length], add_generation_prompt=True)["input_ids"]
+        expected = loaded.tokenizer.apply_chat_template(
+            chat.messages[:length], add_generation_prompt=True
+        )["input_ids"]
         assert chat.voice.prompt(chat.messages[:length]) == expected
         answer = chat.voice.engine.answers([expected], 8)[0].tokens
         text = loaded.tokenizer.decode(answer, skip_special_tokens=True)
@@ -69,9 +79,25 @@ def test_trap05_a_conversation_is_read_through_the_models_own_template(loaded):
 
 def test_commands(loaded):
     chat, out = talk(
-        loaded, "/help", "/nothing", "/retry", "/base", "hello", "/base", "/system be kind", "again", "", "/quit", "unread"
+        loaded,
+        "/help",
+        "/nothing",
+        "/retry",
+        "/base",
+        "hello",
+        "/base",
+        "/system be kind",
+        "again",
+        "",
+        "/quit",
+        "unread",
     )
-    for text in ("/system [TEXT]", "There is no /nothing", "There is no answer yet", "nothing that it was before"):
+    for text in (
+        "/system [TEXT]",
+        "There is no /nothing",
+        "There is no answer yet",
+        "nothing that it was before",
+    ):
         assert text in out
     assert [message["content"] for message in chat.messages[:2]] == ["be kind", "again"]
     assert talk(loaded, "hello", "/new")[0].messages == []
@@ -87,11 +113,15 @@ def test_another_answer_is_another_draw(loaded):
 def test_the_untuned_model_answers_the_same_question_beside(loaded, one_device, tmp_path):
     path = tools.save_model(tmp_path, tools.tiny_config(), tools.byte_tokenizer(), seed=9)
     source = resolve(str(path))
-    other = Loaded(load_model(source, one_device), source.tokenizer(), source.stop_ids(), source)
+    other = LoadedModel(
+        load_model(source, one_device), source.tokenizer(), source.stop_ids(), source
+    )
     chat, out = talk(loaded, "hello", "/base", base=other)
     expected, _ = talk(other, "hello")
     assert "before training" in out
-    beside = "".join(line.split("│")[2].strip() for line in out.splitlines() if line.startswith("│"))
+    beside = "".join(
+        line.split("│")[2].strip() for line in out.splitlines() if line.startswith("│")
+    )
     assert re.sub(r"\s", "", beside) == re.sub(r"\s", "", expected.messages[1]["content"])
     assert roles(chat) == ["user", "assistant"]
 
@@ -109,9 +139,21 @@ def test_a_conversation_longer_than_the_model_says_so(loaded):
 
 
 def test_in_a_terminal_ctrl_c_stops_the_answer_and_not_the_program(chat_model):
-    """The real program on a pseudo-terminal: the answer of up to 400 tokens comes in pieces, and is cut off."""
+    """The real program on a pseudo-terminal: the answer of up to 400 tokens comes in pieces, and
+    is cut off.
+    """
     lead, follow = pty.openpty()
-    command = [sys.executable, "-m", "jaxtune", "chat", str(chat_model), "--max-new-tokens", "400", "--temperature", "1.5"]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxtune",
+        "chat",
+        str(chat_model),
+        "--max-new-tokens",
+        "400",
+        "--temperature",
+        "1.5",
+    ]
     process = subprocess.Popen(
         command,
         stdin=follow,

@@ -10,7 +10,9 @@ from jaxtune.cli.main import main
 from jaxtune.data.inspect import histogram
 from tests.support import tools
 
-ROWS = [tools.chat(f"{a}+{b}?", "odd" if (a + b) % 2 else "even") for a in range(5) for b in range(6)]
+ROWS = [
+    tools.chat(f"{a}+{b}?", "odd" if (a + b) % 2 else "even") for a in range(5) for b in range(6)
+]
 
 
 @pytest.fixture
@@ -19,11 +21,26 @@ def data(chat_model, tmp_path, capsys):
 
     def call(rows, *extra, model=chat_model, held_out=None):
         path = rows if isinstance(rows, str) else tools.write_rows(tmp_path / "rows.jsonl", rows)
-        keys = [f"data.train={path}", f"run.dir={tmp_path / 'run'}", "data.max_length=128", "train.batch_size=2"]
-        keys += [f"data.eval={tools.write_rows(tmp_path / 'held-out.jsonl', held_out)}"] if held_out else []
-        code = main(["data", "--model", str(model), *keys, "--json", str(tmp_path / "data.json"), *extra])
+        keys = [
+            f"data.train={path}",
+            f"run.dir={tmp_path / 'run'}",
+            "data.max_length=128",
+            "train.batch_size=2",
+        ]
+        keys += (
+            [f"data.eval={tools.write_rows(tmp_path / 'held-out.jsonl', held_out)}"]
+            if held_out
+            else []
+        )
+        code = main(
+            ["data", "--model", str(model), *keys, "--json", str(tmp_path / "data.json"), *extra]
+        )
         out = capsys.readouterr()
-        found = json.loads((tmp_path / "data.json").read_text()) if (tmp_path / "data.json").exists() else None
+        found = (
+            json.loads((tmp_path / "data.json").read_text())
+            if (tmp_path / "data.json").exists()
+            else None
+        )
         assert not (tmp_path / "run").exists()
         return code, out.out, out.err, found
 
@@ -34,11 +51,20 @@ def test_the_screen_and_the_figures(data):
     code, screen, _, found = data(ROWS, "--rows", "2", held_out=[tools.chat("what?", "odd")])
     assert code == 0
     part = found["parts"]["train"]
-    assert (part["rows"], part["examples"], part["duplicates"], part["format"]) == (30, 30, 0, "messages")
+    assert (part["rows"], part["examples"], part["duplicates"], part["format"]) == (
+        30,
+        30,
+        0,
+        "messages",
+    )
     assert sum(part["lengths"]["counts"]) == 30
     assert part["supervised_tokens"] == sum(len(row["messages"][1]["content"]) + 1 for row in ROWS)
-    assert part["supervised_share"] == pytest.approx(part["supervised_tokens"] / part["tokens"], abs=1e-4)
-    assert part["packing_efficiency"] == pytest.approx(part["tokens"] / (part["batches"] * 2 * 128), abs=0.1)
+    assert part["supervised_share"] == pytest.approx(
+        part["supervised_tokens"] / part["tokens"], abs=1e-4
+    )
+    assert part["packing_efficiency"] == pytest.approx(
+        part["tokens"] / (part["batches"] * 2 * 128), abs=0.1
+    )
     assert found["classes"] == [["even", 15], ["odd", 15]]
     assert found["warnings"] == []
     assert "Nothing looks wrong." in screen
@@ -54,13 +80,20 @@ def test_the_screen_and_the_figures(data):
 def test_what_looks_wrong_is_said(data):
     rows = [*ROWS, ROWS[0], ROWS[1], tools.chat("q" * 200, "lost"), tools.chat("q" * 60, "y" * 100)]
     rows.append({"messages": [{"role": "user", "content": "no answer"}]})
-    held_out = [ROWS[3], tools.chat(ROWS[4]["messages"][0]["content"], "neither"), tools.chat("new", "odd")]
+    held_out = [
+        ROWS[3],
+        tools.chat(ROWS[4]["messages"][0]["content"], "neither"),
+        tools.chat("new", "odd"),
+    ]
     _, screen, _, found = data(rows, held_out=held_out)
     part = found["parts"]["train"]
     assert (part["duplicates"], part["truncated"], part["dropped"], part["bad"]) == (2, 2, 2, 0)
-    assert [re.sub(".*rows.jsonl:", "", place) for place in part["places"]["truncated"]["first"]] == ["33", "34"]
     assert [
-        re.sub(".*rows.jsonl:", "", place) for place in part["places"]["cut_off"]["first"] + part["places"]["unanswered"]["first"]
+        re.sub(".*rows.jsonl:", "", place) for place in part["places"]["truncated"]["first"]
+    ] == ["33", "34"]
+    assert [
+        re.sub(".*rows.jsonl:", "", place)
+        for place in part["places"]["cut_off"]["first"] + part["places"]["unanswered"]["first"]
     ] == [
         "33",
         "35",
@@ -78,12 +111,17 @@ def test_imbalance_and_rows_that_are_all_too_long(data):
     rows = [tools.chat(f"{n}?", "yes" if n % 8 else "no") for n in range(64)]
     assert any("56 rows answer 'yes', 8 answer 'no'" in line for line in data(rows)[3]["warnings"])
     rows = [tools.chat(f"{n}?", "y" * 300) for n in range(3)]
-    assert any("every row is longer than data.max_length" in line for line in data(rows)[3]["warnings"])
+    assert any(
+        "every row is longer than data.max_length" in line for line in data(rows)[3]["warnings"]
+    )
 
 
 def test_bad_rows_are_all_listed_and_then_refused_unless_skipped(data, tmp_path):
     path = tmp_path / "bad.jsonl"
-    path.write_text("\n".join([json.dumps(ROWS[0]), "{", json.dumps({"messages": 3}), json.dumps(ROWS[1])]) + "\n")
+    path.write_text(
+        "\n".join([json.dumps(ROWS[0]), "{", json.dumps({"messages": 3}), json.dumps(ROWS[1])])
+        + "\n"
+    )
     code, screen, err, found = data(str(path))
     assert code == 2
     assert "2 bad rows: training stops at the first" in err
@@ -104,14 +142,19 @@ def test_bad_rows_are_all_listed_and_then_refused_unless_skipped(data, tmp_path)
     ],
 )  # fmt: skip
 def test_templates_that_look_wrong(template, eos, keys, expected, data, tmp_path):
-    model = tools.save_model(tmp_path / "model", tools.tiny_config(), tools.byte_tokenizer(template, eos))
+    model = tools.save_model(
+        tmp_path / "model", tools.tiny_config(), tools.byte_tokenizer(template, eos)
+    )
     assert any(expected in line for line in data(ROWS, *keys, model=model)[3]["warnings"])
 
 
 def test_histogram():
     lengths = np.array([1, 10, 11, 95, 96, 120])
     found = histogram(lengths)
-    assert found == {"edges": list(range(0, 121, 10)), "counts": [2, 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 1]}
+    assert found == {
+        "edges": list(range(0, 121, 10)),
+        "counts": [2, 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 1],
+    }
     for values in ([1], [5, 5], [1, 1_000_000], [128, 128, 4096]):
         found = histogram(np.array(values))
         assert sum(found["counts"]) == len(values)

@@ -19,7 +19,11 @@ def begun(monkeypatch):
 
     monkeypatch.setattr(os, "execve", execve)
     monkeypatch.setattr(sys, "argv", ["jaxtune", "generate", "nowhere", "--prompt", "a"])
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "/bin/jaxtune", "generate", "nowhere", "--prompt", "a"])
+    monkeypatch.setattr(
+        sys,
+        "orig_argv",
+        ["python", "-X", "dev", "/bin/jaxtune", "generate", "nowhere", "--prompt", "a"],
+    )
     return asked
 
 
@@ -34,13 +38,26 @@ def test_the_program_begins_anew_with_huge_pages(begun, monkeypatch, tmp_path):
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=2")
     with pytest.raises(SystemExit):
         program.main()
-    arguments = [sys.executable, "-X", "dev", "/bin/jaxtune", "generate", "nowhere", "--prompt", "a"]
+    arguments = [
+        sys.executable,
+        "-X",
+        "dev",
+        "/bin/jaxtune",
+        "generate",
+        "nowhere",
+        "--prompt",
+        "a",
+    ]
     assert begun == [(sys.executable, arguments, "glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1")]
 
 
 @pytest.mark.parametrize(
     ("text", "tunables"),
-    [("always [madvise] never", "glibc.malloc.hugetlb=0"), ("[always] madvise never", ""), ("always madvise [never]", "")],
+    [
+        ("always [madvise] never", "glibc.malloc.hugetlb=0"),
+        ("[always] madvise never", ""),
+        ("always madvise [never]", ""),
+    ],
 )
 def test_it_does_not_where_that_is_settled(text, tunables, begun, monkeypatch, tmp_path):
     kernel(monkeypatch, tmp_path, text)

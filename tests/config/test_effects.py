@@ -1,4 +1,6 @@
-"""Every configuration key has an effect: each is changed in a small run, and something that is recorded must change."""
+"""Every configuration key has an effect: each is changed in a small run, and something that is
+recorded must change.
+"""
 
 import json
 from pathlib import Path
@@ -28,21 +30,28 @@ TIMES = ("step_seconds", "tokens_per_second", "mfu")
 CHANGES = {
     "model.new_tokens": "['<|new|>']", "adapter.train_tokens": "all",
     "model.dtype": "bfloat16", "model.compute_dtype": "bfloat16",
-    "adapter.method": "dora", "adapter.rank": 8, "adapter.alpha": 16, "adapter.dropout": 0.3, "adapter.rslora": "true",
-    "adapter.targets": "[q_proj]", "adapter.exclude": "[q_proj]", "adapter.layers": "last:1", "adapter.rank_pattern": "{q_proj: 2}",
+    "adapter.method": "dora", "adapter.rank": 8, "adapter.alpha": 16, "adapter.dropout": 0.3,
+    "adapter.rslora": "true",
+    "adapter.targets": "[q_proj]", "adapter.exclude": "[q_proj]", "adapter.layers": "last:1",
+    "adapter.rank_pattern": "{q_proj: 2}",
     "adapter.alpha_pattern": "{q_proj: 2}", "adapter.modules_to_save": "[lm_head]",
     "data.train_on": "all", "data.max_length": 80, "data.packing": "false", "data.shuffle": "false",
-    "optimizer.name": "lion", "optimizer.learning_rate": 1e-3, "optimizer.rates": "{q_proj: 1e-4}", "optimizer.lora_plus": 4,
-    "optimizer.schedule": "linear", "optimizer.warmup": 2, "optimizer.betas": "[0.5, 0.9]", "optimizer.eps": 1e-3,
+    "optimizer.name": "lion", "optimizer.learning_rate": 1e-3, "optimizer.rates": "{q_proj: 1e-4}",
+    "optimizer.lora_plus": 4,
+    "optimizer.schedule": "linear", "optimizer.warmup": 2, "optimizer.betas": "[0.5, 0.9]",
+    "optimizer.eps": 1e-3,
     "optimizer.weight_decay": 0.5, "optimizer.clip_norm": 0.01,
-    "train.epochs": 2, "train.steps": 2, "train.batch_size": 16, "train.micro_batch_size": 4, "train.remat": "full", "train.eval_every": 2,
+    "train.epochs": 2, "train.steps": 2, "train.batch_size": 16, "train.micro_batch_size": 4,
+    "train.remat": "full", "train.eval_every": 2,
     "train.eval_task": "lm",
-    "train.neftune": 5, "train.ema": 0.5, "train.seed": 1, "mesh.data": 8, "mesh.fsdp": 2, "mesh.tensor": 2,
+    "train.neftune": 5, "train.ema": 0.5, "train.seed": 1, "mesh.data": 8, "mesh.fsdp": 2,
+    "mesh.tensor": 2,
     "mesh.slices": 2, "mesh.context": 2,
     "checkpoint.every": 100, "checkpoint.keep": 1,
 }  # fmt: skip
 PREFERENCES = {
-    "train.objective": "simpo", "preference.beta": 0.5, "preference.dpo_loss": "ipo", "preference.label_smoothing": 0.2,
+    "train.objective": "simpo", "preference.beta": 0.5, "preference.dpo_loss": "ipo",
+    "preference.label_smoothing": 0.2,
 }  # fmt: skip
 FURTHER = {
     "preference.margin": ("simpo", 2),
@@ -50,10 +59,13 @@ FURTHER = {
     "preference.undesirable_weight": ("kto", 3),
 }
 DISTILLED = {"distill.top_k": 2, "distill.temperature": 2, "distill.share": 0.9}
-# Keys whose other values are files, or are refused, which is tested below or beside the thing itself.
+# Keys whose other values are files, or are refused, which is tested below or beside the thing
+# itself.
 OTHERS = {
-    "model.source", "adapter.init", "data.train", "data.eval", "data.split", "data.format", "data.columns", "data.on_error", "run.dir",
-    "trainable", "distill.teacher", "adapter.bias", "checkpoint.best", "checkpoint.dir", "run.watchdog",
+    "model.source", "adapter.init", "data.train", "data.eval", "data.split", "data.format",
+    "data.columns", "data.on_error", "run.dir",
+    "trainable", "distill.teacher", "adapter.bias", "checkpoint.best", "checkpoint.dir",
+    "run.watchdog",
     "model.products", "run.profile", "run.trackers", "train.patience", "train.samples",
 }  # fmt: skip
 
@@ -62,26 +74,41 @@ OTHERS = {
 def base(chat_model, tmp_path_factory):
     directory = tmp_path_factory.mktemp("effects")
     rows = tools.sums(100)
-    rows[3]["messages"] += [{"role": "user", "content": "sure?"}, {"role": "assistant", "content": "yes"}]
+    rows[3]["messages"] += [
+        {"role": "user", "content": "sure?"},
+        {"role": "assistant", "content": "yes"},
+    ]
     path = tools.write_rows(directory / "rows.jsonl", rows)
     few = tools.write_rows(directory / "few.jsonl", rows[:6])
     return [
-        f"model.source={chat_model}", f"data.train={path}", f"data.eval={few}", "data.max_length=96", "adapter.rank=4", "train.batch_size=8",
+        f"model.source={chat_model}", f"data.train={path}", f"data.eval={few}",
+        "data.max_length=96", "adapter.rank=4", "train.batch_size=8",
         "optimizer.learning_rate=1e-2", "checkpoint.every=2",
     ]  # fmt: skip
 
 
 def observe(overrides, directory, monkeypatch):
-    """All that a run records, times apart; on one device unless the mesh is the subject, and without sample answers, which cost time."""
+    """All that a run records, times apart; on one device unless the mesh is the subject, and
+    without sample answers, which cost time.
+    """
     if not any(override.startswith("mesh.") for override in overrides):
         monkeypatch.setattr(setup, "make_mesh", lambda *sizes: make_mesh(devices=jax.devices()[:1]))
-    monkeypatch.setattr("jaxtune.workflows.samples._answers", lambda parts, model, samples: [""] * len(samples))
+    monkeypatch.setattr(
+        "jaxtune.workflows.samples._answers", lambda parts, model, samples: [""] * len(samples)
+    )
     monkeypatch.setattr(export, "why_not_torch", lambda source, *packages: "not the subject here")
     monkeypatch.setattr("jaxtune.core.runtime.start", lambda *_: None)
     config = load_config(overrides=[*overrides, f"run.dir={directory}"])
     result = run(config, Reporter(quiet=True))
-    rows = [{key: value for key, value in row.items() if key not in TIMES} for row in read_metrics(directory)]
-    return rows, next((result.adapter or result.model).glob("*.safetensors")).read_bytes(), steps_saved(read_config(directory))
+    rows = [
+        {key: value for key, value in row.items() if key not in TIMES}
+        for row in read_metrics(directory)
+    ]
+    return (
+        rows,
+        next((result.adapter or result.model).glob("*.safetensors")).read_bytes(),
+        steps_saved(read_config(directory)),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +118,10 @@ def plain(base, tmp_path_factory):
 
 
 def test_the_lists_are_whole():
-    assert set(keys()) == CHANGES.keys() | PREFERENCES.keys() | FURTHER.keys() | DISTILLED.keys() | OTHERS
+    assert (
+        set(keys())
+        == CHANGES.keys() | PREFERENCES.keys() | FURTHER.keys() | DISTILLED.keys() | OTHERS
+    )
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +131,13 @@ def pairs(base, tmp_path_factory):
     path = tools.write_rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", rows)
     own = ["data.eval", "data.train", "data.max_length", "optimizer.learning_rate"]
     kept = [override for override in base if override.split("=")[0] not in own]
-    return [*kept, f"data.train={path}", "data.max_length=48", "train.objective=dpo", "train.steps=2"]
+    return [
+        *kept,
+        f"data.train={path}",
+        "data.max_length=48",
+        "train.objective=dpo",
+        "train.steps=2",
+    ]
 
 
 @pytest.mark.parametrize("key", [*PREFERENCES, *FURTHER])
@@ -114,8 +150,16 @@ def test_changing_a_key_of_preferences_changes_what_is_recorded(key, pairs, tmp_
 
 @pytest.mark.parametrize("key", DISTILLED)
 def test_changing_a_key_of_distillation_changes_what_is_recorded(key, base, tmp_path, monkeypatch):
-    teacher = tools.save_model(tmp_path / "teacher", tools.tiny_config(), tools.byte_tokenizer(), seed=3)
-    own = [*base[:2], *base[3:], "train.steps=2", "train.objective=distill", f"distill.teacher={teacher}"]
+    teacher = tools.save_model(
+        tmp_path / "teacher", tools.tiny_config(), tools.byte_tokenizer(), seed=3
+    )
+    own = [
+        *base[:2],
+        *base[3:],
+        "train.steps=2",
+        "train.objective=distill",
+        f"distill.teacher={teacher}",
+    ]
     before = observe(own, tmp_path / "before", monkeypatch)
     assert observe([*own, f"{key}={DISTILLED[key]}"], tmp_path / "after", monkeypatch) != before
 
@@ -133,19 +177,29 @@ def test_the_same_again_changes_nothing(base, plain, tmp_path, monkeypatch):
 
 
 def test_files_and_formats(base, plain, chat_model, tmp_path, monkeypatch):
-    other = tools.save_model(tmp_path / "other", tools.tiny_config(), tools.byte_tokenizer(), seed=5)
+    other = tools.save_model(
+        tmp_path / "other", tools.tiny_config(), tools.byte_tokenizer(), seed=5
+    )
     assert observe([*base, f"model.source={other}"], tmp_path / "a", monkeypatch) != plain
     rows = tools.write_rows(tmp_path / "rows.jsonl", tools.sums(30, seed=9))
     assert observe([*base, f"data.train={rows}"], tmp_path / "b", monkeypatch)[1] != plain[1]
     assert observe([*base, f"data.eval={rows}"], tmp_path / "c", monkeypatch)[0][0] != plain[0][0]
-    start = observe([*base, f"adapter.init={tmp_path / 'a' / 'adapter'}"], tmp_path / "d", monkeypatch)
+    start = observe(
+        [*base, f"adapter.init={tmp_path / 'a' / 'adapter'}"], tmp_path / "d", monkeypatch
+    )
     assert start[0][1]["loss"] != plain[0][1]["loss"]
     with pytest.raises(UserError, match="the key 'prompt' is missing"):
         observe([*base, "data.format=prompt-completion"], tmp_path / "e", monkeypatch)
 
 
-def test_an_adapter_to_start_from_brings_its_numbers_and_contradicting_ones_are_refused(chat_model, tmp_path, one_device):
-    write_adapter(tmp_path, with_adapter(chat_model, one_device, ["v_proj"], rank=2, alpha=6.0, rslora=True), "base")
+def test_an_adapter_to_start_from_brings_its_numbers_and_contradicting_ones_are_refused(
+    chat_model, tmp_path, one_device
+):
+    write_adapter(
+        tmp_path,
+        with_adapter(chat_model, one_device, ["v_proj"], rank=2, alpha=6.0, rslora=True),
+        "base",
+    )
     start = f"adapter.init={tmp_path}"
     found = adopt_adapter(load_config(overrides=[start])).adapter
     assert (found.rank, found.alpha, found.rslora, found.targets) == (2, 6.0, True, ["v_proj"])
@@ -156,7 +210,11 @@ def test_an_adapter_to_start_from_brings_its_numbers_and_contradicting_ones_are_
 
 def test_resolved_configuration_reads_back_the_same(tmp_path):
     config = load_config(
-        overrides=["optimizer.learning_rate=3e-5", "adapter.targets=[q_proj, v_proj]", "optimizer.clip_norm=null"]
+        overrides=[
+            "optimizer.learning_rate=3e-5",
+            "adapter.targets=[q_proj, v_proj]",
+            "optimizer.clip_norm=null",
+        ]
     )
     (tmp_path / "run.yaml").write_text(dump(config))
     assert load_config(tmp_path / "run.yaml") == config

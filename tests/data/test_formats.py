@@ -7,15 +7,19 @@ import pytest
 from jaxtune.config.schema import DataSection
 from jaxtune.data.formats.conversation import conversation, detect, preference
 from jaxtune.data.prepare import conversations
-from jaxtune.data.sources.row import BadRow, Place, Row
+from jaxtune.data.sources.row import Row, RowError, RowLocation
 from tests.support import tools
 
-U, A, S = ({"role": role, "content": text} for role, text in (("user", "1+1?"), ("assistant", "2"), ("system", "Add.")))
+U, A, S = (
+    {"role": role, "content": text}
+    for role, text in (("user", "1+1?"), ("assistant", "2"), ("system", "Add."))
+)
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 FORMATS = {
     "messages": ({"messages": [S, U, A]}, "messages", [S, U, A]),
     "messages with nulls, as Parquet has them": (
-        {"messages": [{**U, "name": None, "tool_calls": None}, {**A, "weight": None}]}, "messages", [U, A],
+        {"messages": [{**U, "name": None, "tool_calls": None}, {**A, "weight": None}]}, "messages",
+        [U, A],
     ),
     "content in parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?"}]}, A]}, "messages", [U, A]),
     "calls of tools with arguments as text": (
@@ -28,7 +32,8 @@ FORMATS = {
     "alpaca": ({"instruction": "1+1?", "input": "", "output": "2"}, "alpaca", [U, A]),
     "alpaca with an input": ({"instruction": "Add.", "input": "1 1", "output": "2"}, "alpaca", [{"role": "user", "content": "Add.\n\n1 1"}, A]),
     "alpaca with a system and a history": (
-        {"instruction": "1+1?", "output": "2", "system": "Add.", "history": [["0?", "0"]]}, "alpaca",
+        {"instruction": "1+1?", "output": "2", "system": "Add.", "history": [["0?", "0"]]},
+        "alpaca",
         [S, {"role": "user", "content": "0?"}, {"role": "assistant", "content": "0"}, U, A],
     ),
     "sharegpt": (
@@ -41,7 +46,7 @@ FORMATS = {
 
 
 def row(value):
-    return Row(Place("rows.jsonl", 3), value)
+    return Row(RowLocation("rows.jsonl", 3), value)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -81,14 +86,19 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_rows_say_where_and_what(name):
     value, kind, expected = BAD[name]
-    with pytest.raises(BadRow) as caught:
+    with pytest.raises(RowError) as caught:
         conversation(row(value), kind)
     assert str(caught.value).startswith("rows.jsonl:3: ")
     assert expected in str(caught.value)
 
 
 def test_columns():
-    value = {"question": "1+1?", "answers": {"text": ["2", "two"]}, "why": {"a": 1}, "n.b": "dotted"}
+    value = {
+        "question": "1+1?",
+        "answers": {"text": ["2", "two"]},
+        "why": {"a": 1},
+        "n.b": "dotted",
+    }
 
     def answer(column):
         return conversation(row(value), columns={"prompt": "question", "completion": column}).answer
@@ -96,17 +106,21 @@ def test_columns():
     assert answer("answers.text.1") == "two"
     assert answer("{answers.text.0} because {why}") == '2 because {"a": 1}'
     assert answer("n.b") == "dotted"
-    for column, expected in (("answer", "Did you mean 'answers'"), ("answers.text.2", "is missing"), ("{nothing}", "is missing")):
-        with pytest.raises(BadRow, match=expected):
+    for column, expected in (
+        ("answer", "Did you mean 'answers'"),
+        ("answers.text.2", "is missing"),
+        ("{nothing}", "is missing"),
+    ):
+        with pytest.raises(RowError, match=expected):
             answer(column)
-    with pytest.raises(BadRow, match="'completion' is of type list"):
+    with pytest.raises(RowError, match="'completion' is of type list"):
         answer("answers.text")
 
 
 def test_a_prompt_needs_no_completion_to_be_asked():
     assert conversation(row({"prompt": "1+1?"}), answered=False).messages == [U]
     assert conversation(row({"instruction": "1+1?"}), "alpaca", answered=False).messages == [U]
-    with pytest.raises(BadRow, match="'completion' is missing"):
+    with pytest.raises(RowError, match="'completion' is missing"):
         conversation(row({"prompt": "1+1?"}))
 
 
@@ -114,15 +128,19 @@ def test_preferences():
     texts = preference(row({"prompt": "1+1?", "chosen": "2", "rejected": "3"}))
     chats = preference(row({"chosen": [U, A], "rejected": [U, A | {"content": "3"}]}))
     both = preference(row({"prompt": [U], "chosen": [A], "rejected": [A | {"content": "3"}]}))
-    assert [[part.messages for part in pair] for pair in (texts, chats, both)] == [[[U, A], [U, A | {"content": "3"}]]] * 3
-    with pytest.raises(BadRow, match="do not answer the same prompt"):
+    assert [[part.messages for part in pair] for pair in (texts, chats, both)] == [
+        [[U, A], [U, A | {"content": "3"}]]
+    ] * 3
+    with pytest.raises(RowError, match="do not answer the same prompt"):
         preference(row({"chosen": [U, A], "rejected": [S, U, A]}))
-    with pytest.raises(BadRow, match="the key 'rejected' is missing"):
+    with pytest.raises(RowError, match="the key 'rejected' is missing"):
         preference(row({"prompt": "x", "chosen": "y"}))
 
 
 def test_the_first_row_says_what_all_rows_of_a_source_are(tmp_path):
-    path = tools.write_rows(tmp_path / "rows.jsonl", [{"text": "one"}, {"text": "two", "messages": [U, A]}])
+    path = tools.write_rows(
+        tmp_path / "rows.jsonl", [{"text": "one"}, {"text": "two", "messages": [U, A]}]
+    )
     assert [found.text for found in conversations(DataSection(train=path), "train")] == [True, True]
 
 

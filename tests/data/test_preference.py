@@ -7,10 +7,10 @@ import pytest
 
 from jaxtune.config.schema import DataSection
 from jaxtune.core.errors import UserError
-from jaxtune.data.loader import Plan
+from jaxtune.data.batch import CHOSEN, MISMATCHED, REJECTED
+from jaxtune.data.loader import BatchSchedule
 from jaxtune.data.packing import Layout
 from jaxtune.data.prepare import prepare
-from jaxtune.objectives.objective import CHOSEN, MISMATCHED, REJECTED
 from tests.support import tools
 
 ROWS = [{"prompt": f"{n}?", "chosen": f"yes {n}", "rejected": "no" * (n + 1)} for n in range(6)]
@@ -22,7 +22,11 @@ def words():
 
 
 def pairs(tmp_path, words, rows, comparison="pairs", **keys):
-    return prepare(DataSection(train=tools.write_rows(tmp_path / "rows.jsonl", rows), **keys), words, comparison=comparison)
+    return prepare(
+        DataSection(train=tools.write_rows(tmp_path / "rows.jsonl", rows), **keys),
+        words,
+        comparison=comparison,
+    )
 
 
 def said(words, example):
@@ -63,7 +67,10 @@ def test_pairs_of_every_shape_give_the_same_tokens(way, tmp_path, words):
         assert item.labels == (CHOSEN, REJECTED)
         for part, key in zip(item.parts, ("chosen", "rejected"), strict=True):
             chat = tools.chat(row["prompt"], row[key])["messages"]
-            assert part.ids.tolist()[: len(part.ids)] == words.apply_chat_template(chat, return_dict=False)[: len(part.ids)]
+            assert (
+                part.ids.tolist()[: len(part.ids)]
+                == words.apply_chat_template(chat, return_dict=False)[: len(part.ids)]
+            )
             assert said(words, part) == f"{row[key]}<|im_end|>"
 
 
@@ -86,11 +93,19 @@ def test_a_pair_is_one_good_and_one_bad_answer_where_labels_are_wanted(tmp_path,
 
 
 BAD = {
-    "the same answer": ({"prompt": "?", "chosen": "a", "rejected": "a"}, "pairs", "'chosen' and 'rejected' are the same answer"),
+    "the same answer": (
+        {"prompt": "?", "chosen": "a", "rejected": "a"},
+        "pairs",
+        "'chosen' and 'rejected' are the same answer",
+    ),
     "no rejected": ({"prompt": "?", "chosen": "a"}, "pairs", "the key 'rejected' is missing"),
     "no pair": ({"prompt": "?", "completion": "a"}, "pairs", "the key 'chosen' is missing"),
     "no label": ({"prompt": "?", "completion": "a"}, "labels", "'label' must be true"),
-    "a label in words": ({"prompt": "?", "completion": "a", "label": "good"}, "labels", "'label' must be true"),
+    "a label in words": (
+        {"prompt": "?", "completion": "a", "label": "good"},
+        "labels",
+        "'label' must be true",
+    ),
     "other prompts": (
         {"chosen": tools.chat("a", "x")["messages"], "rejected": tools.chat("b", "y")["messages"]},
         "pairs",
@@ -118,7 +133,7 @@ def test_a_pair_of_which_one_answer_is_cut_off_is_left_out_whole(tmp_path, words
 @pytest.mark.parametrize("packing", [False, True])
 def test_every_pair_is_in_an_epoch_once_with_its_two_answers_side_by_side(packing, tmp_path, words):
     found = pairs(tmp_path, words, ROWS)
-    plan = Plan(found, Layout(2, 256, packing, True, 0), epochs=1)
+    plan = BatchSchedule(found, Layout(2, 256, packing, True, 0), epochs=1)
     seen = []
     for index in range(len(plan)):
         batch = plan.batch(index)
@@ -132,20 +147,29 @@ def test_every_pair_is_in_an_epoch_once_with_its_two_answers_side_by_side(packin
                     answer = batch.target_ids[row][place & (batch.weights[row] > 0)]
                     seen.append((int(label), words.decode(answer).removesuffix("<|im_end|>")))
                     assert batch.positions[row][place].tolist() == list(range(place.sum()))
-    assert sorted(seen) == sorted([(CHOSEN, row["chosen"]) for row in ROWS] + [(REJECTED, row["rejected"]) for row in ROWS])
+    assert sorted(seen) == sorted(
+        [(CHOSEN, row["chosen"]) for row in ROWS] + [(REJECTED, row["rejected"]) for row in ROWS]
+    )
 
 
 def test_pairs_are_not_mistaken_for_answers_to_imitate(tmp_path, words):
-    with pytest.raises(UserError, match=r"a pair of preferences, which is for train.objective=dpo, simpo, orpo or kto"):
+    with pytest.raises(
+        UserError,
+        match=r"a pair of preferences, which is for train.objective=dpo, simpo, orpo or kto",
+    ):
         pairs(tmp_path, words, ROWS, None)
 
 
 def test_jaxtune_data_shows_both_answers(chat_model, tmp_path):
     path = tools.write_rows(tmp_path / "rows.jsonl", ROWS)
-    shown = tools.jaxtune("data", "--model", chat_model, "--data", path, "train.objective=dpo", "--rows", "1")
+    shown = tools.jaxtune(
+        "data", "--model", chat_model, "--data", path, "train.objective=dpo", "--rows", "1"
+    )
     assert shown.returncode == 0, shown.stderr
     assert "[good]" in shown.stdout
     assert "⟦yes 0<|im_end|>⟧" in shown.stdout
     assert "⟦no<|im_end|>⟧" in shown.stdout
-    figures = tools.jaxtune("data", "--model", chat_model, "--data", path, "train.objective=dpo", "--json", "-")
+    figures = tools.jaxtune(
+        "data", "--model", chat_model, "--data", path, "train.objective=dpo", "--json", "-"
+    )
     assert json.loads(figures.stdout)["parts"]["train"]["examples"] == 6

@@ -1,4 +1,6 @@
-"""Whatever the rows, each supervised token is trained once an epoch or its row is named; whatever the machine, the batches are the same."""
+"""Whatever the rows, each supervised token is trained once an epoch or its row is named;
+whatever the machine, the batches are the same.
+"""
 
 import json
 import os
@@ -17,18 +19,22 @@ from hypothesis import strategies as st
 from jaxtune.config.schema import DataSection
 from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
-from jaxtune.data.chat.tokenize import Tokeniser
-from jaxtune.data.examples import Part, in_memory
+from jaxtune.data.chat.tokenize import ConversationTokenizer
+from jaxtune.data.examples import SourceShare, in_memory
 from jaxtune.data.formats.conversation import conversation
-from jaxtune.data.loader import Plan, batches, local_rows
+from jaxtune.data.loader import BatchSchedule, batches, local_rows
 from jaxtune.data.packing import Layout, plan_epoch
 from jaxtune.data.prepare import prepare
-from jaxtune.data.sources.row import BadRow, Place, Row
+from jaxtune.data.sources.row import Row, RowError, RowLocation
 from tests.support import tools
 from tests.support.chat_families import FAMILIES, tokenizer
 
 WORDS = tools.byte_tokenizer()
-FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+FUZZ = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 
 text = st.text(st.characters(codec="utf-8"), max_size=30)
 turns = st.lists(st.tuples(text, text, st.sampled_from([None, 0, 0.5, 1])), max_size=4)
@@ -37,14 +43,33 @@ turns = st.lists(st.tuples(text, text, st.sampled_from([None, 0, 0.5, 1])), max_
 def chat(pairs, question):
     messages = []
     for asked, answer, weight in pairs:
-        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer, "weight": weight}]
-    return {"messages": [*messages, *([{"role": "user", "content": question}] if question is not None or not messages else [])]}
+        messages += [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": answer, "weight": weight},
+        ]
+    return {
+        "messages": [
+            *messages,
+            *(
+                [{"role": "user", "content": question}]
+                if question is not None or not messages
+                else []
+            ),
+        ]
+    }
 
 
 chats = st.builds(chat, turns, st.none() | text).map(
-    lambda row: {"messages": [{k: v or "" if k == "content" else v for k, v in message.items()} for message in row["messages"]]}
+    lambda row: {
+        "messages": [
+            {k: v or "" if k == "content" else v for k, v in message.items()}
+            for message in row["messages"]
+        ]
+    }
 )
-texts = st.builds(lambda value: {"text": value}, st.text(st.characters(codec="utf-8"), max_size=120))
+texts = st.builds(
+    lambda value: {"text": value}, st.text(st.characters(codec="utf-8"), max_size=120)
+)
 
 
 def segments(batch):
@@ -55,16 +80,19 @@ def segments(batch):
             at = np.flatnonzero(numbers == number)
             assert (np.diff(at) == 1).all()
             yield tuple(
-                tuple(part[row, at].tolist()) for part in (batch.input_ids, batch.target_ids, batch.weights, batch.positions)
+                tuple(part[row, at].tolist())
+                for part in (batch.input_ids, batch.target_ids, batch.weights, batch.positions)
             )
 
 
 def expected_segments(rows, max_length, train_on):
-    """What each row must come out as, from its tokens alone: segments, and whether supervised tokens are lost to the cut."""
+    """What each row must come out as, from its tokens alone: segments, and whether supervised
+    tokens are lost to the cut.
+    """
     found, lost, nothing = Counter(), set(), set()
     for number, value in enumerate(rows, 1):
-        row = conversation(Row(Place("", number), value))
-        ((document,),) = Tokeniser(WORDS, train_on)([row])
+        row = conversation(Row(RowLocation("", number), value))
+        ((document,),) = ConversationTokenizer(WORDS, train_on)([row])
         ids, weights = document.ids, document.example().weights
         step = max_length if row.text else len(ids)
         for start in range(0, max(len(ids) - 1, 1), step):
@@ -73,7 +101,12 @@ def expected_segments(rows, max_length, train_on):
             if len(chosen):
                 size = chosen[-1] + 1
                 of = ids[part]
-                found[tuple(of[:size]), tuple(of[1 : size + 1]), tuple(weights[part][1 : size + 1]), tuple(range(size))] += 1
+                found[
+                    tuple(of[:size]),
+                    tuple(of[1 : size + 1]),
+                    tuple(weights[part][1 : size + 1]),
+                    tuple(range(size)),
+                ] += 1
             else:
                 nothing.add(number)
         if not row.text and weights[max_length + 1 :].any():
@@ -90,8 +123,17 @@ def expected_segments(rows, max_length, train_on):
     shuffle=st.booleans(),
     train_on=st.sampled_from(["responses", "last"]),
 )
-@example(rows=[{"text": "x" * 40}], max_length=8, batch_size=1, packing=True, shuffle=False, train_on="responses")
-def test_every_supervised_token_is_trained_once_or_its_row_is_named(rows, max_length, batch_size, packing, shuffle, train_on):
+@example(
+    rows=[{"text": "x" * 40}],
+    max_length=8,
+    batch_size=1,
+    packing=True,
+    shuffle=False,
+    train_on="responses",
+)
+def test_every_supervised_token_is_trained_once_or_its_row_is_named(
+    rows, max_length, batch_size, packing, shuffle, train_on
+):
     expected, lost, nothing = expected_segments(rows, max_length, train_on)
     with tempfile.TemporaryDirectory() as folder:
         path = tools.write_rows(Path(folder) / "rows.jsonl", rows)
@@ -101,10 +143,15 @@ def test_every_supervised_token_is_trained_once_or_its_row_is_named(rows, max_le
                 prepare(data, WORDS)
             return
         examples = prepare(data, WORDS)
-        plan = Plan(examples, Layout(batch_size, max_length, packing, shuffle, 1), epochs=2)
+        plan = BatchSchedule(
+            examples, Layout(batch_size, max_length, packing, shuffle, 1), epochs=2
+        )
         half = len(plan.epoch_plan(0))
         for part in (range(half), range(half, len(plan))):
-            assert Counter(segment for index in part for segment in segments(plan.batch(index))) == expected
+            assert (
+                Counter(segment for index in part for segment in segments(plan.batch(index)))
+                == expected
+            )
         for index in range(len(plan)):
             assert plan.tokens(index) == np.count_nonzero(plan.batch(index).segment_ids)
         named = {
@@ -120,7 +167,8 @@ def test_every_supervised_token_is_trained_once_or_its_row_is_named(rows, max_le
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=6,
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=6,
 )  # fmt: skip
 keys = st.sampled_from(
     [
@@ -138,29 +186,43 @@ keys = st.sampled_from(
         "value",
     ]
 )
-odd = st.dictionaries(keys, json_values | st.lists(st.dictionaries(keys, json_values, max_size=3), max_size=3), max_size=4)
+odd = st.dictionaries(
+    keys,
+    json_values | st.lists(st.dictionaries(keys, json_values, max_size=3), max_size=3),
+    max_size=4,
+)
 lines = st.one_of(
     chats.map(lambda value: json.dumps(value).encode()),
     odd.map(lambda value: json.dumps(value).encode()),
     st.builds(lambda role, content: json.dumps({"messages": [{"role": role, "content": content}]}).encode(), st.sampled_from(["user", "assistant", "tool", "x"]), json_values),
     st.binary(max_size=20).map(lambda data: data.replace(b"\n", b"")),
     st.sampled_from([
-        b"", b"   ", b"\x00\x00\x00", b"null", b"[]", b"{}", b"\xff\xfe{", b'{"messages"', b'{"messages": [{"role": "assistant", "content": "\\ud800"}]}',
-        b'{"messages": [{"role": "assistant", "content": "\xe9"}]}', b'{"messages": [{"role": "assistant", "content": "a\\u0000b"}]}',
-        b"[" * 100_000, b'{"messages":' * 5000, b'{"n": ' + b"9" * 5000 + b"}", b'{"messages": [{"role": "assistant", "content": "' + b"y" * 5000 + b'"}]}',
-        b'{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}', json.dumps({"messages": [{"role": "user", "content": "x"}], "tools": [json.loads("[" * 400 + "]" * 400)]}).encode(),
+        b"", b"   ", b"\x00\x00\x00", b"null", b"[]", b"{}", b"\xff\xfe{", b'{"messages"',
+        b'{"messages": [{"role": "assistant", "content": "\\ud800"}]}',
+        b'{"messages": [{"role": "assistant", "content": "\xe9"}]}',
+        b'{"messages": [{"role": "assistant", "content": "a\\u0000b"}]}',
+        b"[" * 100_000, b'{"messages":' * 5000, b'{"n": ' + b"9" * 5000 + b"}",
+        b'{"messages": [{"role": "assistant", "content": "' + b"y" * 5000 + b'"}]}',
+        b'{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}',
+        json.dumps({"messages": [{"role": "user", "content": "x"}], "tools": [json.loads("[" * 400 + "]" * 400)]}).encode(),
     ]),
 )  # fmt: skip
 
 
 @settings(FUZZ, max_examples=150)
-@given(file=st.lists(lines, min_size=1, max_size=10), train_on=st.sampled_from(["responses", "all"]))
+@given(
+    file=st.lists(lines, min_size=1, max_size=10), train_on=st.sampled_from(["responses", "all"])
+)
 def test_whatever_a_file_holds_each_row_is_trained_or_named(file, train_on):
-    good = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}
+    good = {
+        "messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         path.write_bytes(b"\n".join([json.dumps(good).encode(), *file]))
-        rows = {number for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()}
+        rows = {
+            number for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()
+        }
         data = DataSection(train=str(path), max_length=64, on_error="skip", train_on=train_on)
         found = prepare(data, WORDS)
         bad = [int(message.removeprefix(f"{path}:").partition(":")[0]) for message in found.bad]
@@ -168,7 +230,11 @@ def test_whatever_a_file_holds_each_row_is_trained_or_named(file, train_on):
         kept = store.documents["line"].tolist()
         assert sorted(bad + kept) == sorted(rows)
         assert 1 in kept
-        named = {int(place.rpartition(":")[2]) for places in (found.cut_off, found.unanswered) for place in places}
+        named = {
+            int(place.rpartition(":")[2])
+            for places in (found.cut_off, found.unanswered)
+            for place in places
+        }
         assert len(found.items) + len(named) == len(kept)
         strict = data.model_copy(update={"on_error": "raise"})
         if not bad:
@@ -183,7 +249,9 @@ def test_whatever_a_file_holds_each_row_is_trained_or_named(file, train_on):
 @settings(FUZZ, max_examples=40)
 @given(
     data=st.binary(max_size=300),
-    name=st.sampled_from(["x.json", "x.csv", "x.tsv", "x.parquet", "x.txt", "x.jsonl.gz", "x.jsonl.zst", "x.csv.zip"]),
+    name=st.sampled_from(
+        ["x.json", "x.csv", "x.tsv", "x.parquet", "x.txt", "x.jsonl.gz", "x.jsonl.zst", "x.csv.zip"]
+    ),
 )
 @example(data=b"\x00" * 50, name="x.csv")
 @example(data=b'a,b\n"', name="x.csv")
@@ -205,10 +273,17 @@ def test_a_row_of_a_million_tokens_and_a_line_beyond_the_limit(tmp_path, monkeyp
     from jaxtune.data.sources import readers
 
     path = tmp_path / "rows.jsonl"
-    rows = [tools.chat("x" * 1_000_000, "yes"), tools.chat("1+1?", "y" * 1_000_000), tools.chat("1+1?", "2")]
+    rows = [
+        tools.chat("x" * 1_000_000, "yes"),
+        tools.chat("1+1?", "y" * 1_000_000),
+        tools.chat("1+1?", "2"),
+    ]
     tools.write_rows(path, rows)
     found = prepare(DataSection(train=str(path), max_length=100), WORDS)
-    assert [list(places) for places in (found.cut_off, found.truncated)] == [[f"{path}:1"], [f"{path}:1", f"{path}:2"]]
+    assert [list(places) for places in (found.cut_off, found.truncated)] == [
+        [f"{path}:1"],
+        [f"{path}:1", f"{path}:2"],
+    ]
     assert found.lengths.tolist()[0] == 100
     monkeypatch.setattr(readers, "LONGEST", 500_000)
     path.write_bytes(path.read_bytes() + b" \n")
@@ -224,8 +299,10 @@ def test_a_row_of_a_million_tokens_and_a_line_beyond_the_limit(tmp_path, monkeyp
     shuffle=st.booleans(),
 )
 def test_weights_of_a_mixture_are_passes(counts, weights, shuffle):
-    """After e epochs each row of a source of weight w was seen e w times, rounded down or up, and none more often than another by two."""
-    parts = [Part(count, weight) for count, weight in zip(counts, weights, strict=False)]
+    """After e epochs each row of a source of weight w was seen e w times, rounded down or up,
+    and none more often than another by two.
+    """
+    parts = [SourceShare(count, weight) for count, weight in zip(counts, weights, strict=False)]
     lengths, seen = np.full(sum(counts), 3), np.zeros(sum(counts), int)
     for epoch in range(8):
         planned = plan_epoch(lengths, Layout(2, 8, True, shuffle, 5), epoch, parts)
@@ -239,8 +316,11 @@ def test_weights_of_a_mixture_are_passes(counts, weights, shuffle):
 
 
 def test_each_pass_over_a_part_of_a_mixture_is_in_another_order():
-    parts, lengths = [Part(40, 0.5), Part(3, 1.0)], np.full(43, 3)
-    halves = [plan_epoch(lengths, Layout(2, 8, False, False, 5), epoch, parts).members for epoch in range(4)]
+    parts, lengths = [SourceShare(40, 0.5), SourceShare(3, 1.0)], np.full(43, 3)
+    halves = [
+        plan_epoch(lengths, Layout(2, 8, False, False, 5), epoch, parts).members
+        for epoch in range(4)
+    ]
     chosen = [set(half[half < 40].tolist()) for half in halves]
     assert chosen[0] | chosen[1] == chosen[2] | chosen[3] == set(range(40))
     assert chosen[0] not in (chosen[2], chosen[3])
@@ -260,8 +340,11 @@ def test_trap28_any_batch_is_known_without_the_ones_before(lengths, packing, shu
     from jaxtune.data.chat.tokenize import Example
 
     def plan():
-        items = [Example(np.full(size + 1, number, np.int32), np.arange(size + 1) > 0) for number, size in enumerate(lengths)]
-        return Plan(in_memory(items), Layout(rows, 32, packing, shuffle, 2), epochs=3)
+        items = [
+            Example(np.full(size + 1, number, np.int32), np.arange(size + 1) > 0)
+            for number, size in enumerate(lengths)
+        ]
+        return BatchSchedule(in_memory(items), Layout(rows, 32, packing, shuffle, 2), epochs=3)
 
     whole = plan()
     in_order = [whole.batch(index) for index in range(len(whole))]
@@ -276,12 +359,21 @@ def test_unpacked_batches_hold_rows_of_like_length_and_few_shapes():
     from jaxtune.data.chat.tokenize import Example
 
     random = np.random.default_rng(0)
-    items = [Example(np.zeros(size + 1, np.int32), np.arange(size + 1) > 0) for size in random.integers(1, 500, 2000)]
-    plan = Plan(in_memory(items), Layout(8, 512, packing=False, shuffle=True, seed=0), epochs=1)
+    items = [
+        Example(np.zeros(size + 1, np.int32), np.arange(size + 1) > 0)
+        for size in random.integers(1, 500, 2000)
+    ]
+    plan = BatchSchedule(
+        in_memory(items), Layout(8, 512, packing=False, shuffle=True, seed=0), epochs=1
+    )
     assert plan.efficiency() > 0.8  # in random batches it would be a half
     assert len({plan.shape(index) for index in range(len(plan))}) <= 11
-    assert plan.shape(0) != plan.shape(1) or plan.shape(1) != plan.shape(2)  # short and long come mixed
-    packed = Plan(in_memory(items), Layout(8, 512, packing=True, shuffle=True, seed=0), epochs=1)
+    assert plan.shape(0) != plan.shape(1) or plan.shape(1) != plan.shape(
+        2
+    )  # short and long come mixed
+    packed = BatchSchedule(
+        in_memory(items), Layout(8, 512, packing=True, shuffle=True, seed=0), epochs=1
+    )
     assert packed.efficiency() > 0.97
 
 
@@ -289,7 +381,13 @@ def test_unpacked_batches_hold_rows_of_like_length_and_few_shapes():
 def test_rows_that_the_template_rewrites_are_counted_once(name, tmp_path):
     messages = [
         {"role": role, "content": content}
-        for role, content in (("system", "Add."), ("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4"))
+        for role, content in (
+            ("system", "Add."),
+            ("user", "1"),
+            ("assistant", "2"),
+            ("user", "3"),
+            ("assistant", "4"),
+        )
     ]
     path = tools.write_rows(tmp_path / "rows.jsonl", [{"messages": messages}] * 3)
     found = prepare(DataSection(train=path), tokenizer(FAMILIES[name], "bytes"))
@@ -298,8 +396,13 @@ def test_rows_that_the_template_rewrites_are_counted_once(name, tmp_path):
 
 @pytest.mark.parametrize("axes", [(1, 8, 1), (8, 1, 1), (2, 2, 2), (1, 1, 8)])
 def test_the_batches_are_the_same_on_every_mesh(axes):
-    items = in_memory([example_of(size, number) for number, size in enumerate(np.random.default_rng(1).integers(1, 30, 90))])
-    plan = Plan(items, Layout(16, 32, True, True, 0), epochs=1)
+    items = in_memory(
+        [
+            example_of(size, number)
+            for number, size in enumerate(np.random.default_rng(1).integers(1, 30, 90))
+        ]
+    )
+    plan = BatchSchedule(items, Layout(16, 32, True, True, 0), epochs=1)
     for loaded in batches(plan, 0, 2, make_mesh(*axes)):
         whole = plan.batch(loaded.index)
         for ours, theirs in zip(*map(jax.tree.leaves, (loaded.batch, whole)), strict=True):
@@ -322,13 +425,13 @@ if count > 1:
 import numpy as np
 from jaxtune.core.mesh import make_mesh
 from jaxtune.data.examples import in_memory
-from jaxtune.data.loader import Plan, batches, local_rows
+from jaxtune.data.loader import BatchSchedule, batches, local_rows
 from jaxtune.data.packing import Layout
 from jaxtune.data.chat.tokenize import Example
 def example_of(size, number):
     return Example(np.arange(number, number + size + 1, dtype=np.int32), np.arange(size + 1) > 0)
 items = in_memory([example_of(size, n) for n, size in enumerate(np.random.default_rng(1).integers(1, 30, 60))])
-plan = Plan(items, Layout(8, 32, True, True, 0), epochs=2)
+plan = BatchSchedule(items, Layout(8, 32, True, True, 0), epochs=2)
 mesh = make_mesh(1, 4, 1)
 assert local_rows(8, 2, mesh).sum() == 8 // count
 found = {}
@@ -345,14 +448,29 @@ np.savez(out, **found)
 
 
 def test_one_two_and_four_processes_load_the_same_global_batches(tmp_path):
-    """Each process builds the rows of its own devices; together they are the batches of this one process."""
-    items = in_memory([example_of(size, number) for number, size in enumerate(np.random.default_rng(1).integers(1, 30, 60))])
-    plan = Plan(items, Layout(8, 32, True, True, 0), epochs=2)
+    """Each process builds the rows of its own devices; together they are the batches of this one
+    process.
+    """
+    items = in_memory(
+        [
+            example_of(size, number)
+            for number, size in enumerate(np.random.default_rng(1).integers(1, 30, 60))
+        ]
+    )
+    plan = BatchSchedule(items, Layout(8, 32, True, True, 0), epochs=2)
     for count in (2, 4):
         port = 20_000 + os.getpid() % 20_000 + count
         children = [
             subprocess.Popen(
-                [sys.executable, "-c", PROCESS, str(count), str(number), str(port), str(tmp_path / f"{count}-{number}.npz")],
+                [
+                    sys.executable,
+                    "-c",
+                    PROCESS,
+                    str(count),
+                    str(number),
+                    str(port),
+                    str(tmp_path / f"{count}-{number}.npz"),
+                ],
                 env=tools.child_environment() | {"PYTHONPATH": "."},
                 stderr=subprocess.PIPE,
                 text=True,
@@ -374,7 +492,9 @@ def test_one_two_and_four_processes_load_the_same_global_batches(tmp_path):
                 if part is None:
                     continue
                 for row, values in enumerate(np.swapaxes(part.reshape(2, 4, -1), 0, 1)):
-                    np.testing.assert_array_equal(found[f"{index} {name} {row} {tokens} {part.size - tokens}"], values)
+                    np.testing.assert_array_equal(
+                        found[f"{index} {name} {row} {tokens} {part.size - tokens}"], values
+                    )
 
 
 def test_local_rows_are_all_rows_of_one_process(one_device):
@@ -382,4 +502,4 @@ def test_local_rows_are_all_rows_of_one_process(one_device):
 
 
 def test_bad_rows_are_errors_of_their_own_kind():
-    assert issubclass(BadRow, UserError)
+    assert issubclass(RowError, UserError)

@@ -16,7 +16,7 @@ import zstandard
 from jaxtune.config.schema import DataSection, DataSource
 from jaxtune.core.errors import UserError
 from jaxtune.data.prepare import conversations, prepare
-from jaxtune.data.sources.row import BadRow
+from jaxtune.data.sources.row import RowError
 from jaxtune.data.sources.source import EVAL, TRAIN, open_source
 from tests.support import tools
 
@@ -26,7 +26,9 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).enco
 
 def table(separator, newline="\n"):
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, ["prompt", "completion"], delimiter=separator, lineterminator=newline)
+    writer = csv.DictWriter(
+        text, ["prompt", "completion"], delimiter=separator, lineterminator=newline
+    )
     writer.writeheader()
     writer.writerows(ROWS)
     return text.getvalue().encode()
@@ -141,10 +143,15 @@ def test_splits_of_a_directory(tmp_path):
         tools.write_rows(tmp_path / name, [{"text": name}])
     (tmp_path / "data" / "test").mkdir(parents=True)
     tools.write_rows(tmp_path / "data" / "test" / "0.jsonl", [{"text": "test"}])
-    assert [row.value["text"] for row in read(tmp_path)] == ["train-00000.jsonl", "train-00001.jsonl"]
+    assert [row.value["text"] for row in read(tmp_path)] == [
+        "train-00000.jsonl",
+        "train-00001.jsonl",
+    ]
     assert [row.value["text"] for row in read(tmp_path, EVAL)] == ["validation.jsonl"]
     assert [row.value["text"] for row in read(tmp_path, split="test")] == ["test"]
-    with pytest.raises(UserError, match="no files of the split 'other'; there are test, train, validation"):
+    with pytest.raises(
+        UserError, match="no files of the split 'other'; there are test, train, validation"
+    ):
         read(tmp_path, split="other")
     with pytest.raises(UserError, match="is a single file and has no split 'test'"):
         read(tmp_path / "validation.jsonl", split="test")
@@ -158,14 +165,20 @@ def test_text_files_are_documents_and_long_ones_are_cut_at_ends_of_lines(tmp_pat
     assert found[0].value == {"text": "one\n\ntwo é\n"}
     assert "".join(row.value["text"] for row in found[1:]) == long
     assert len(found) == 4
-    assert all(row.value["text"].endswith("\n") and len(row.value["text"]) < 1.01 * 2**20 for row in found[1:])
+    assert all(
+        row.value["text"].endswith("\n") and len(row.value["text"]) < 1.01 * 2**20
+        for row in found[1:]
+    )
     assert long.split("\n")[found[2].place.line - 1] == found[2].value["text"].split("\n")[0]
 
 
 def test_sets_that_datasets_saved(tmp_path):
     import datasets
 
-    parts = {"train": datasets.Dataset.from_list(ROWS[:3]), "test": datasets.Dataset.from_list(ROWS[3:])}
+    parts = {
+        "train": datasets.Dataset.from_list(ROWS[:3]),
+        "test": datasets.Dataset.from_list(ROWS[3:]),
+    }
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "both"))
     parts["train"].save_to_disk(str(tmp_path / "one"))
     assert [row.value for row in read(tmp_path / "both")] == ROWS[:3]
@@ -186,12 +199,23 @@ def test_what_is_no_source(tmp_path):
             read(tmp_path / name)
     with pytest.raises(UserError, match=r"gs://nobody/rows.jsonl: .*install gcsfs"):
         read("gs://nobody/rows.jsonl")
-    with pytest.raises(UserError, match=r"is neither a file here nor a data set that can be read from the hub"):
+    with pytest.raises(
+        UserError, match=r"is neither a file here nor a data set that can be read from the hub"
+    ):
         read("nobody/no-such-set")
 
 
 @pytest.mark.parametrize(
-    "name", ["rows.jsonl.gz", "rows.jsonl.xz", "rows.jsonl.zst", "rows.jsonl.bz2", "rows.jsonl.zip", "rows.parquet", "array.json"]
+    "name",
+    [
+        "rows.jsonl.gz",
+        "rows.jsonl.xz",
+        "rows.jsonl.zst",
+        "rows.jsonl.bz2",
+        "rows.jsonl.zip",
+        "rows.parquet",
+        "array.json",
+    ],
 )
 def test_files_cut_short_are_said_to_be(name, folder):
     path = folder / name
@@ -199,7 +223,7 @@ def test_files_cut_short_are_said_to_be(name, folder):
     for size in (1, len(whole) // 2, len(whole) - 3):
         path.write_bytes(whole[:size])
         found = read(path)
-        assert isinstance(found[-1], BadRow), size
+        assert isinstance(found[-1], RowError), size
         assert str(path) in str(found[-1])
         assert [row.value for row in found[:-1]] == ROWS[: len(found) - 1]
 
@@ -223,16 +247,28 @@ def test_a_split_is_stable_and_keeps_equal_prompts_together(tmp_path):
     assert len(prepare(data, words).items) == len(train)
     assert len(prepare(data, words, "eval").items) == len(held_out)
     with pytest.raises(UserError, match="leaves no row for eval"):
-        prepare(DataSection(train=tools.write_rows(tmp_path / "two.jsonl", rows[:2]), split="1%"), words, "eval")
+        prepare(
+            DataSection(train=tools.write_rows(tmp_path / "two.jsonl", rows[:2]), split="1%"),
+            words,
+            "eval",
+        )
 
 
 def test_mixtures(tmp_path):
-    paths = [tools.write_rows(tmp_path / f"{name}.jsonl", [{"text": f"{name}{n}"} for n in range(6)]) for name in "ab"]
+    paths = [
+        tools.write_rows(tmp_path / f"{name}.jsonl", [{"text": f"{name}{n}"} for n in range(6)])
+        for name in "ab"
+    ]
     data = DataSection(train=[paths[0], DataSource(source=paths[1], weight=0.5)], eval=[*paths])
     words = tools.byte_tokenizer(None, "</s>")
     found = prepare(data, words)
     assert [(part.count, part.weight) for part in found.parts] == [(6, 1.0), (6, 0.5)]
-    assert [words.decode(item.ids) for item in found.items[4:8]] == ["a4</s>", "a5</s>", "b0</s>", "b1</s>"]
+    assert [words.decode(item.ids) for item in found.items[4:8]] == [
+        "a4</s>",
+        "a5</s>",
+        "b0</s>",
+        "b1</s>",
+    ]
     assert found.summary()["rows"] == 12
     assert rows_of(data, "eval") == [f"{name}{n}" for name in "ab" for n in range(6)]
 
@@ -250,7 +286,9 @@ def test_data_sets_of_the_hub(tmp_path, monkeypatch):
         """Data sets live below /datasets and /api/datasets."""
 
         def do_GET(self):
-            self.path = self.path.replace("/datasets/", "/", 1).replace("/api/datasets/", "/api/models/", 1)
+            self.path = self.path.replace("/datasets/", "/", 1).replace(
+                "/api/datasets/", "/api/models/", 1
+            )
             if self.path.startswith("/api/org"):
                 self.path = self.path.replace("/api/", "/api/models/", 1)
             return Hub.do_GET(self)
@@ -261,7 +299,8 @@ def test_data_sets_of_the_hub(tmp_path, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Sets)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = (
-        "from jaxtune.config.schema import DataSource\nfrom jaxtune.data.sources.source import open_source\nimport json, sys\n"
+        "from jaxtune.config.schema import DataSource\nfrom jaxtune.data.sources.source import "
+        "open_source\nimport json, sys\n"
         "for settings in json.loads(sys.argv[1]):\n"
         "    source = open_source(DataSource(source='org/model', **settings), 'train')\n"
         "    print(json.dumps([source.name, [row.value for row in source.rows()]]))\n"
@@ -272,13 +311,24 @@ def test_data_sets_of_the_hub(tmp_path, monkeypatch):
         import sys
 
         environment = os.environ | {
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_DATASETS_OFFLINE": "0",
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path), "HF_DATASETS_OFFLINE": "0",
         }  # fmt: skip
         asked = json.dumps([{}, {"split": "test"}, {"rows": 2}])
-        done = subprocess.run([sys.executable, "-c", code, asked], capture_output=True, text=True, env=environment, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code, asked],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+        )
     finally:
         server.shutdown()
         server.server_close()
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert found == [["org/model[train]", ROWS], ["org/model[test]", ROWS[:1]], ["org/model[train]", ROWS[:2]]]
+    assert found == [
+        ["org/model[train]", ROWS],
+        ["org/model[test]", ROWS[:1]],
+        ["org/model[train]", ROWS[:2]],
+    ]

@@ -1,4 +1,4 @@
-"""Tokenised data is kept by what it depends on, whole or not at all, whoever else is writing it."""
+"""Tokenized data is kept by what it depends on, whole or not at all, whoever else is writing it."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from jaxtune.config.schema import DataSection
 from jaxtune.core.errors import UserError
 from jaxtune.data import prepare as preparing
 from jaxtune.data import store as stores
-from jaxtune.data.chat.tokenize import Tokeniser
+from jaxtune.data.chat.tokenize import ConversationTokenizer
 from jaxtune.data.formats.conversation import Conversation
 from jaxtune.data.prepare import prepare
 from tests.support import tools
@@ -35,7 +35,7 @@ def rows(tmp_path):
 
 
 def count_fills(monkeypatch):
-    """How often anything is tokenised anew."""
+    """How often anything is tokenized anew."""
     calls = []
     fill = preparing._fill
     monkeypatch.setattr(preparing, "_fill", lambda *arguments: calls.append(1) or fill(*arguments))
@@ -46,16 +46,27 @@ def content(examples):
     return [(item.ids.tolist(), item.weights.tolist()) for item in examples.items]
 
 
-def test_the_second_time_nothing_is_tokenised_and_all_is_the_same(cache, rows, monkeypatch):
+def test_the_second_time_nothing_is_tokenized_and_all_is_the_same(cache, rows, monkeypatch):
     calls = count_fills(monkeypatch)
     first, second = (prepare(DataSection(train=rows, max_length=60), WORDS) for _ in range(2))
     assert len(calls) == 1
     assert content(first) == content(second)
     assert first.summary() == second.summary()
-    assert prepare(DataSection(train=rows, max_length=30), WORDS).lengths.max() == 30 < first.lengths.max()
+    assert (
+        prepare(DataSection(train=rows, max_length=30), WORDS).lengths.max()
+        == 30
+        < first.lengths.max()
+    )
     assert len(calls) == 1  # a cut is made of the same tokens
-    alone = [Tokeniser(WORDS, "responses")([Conversation("", row["messages"])])[0][0].example() for row in tools.sums(40)]
-    assert [ids[:61] for ids, _ in content(first)] == [example.ids.tolist()[:61] for example in alone]
+    alone = [
+        ConversationTokenizer(WORDS, "responses")([Conversation("", row["messages"])])[0][
+            0
+        ].example()
+        for row in tools.sums(40)
+    ]
+    assert [ids[:61] for ids, _ in content(first)] == [
+        example.ids.tolist()[:61] for example in alone
+    ]
 
 
 def test_many_chunks_keep_the_order_of_the_rows(cache, rows, monkeypatch):
@@ -119,7 +130,9 @@ def test_a_failure_on_the_way_leaves_nothing(cache, rows, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(stores.Writer, "_write", full)
-    with pytest.raises(UserError, match=r"No space left on device. Make room, or set JAXTUNE_CACHE"):
+    with pytest.raises(
+        UserError, match=r"No space left on device. Make room, or set JAXTUNE_CACHE"
+    ):
         prepare(DataSection(train=rows, on_error="skip"), WORDS)
     assert list(cache.iterdir()) == []
     monkeypatch.setenv("JAXTUNE_CACHE", "/dev/null/nowhere")
@@ -139,17 +152,27 @@ print(prepare(DataSection(train=sys.argv[1]), words).digest, flush=True)
 
 def child(rows, words):
     environment = tools.child_environment() | {"PYTHONPATH": "."}
-    return subprocess.Popen([sys.executable, "-c", CHILD, rows, words], stdout=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, rows, words],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
 
 
 def test_killed_and_concurrent_runs_share_a_cache(cache, tmp_path, monkeypatch):
-    """Processes that make the same store at once, some killed on the way: those that live agree, and one whole store is left."""
+    """Processes that make the same store at once, some killed on the way: those that live agree,
+    and one whole store is left.
+    """
     rows = tools.write_rows(tmp_path / "many.jsonl", tools.sums(20_000))
     words = str(tmp_path / "words")
     WORDS.save_pretrained(words)
     killed, living = ([child(rows, words), child(rows, words)] for _ in range(2))
     deadline = time.monotonic() + 120
-    while not (cache.exists() and any(cache.glob(".unfinished.*/ids"))) and time.monotonic() < deadline:
+    while (
+        not (cache.exists() and any(cache.glob(".unfinished.*/ids")))
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     for process in killed:
         process.kill()
@@ -169,7 +192,12 @@ def test_killed_and_concurrent_runs_share_a_cache(cache, tmp_path, monkeypatch):
 
 def test_threads_too(cache, rows):
     found = []
-    threads = [threading.Thread(target=lambda: found.append(content(prepare(DataSection(train=rows), WORDS)))) for _ in range(6)]
+    threads = [
+        threading.Thread(
+            target=lambda: found.append(content(prepare(DataSection(train=rows), WORDS)))
+        )
+        for _ in range(6)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -180,10 +208,14 @@ def test_threads_too(cache, rows):
 
 def test_marks_and_places(cache, tmp_path):
     twice = tools.byte_tokenizer("{{ bos_token }}" + tools.LLAMA3, "<|eot_id|>")
-    bare = tools.byte_tokenizer("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}", "</s>")
+    bare = tools.byte_tokenizer(
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}", "</s>"
+    )
     path = tools.write_rows(tmp_path / "rows.jsonl", [tools.chat("1", "2"), tools.chat("3", "4")])
     for words, mark in ((twice, stores.TWO_BOS), (bare, stores.NOT_ENDED)):
-        ((store, _),) = prepare(DataSection(train=path, train_on="all" if words is twice else "responses"), words).stores
+        ((store, _),) = prepare(
+            DataSection(train=path, train_on="all" if words is twice else "responses"), words
+        ).stores
         assert np.all(store.documents["marks"] & mark), mark
     ((store, _),) = prepare(DataSection(train=path), WORDS).stores
     assert not store.documents["marks"].any()

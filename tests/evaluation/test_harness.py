@@ -1,4 +1,6 @@
-"""lm-evaluation-harness with our class and with its own `hf` class, on tasks made from local files."""
+"""lm-evaluation-harness with our class and with its own `hf` class, on tasks made from local
+files.
+"""
 
 import json
 import sys
@@ -20,7 +22,10 @@ from tests.support import tools
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
     pytest.mark.filterwarnings(
-        "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning", "ignore::UserWarning"
+        "ignore::DeprecationWarning",
+        "ignore::FutureWarning",
+        "ignore::ResourceWarning",
+        "ignore::UserWarning",
     ),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -29,7 +34,8 @@ pytestmark = [
 def task(folder, name, rows, **keys):
     tools.write_rows(folder / f"{name}.jsonl", rows)
     body = {
-        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}},
+        "task": name, "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}},
         "test_split": "test", **keys,
     }  # fmt: skip
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(body))
@@ -41,29 +47,39 @@ def make_tasks(folder):
     random = np.random.default_rng(0)
     words = ["apple", "stone", "river water", "to run very fast", "blue"]
     questions = [
-        {"q": "Which? " * (1 + n % 5), "choices": words[: 2 + n % 4], "gold": int(random.integers(0, 2 + n % 4))}
+        {
+            "q": "Which? " * (1 + n % 5),
+            "choices": words[: 2 + n % 4],
+            "gold": int(random.integers(0, 2 + n % 4)),
+        }
         for n in range(9)
     ]
     documents = [{"text": " ".join(words * (1 + 9 * (n % 4)))} for n in range(5)]
     prompts = [{"q": "+".join("12345"[: 1 + n % 5]), "a": str(n)} for n in range(6)]
     return [
         task(
-            folder, "local_choice", questions, output_type="multiple_choice", doc_to_text="{{q}}\nAnswer:", doc_to_choice="{{choices}}",
+            folder, "local_choice", questions, output_type="multiple_choice",
+            doc_to_text="{{q}}\nAnswer:", doc_to_choice="{{choices}}",
             doc_to_target="{{gold}}", metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}],
         ),
         task(
-            folder, "local_rolling", documents, output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}",
+            folder, "local_rolling", documents, output_type="loglikelihood_rolling", doc_to_text="",
+            doc_to_target="{{text}}",
             metric_list=[{"metric": "word_perplexity"}, {"metric": "byte_perplexity"}, {"metric": "bits_per_byte"}],
         ),
         task(
-            folder, "local_generation", prompts, output_type="generate_until", doc_to_text="{{q}}=", doc_to_target="{{a}}",
-            generation_kwargs={"until": ["e", "\n\n"], "max_gen_toks": 20}, metric_list=[{"metric": "exact_match"}],
+            folder, "local_generation", prompts, output_type="generate_until", doc_to_text="{{q}}=",
+            doc_to_target="{{a}}",
+            generation_kwargs={"until": ["e", "\n\n"], "max_gen_toks": 20},
+            metric_list=[{"metric": "exact_match"}],
         ),
     ]  # fmt: skip
 
 
 def samples(lm, tasks, folder):
-    found = lm_eval.simple_evaluate(lm, tasks=tasks, task_manager=TaskManager(include_path=str(folder)), bootstrap_iters=0)
+    found = lm_eval.simple_evaluate(
+        lm, tasks=tasks, task_manager=TaskManager(include_path=str(folder)), bootstrap_iters=0
+    )
     figures = {
         name: {key: value for key, value in values.items() if isinstance(value, float)}
         for name, values in found["results"].items()
@@ -74,13 +90,17 @@ def samples(lm, tasks, folder):
 @pytest.fixture(scope="module")
 def ours(chat_model, one_device):
     source = resolve(str(chat_model))
-    return HarnessModel(load_model(source, one_device), source.tokenizer(), source.stop_ids(), batch=4)
+    return HarnessModel(
+        load_model(source, one_device), source.tokenizer(), source.stop_ids(), batch=4
+    )
 
 
 def test_equal_to_the_harness_own_model(ours, chat_model, tmp_path):
     """Also for contexts longer than the model, cut on the left, and texts of several windows."""
     tasks = make_tasks(tmp_path)
-    theirs = HFLM(pretrained=str(chat_model), dtype="float32", device="cpu", batch_size=3, max_length=160)
+    theirs = HFLM(
+        pretrained=str(chat_model), dtype="float32", device="cpu", batch_size=3, max_length=160
+    )
     ours.max_length = 160
     figures, found = samples(ours, tasks, tmp_path)
     reference, expected = samples(theirs, tasks, tmp_path)
@@ -92,29 +112,51 @@ def test_equal_to_the_harness_own_model(ours, chat_model, tmp_path):
             elif name == "local_rolling":
                 assert np.ravel(mine) == pytest.approx(np.ravel(other), abs=1e-3)
             else:
-                for (score, greedy), (score2, greedy2) in zip((r[0] for r in mine), (r[0] for r in other), strict=True):
-                    assert (float(score), str(greedy)) == (pytest.approx(float(score2), abs=1e-3), str(greedy2))
+                for (score, greedy), (score2, greedy2) in zip(
+                    (r[0] for r in mine), (r[0] for r in other), strict=True
+                ):
+                    assert (float(score), str(greedy)) == (
+                        pytest.approx(float(score2), abs=1e-3),
+                        str(greedy2),
+                    )
     assert len({str(answer) for answer in found["local_generation"]}) > 1
 
 
 def test_trap05_chats_go_through_the_models_own_template(ours):
     chat = [{"role": "user", "content": "hi"}]
-    assert ours.apply_chat_template(chat) == ours.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert ours.apply_chat_template(chat) == ours.tokenizer.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=True
+    )
 
 
 def test_trap04_one_bos(tmp_path, one_device):
     """The tokenizer adds one to what has none, and a text that brings its own gets no second."""
-    path = tools.save_model(tmp_path, tools.tiny_config(), tools.byte_tokenizer(tools.LLAMA3, add_bos=True))
+    path = tools.save_model(
+        tmp_path, tools.tiny_config(), tools.byte_tokenizer(tools.LLAMA3, add_bos=True)
+    )
     source = resolve(str(path))
     lm = HarnessModel(load_model(source, one_device), source.tokenizer(), source.stop_ids())
     bos = lm.tokenizer.bos_token_id
     assert lm.tok_encode("hello").count(bos) == 1
-    assert lm.tok_encode(lm.apply_chat_template([{"role": "user", "content": "hi"}])).count(bos) == 1
+    assert (
+        lm.tok_encode(lm.apply_chat_template([{"role": "user", "content": "hi"}])).count(bos) == 1
+    )
 
 
 def test_from_the_command_line(chat_model, tmp_path):
     (name, *_) = make_tasks(tmp_path)
-    arguments = ["--harness", name, "--include-path", tmp_path, "--limit", 5, "--num-fewshot", 0, "--json", tmp_path / "out.json"]
+    arguments = [
+        "--harness",
+        name,
+        "--include-path",
+        tmp_path,
+        "--limit",
+        5,
+        "--num-fewshot",
+        0,
+        "--json",
+        tmp_path / "out.json",
+    ]
     done = tools.jaxtune("eval", chat_model, *arguments, torch=True)
     assert done.returncode == 0, done.stderr
     assert "acc_norm" in done.stdout

@@ -21,7 +21,8 @@ def test_interval_covers_and_repeats():
 def test_interval_of_a_ratio_is_scipys():
     losses, tokens = RANDOM.gamma(2.0, size=150), RANDOM.integers(1, 9, 150).astype(float)
     theirs = stats.bootstrap(
-        (losses, tokens), lambda a, b, axis=-1: a.sum(axis) / b.sum(axis), paired=True, method="percentile", n_resamples=4000,
+        (losses, tokens), lambda a, b, axis=-1: a.sum(axis) / b.sum(axis), paired=True,
+        method="percentile", n_resamples=4000,
         rng=np.random.default_rng(1),
     ).confidence_interval  # fmt: skip
     low, high = ratio(losses, tokens).interval()
@@ -32,7 +33,10 @@ def test_p_value_is_that_of_the_exact_paired_test():
     """Twelve rows: all 4,096 exchanges can be counted."""
     one, other = RANDOM.normal(size=12), RANDOM.normal(0.6, size=12)
     exact = stats.permutation_test(
-        (one, other), lambda a, b, axis=-1: (b - a).mean(axis), permutation_type="samples", n_resamples=np.inf
+        (one, other),
+        lambda a, b, axis=-1: (b - a).mean(axis),
+        permutation_type="samples",
+        n_resamples=np.inf,
     ).pvalue
     found = compared(mean(one), mean(other))
     assert found["difference"] == pytest.approx((other - one).mean())
@@ -53,7 +57,9 @@ def test_figures_that_are_no_means_are_compared_too():
     poor, good = RANDOM.integers(0, 3, 60), np.where(RANDOM.random(60) < 0.8, truth, 0)
     found = compared(macro_f1(truth, poor, 3), macro_f1(truth, good, 3))
     assert found["p_value"] < 0.01
-    assert found["difference"] == pytest.approx(macro_f1(truth, good, 3).value - macro_f1(truth, poor, 3).value)
+    assert found["difference"] == pytest.approx(
+        macro_f1(truth, good, 3).value - macro_f1(truth, poor, 3).value
+    )
 
 
 def test_pairing_counts():

@@ -1,4 +1,6 @@
-"""Continuous batching: each answer is what it is alone, whatever shares the rows; stop strings, log-probabilities, streaming."""
+"""Continuous batching: each answer is what it is alone, whatever shares the rows; stop strings,
+log-probabilities, streaming.
+"""
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from jaxtune.core.mesh import make_mesh
 from jaxtune.inference import programs
 from jaxtune.inference.engine import Engine
 from jaxtune.inference.sampling import Sampling
-from jaxtune.inference.text import Speaker
+from jaxtune.inference.text import TextGenerator
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
 from tests.support import tools
@@ -19,7 +21,9 @@ from tests.support import tools
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 RANDOM = np.random.default_rng(3)
-PROMPTS = [RANDOM.integers(0, 256, size).tolist() for size in (3, 40, 9, 1, 25, 17, 60, 5, 12, 2, 33)]
+PROMPTS = [
+    RANDOM.integers(0, 256, size).tolist() for size in (3, 40, 9, 1, 25, 17, 60, 5, 12, 2, 33)
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,9 @@ def model(chat_model, one_device):
 
 @pytest.fixture(scope="module")
 def alone(model):
-    """Answers that end at unequal lengths: some at a stop token, the others at twenty tokens."""
+    """SequenceLogProbs that end at unequal lengths: some at a stop token, the others at twenty
+    tokens.
+    """
     engine = Engine(model, STOPS, batch=1)
     return [engine.answers([prompt], 20)[0] for prompt in PROMPTS]
 
@@ -50,15 +56,24 @@ def test_more_prompts_than_rows(model, alone, rows):
 def test_on_a_mesh(chat_model, alone):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):
-        found = Engine(load_model(resolve(str(chat_model)), mesh), STOPS, batch=4).answers(PROMPTS, 20)
+        found = Engine(load_model(resolve(str(chat_model)), mesh), STOPS, batch=4).answers(
+            PROMPTS, 20
+        )
     assert [answer.tokens for answer in found] == [answer.tokens for answer in alone]
 
 
 def test_draws_depend_on_the_prompts_place_alone(model):
     sampling = Sampling(temperature=1.2, top_k=40, min_p=0.02, repetition_penalty=1.2, seed=4)
-    found = [answer.tokens for answer in Engine(model, STOPS, batch=4).answers(PROMPTS, 20, sampling)]
-    assert found == [answer.tokens for answer in Engine(model, STOPS, batch=2).answers(PROMPTS, 20, sampling)]
-    assert found != [answer.tokens for answer in Engine(model, STOPS, batch=4).answers(PROMPTS, 20, Sampling(1.2, seed=5))]
+    found = [
+        answer.tokens for answer in Engine(model, STOPS, batch=4).answers(PROMPTS, 20, sampling)
+    ]
+    assert found == [
+        answer.tokens for answer in Engine(model, STOPS, batch=2).answers(PROMPTS, 20, sampling)
+    ]
+    assert found != [
+        answer.tokens
+        for answer in Engine(model, STOPS, batch=4).answers(PROMPTS, 20, Sampling(1.2, seed=5))
+    ]
 
 
 def test_greedy_with_repetition_penalty_and_log_probs_are_transformers(model, chat_model):
@@ -67,17 +82,23 @@ def test_greedy_with_repetition_penalty_and_log_probs_are_transformers(model, ch
     for prompt, answer in zip(PROMPTS[:6], found, strict=True):
         ids = torch.tensor([prompt])
         out = reference.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=15, min_new_tokens=15, do_sample=False, repetition_penalty=1.3,
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=15, min_new_tokens=15,
+            do_sample=False, repetition_penalty=1.3,
             eos_token_id=None, output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
         assert answer.tokens == out.sequences[0, len(prompt) :].tolist()
-        logs = [torch.log_softmax(logits[0], -1)[token].item() for logits, token in zip(out.logits, answer.tokens, strict=True)]
+        logs = [
+            torch.log_softmax(logits[0], -1)[token].item()
+            for logits, token in zip(out.logits, answer.tokens, strict=True)
+        ]
         np.testing.assert_allclose(answer.log_probs, logs, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
 def speaker(model, chat_model):
-    return lambda *stop: Speaker(Engine(model, STOPS, batch=4), resolve(str(chat_model)).tokenizer(), stop)
+    return lambda *stop: TextGenerator(
+        Engine(model, STOPS, batch=4), resolve(str(chat_model)).tokenizer(), stop
+    )
 
 
 def test_stop_strings(speaker):
@@ -110,12 +131,16 @@ def test_the_streamed_parts_are_the_answer_and_never_half_of_a_stop_string(speak
 
 
 def test_few_programs_for_many_lengths(model):
-    """Decoding is compiled once for all prompts of a size, reading them once for few sizes of batches and prompts."""
+    """Decoding is compiled once for all prompts of a size, reading them once for few sizes of
+    batches and prompts.
+    """
     engine = Engine(model, [], batch=4)
     before = programs.prefill._cache_size(), programs.decode._cache_size()
     for seed in range(6):
         random = np.random.default_rng(seed)
-        engine.answers([random.integers(0, 256, size).tolist() for size in random.integers(40, 61, 7)], 33)
+        engine.answers(
+            [random.integers(0, 256, size).tolist() for size in random.integers(40, 61, 7)], 33
+        )
     assert programs.decode._cache_size() - before[1] == 1
     assert programs.prefill._cache_size() - before[0] <= 4
 
@@ -132,7 +157,12 @@ def test_the_speed_counts_tokens_and_no_compilation(model):
 
 def test_a_text_that_outgrows_the_rope_limit_in_shared_rows(tmp_path, one_device):
     """It is read anew with the frequencies of long texts; others in the batch go on beside it."""
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24, "factor": 4.0}
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 24,
+        "factor": 4.0,
+    }
     rope |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
     config = tools.tiny_config(max_position_embeddings=96, rope_parameters=rope)
     model = load_model(resolve(str(tools.save_model(tmp_path, config))), one_device)
@@ -141,7 +171,9 @@ def test_a_text_that_outgrows_the_rope_limit_in_shared_rows(tmp_path, one_device
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     for prompt, answer in zip(prompts, found, strict=True):
         ids = list(prompt)
-        for _ in range(20):  # each time from the start: transformers' cache keeps the frequencies of the short text
+        for _ in range(
+            20
+        ):  # each time from the start: transformers' cache keeps the frequencies of the short text
             ids.append(reference(torch.tensor([ids])).logits[0, -1].argmax().item())
         assert answer.tokens == ids[len(prompt) :]
         assert answer.end == "length"

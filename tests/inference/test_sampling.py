@@ -34,7 +34,11 @@ def test_draws_follow_the_distribution_of_transformers(options):
     sampling = Sampling(**({"temperature": 1.3} | options))
     before = torch.tensor([[0, 3, 3, 7]])
     scores = torch.from_numpy(LOGITS.copy())
-    scores = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(before, scores) if sampling.remembers else scores
+    scores = (
+        RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(before, scores)
+        if sampling.remembers
+        else scores
+    )
     scores = TemperatureLogitsWarper(sampling.temperature)(None, scores)
     scores = TopKLogitsWarper(sampling.top_k)(None, scores) if sampling.top_k else scores
     scores = TopPLogitsWarper(sampling.top_p)(None, scores) if sampling.top_p < 1 else scores
@@ -49,7 +53,10 @@ def test_draws_follow_the_distribution_of_transformers(options):
 
 
 def test_temperature_zero_is_greedy():
-    assert choose(jnp.asarray(LOGITS), jax.random.split(jax.random.key(0), 1), Sampling()) == LOGITS.argmax()
+    assert (
+        choose(jnp.asarray(LOGITS), jax.random.split(jax.random.key(0), 1), Sampling())
+        == LOGITS.argmax()
+    )
 
 
 @pytest.fixture(scope="module")

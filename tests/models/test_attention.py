@@ -1,4 +1,6 @@
-"""Every kernel of attention against the plain formula: outputs and gradients, packed segments, windows, caps, grouped heads, shards."""
+"""Every kernel of attention against the plain formula: outputs and gradients, packed segments,
+windows, caps, grouped heads, shards.
+"""
 
 from functools import partial
 
@@ -33,7 +35,9 @@ def visible(mask):
 
 def formula(q, k, v, mask, cap):
     groups = q.shape[2] // k.shape[2]
-    q, k, v = (part.astype(jnp.float32) for part in (q, jnp.repeat(k, groups, 2), jnp.repeat(v, groups, 2)))
+    q, k, v = (
+        part.astype(jnp.float32) for part in (q, jnp.repeat(k, groups, 2), jnp.repeat(v, groups, 2))
+    )
     scores = jnp.einsum("btnh,bsnh->bnts", q, k, precision="highest") * SCALE
     scores = scores if cap is None else cap * jnp.tanh(scores / cap)
     probs = jax.nn.softmax(jnp.where(visible(mask)[:, None], scores, -1e30))
@@ -44,8 +48,12 @@ def packed(window=None, tokens=TOKENS):
     """Rows of several segments, the borders of which lie within blocks."""
     lengths = [[100, 60, tokens - 160], [30, 200, tokens - 230]]
     segments = jnp.asarray([np.repeat([1, 2, 3], row) for row in lengths], jnp.int32)
-    positions = jnp.asarray([np.concatenate([np.arange(size) for size in row]) for row in lengths], jnp.int32)
-    return Mask(positions, positions, segments, segments, None if window is None else jnp.int32(window))
+    positions = jnp.asarray(
+        [np.concatenate([np.arange(size) for size in row]) for row in lengths], jnp.int32
+    )
+    return Mask(
+        positions, positions, segments, segments, None if window is None else jnp.int32(window)
+    )
 
 
 def arrays(dtype=jnp.float32, tokens=TOKENS):
@@ -65,7 +73,9 @@ def assert_equals_the_formula(run, mask, cap, dtype, tolerance):
 
     found, wanted = of(run), of(lambda q, k, v: formula(q, k, v, mask, cap))
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(np.asarray(ours, np.float32), np.asarray(theirs, np.float32), atol=tolerance)
+        np.testing.assert_allclose(
+            np.asarray(ours, np.float32), np.asarray(theirs, np.float32), atol=tolerance
+        )
 
 
 @pytest.mark.parametrize("cap", [None, 5.0])
@@ -75,12 +85,19 @@ def test_blockwise(block, window, cap, monkeypatch):
     monkeypatch.setattr(blockwise, "BLOCK", block)
     mask = packed(window)
     assert_equals_the_formula(
-        lambda q, k, v: blockwise.blockwise(q, k, v, mask, scale=SCALE, cap=cap), mask, cap, jnp.float32, 1e-5
+        lambda q, k, v: blockwise.blockwise(q, k, v, mask, scale=SCALE, cap=cap),
+        mask,
+        cap,
+        jnp.float32,
+        1e-5,
     )
 
 
 @pytest.mark.parametrize("cap", [None, 5.0])
-@pytest.mark.parametrize(("windows", "window"), [((None,), None), ((50,), 50), ((None, 50), 50), ((None, 50), EVERYTHING)])
+@pytest.mark.parametrize(
+    ("windows", "window"),
+    [((None,), None), ((50,), 50), ((None, 50), 50), ((None, 50), EVERYTHING)],
+)
 def test_splash(windows, window, cap):
     mask = packed(window)
     kernel = Splash(TOKENS, HEADS // KV_HEADS, windows, cap, interpret=True)
@@ -91,14 +108,24 @@ def attended(kernel, mask, q, k, v):
     return kernel(kernel.kernels, q, k, v, mask, scale=SCALE)
 
 
-@pytest.mark.parametrize("sizes", [{"context": 2, "fsdp": 2}, {"tensor": 2, "data": 2}, {"context": 4, "fsdp": 1}])
+@pytest.mark.parametrize(
+    "sizes", [{"context": 2, "fsdp": 2}, {"tensor": 2, "data": 2}, {"context": 4, "fsdp": 1}]
+)
 def test_splash_on_a_mesh(sizes, monkeypatch):
-    """As the decoder calls it on TPUs: each device has its queries' part of the mask, its heads, and all keys."""
+    """As the decoder calls it on TPUs: each device has its queries' part of the mask, its heads,
+    and all keys.
+    """
     monkeypatch.setattr(attention, "platform", lambda: "tpu")
     monkeypatch.setattr(attention, "Splash", partial(Splash, interpret=True))
     mask, mesh = packed(tokens=512), make_mesh(devices=jax.devices()[:4], **sizes)
     with jax.set_mesh(mesh):
-        assert_equals_the_formula(lambda q, k, v: attend(q, k, v, mask, SCALE, windows=(None,)), mask, None, jnp.bfloat16, 0.04)
+        assert_equals_the_formula(
+            lambda q, k, v: attend(q, k, v, mask, SCALE, windows=(None,)),
+            mask,
+            None,
+            jnp.bfloat16,
+            0.04,
+        )
 
 
 @pytest.mark.parametrize("window", [None, 50])
@@ -114,13 +141,17 @@ def test_what_cudnn_is_asked_for(window):
 @pytest.mark.parametrize("window", [None, 50])
 def test_cudnn(window):
     mask = packed(window)
-    assert_equals_the_formula(partial(cudnn.attend, mask=mask, scale=SCALE, causal=True), mask, None, jnp.bfloat16, 0.06)
+    assert_equals_the_formula(
+        partial(cudnn.attend, mask=mask, scale=SCALE, causal=True), mask, None, jnp.bfloat16, 0.06
+    )
 
 
 @pytest.mark.parametrize(("policy", "passes"), [("none", 1), ("dots", 1), ("full", 2)])
 def test_what_cudnn_computed_is_kept_and_not_computed_again(policy, passes, monkeypatch):
     """Its results have no name, so the policy knows JAX's primitive, which may change its own."""
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91900)  # traced, not compiled
+    monkeypatch.setattr(
+        "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91900
+    )  # traced, not compiled
     q, k, v, _ = arrays(jnp.bfloat16)
     layer = remat(partial(cudnn.attend, mask=packed(), scale=SCALE, causal=True), policy)
     trace = jax.make_jaxpr(jax.grad(lambda q: jnp.sum(layer(q, k, v).astype(jnp.float32))))(q)
@@ -139,9 +170,14 @@ def test_one_query_over_a_cache():
     np.testing.assert_allclose(found, formula(q[:, :1], k, v, mask, None), atol=1e-5)
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="on a GPU blocks are not passed over: the condition would cost more")
+@pytest.mark.skipif(
+    jax.default_backend() == "gpu",
+    reason="on a GPU blocks are not passed over: the condition would cost more",
+)
 def test_blocks_that_nobody_sees_are_not_computed(monkeypatch):
-    """A NaN in a block of another segment, or of the future, would spread through a product with zero."""
+    """A NaN in a block of another segment, or of the future, would spread through a product with
+    zero.
+    """
     monkeypatch.setattr(blockwise, "BLOCK", 64)
     segments = jnp.asarray([np.repeat([1, 2], [64, 192])] * BATCH, jnp.int32)
     positions = jnp.asarray([[*range(64), *range(192)]] * BATCH, jnp.int32)
@@ -155,9 +191,16 @@ def test_blocks_that_nobody_sees_are_not_computed(monkeypatch):
 
 def test_the_scores_of_a_row_never_exist_at_once():
     tokens = 4096
-    queries, keys = (jax.ShapeDtypeStruct((1, tokens, heads, SIZE), jnp.float32) for heads in (HEADS, KV_HEADS))
+    queries, keys = (
+        jax.ShapeDtypeStruct((1, tokens, heads, SIZE), jnp.float32) for heads in (HEADS, KV_HEADS)
+    )
     ids = jnp.zeros((1, tokens), jnp.int32)
-    mask = Mask(jnp.arange(tokens, dtype=jnp.int32)[None], jnp.arange(tokens, dtype=jnp.int32)[None], ids, ids)
+    mask = Mask(
+        jnp.arange(tokens, dtype=jnp.int32)[None],
+        jnp.arange(tokens, dtype=jnp.int32)[None],
+        ids,
+        ids,
+    )
     run = jax.jit(jax.grad(lambda q, k, v: jnp.sum(attend(q, k, v, mask, SCALE)), (0, 1, 2)))
     memory = run.lower(queries, keys, keys).compile().memory_analysis()
     assert memory.temp_size_in_bytes < HEADS * tokens * tokens * 4 / 8

@@ -1,4 +1,6 @@
-"""Quantised bases: NF4 as the paper and bitsandbytes have it, eight bits a row, products and gradients, memory, merging."""
+"""QuantizedTensor bases: NF4 as the paper and bitsandbytes have it, eight bits a row, products
+and gradients, memory, merging.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +12,13 @@ from scipy.stats import norm
 
 from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
-from jaxtune.models.kernels.quantized import NF4_CODES, Quantised, dynamic_value
+from jaxtune.models.kernels.quantized import NF4_CODES, QuantizedTensor, dynamic_value
 from jaxtune.models.layers import matmul
 from jaxtune.weights.load import load_model
 from jaxtune.weights.merge import merged
 from jaxtune.weights.peft import open_adapter, write_adapter
 from jaxtune.weights.quantize import to_int8, to_nf4
-from jaxtune.weights.source import Changed, resolve
+from jaxtune.weights.source import OverriddenSource, resolve
 from tests.support import tools
 from tests.support.steps import Steps, ragged_batch
 
@@ -24,7 +26,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def code_book():
-    """The paper's appendix E: quantiles of a normal distribution, half on each side of an exact zero, over the largest."""
+    """The paper's appendix E: quantiles of a normal distribution, half on each side of an exact
+    zero, over the largest.
+    """
     offset = 0.9677083
     above = norm.ppf(np.linspace(offset, 0.5, 9)[:-1])
     below = -norm.ppf(np.linspace(offset, 0.5, 8)[:-1])
@@ -33,7 +37,9 @@ def code_book():
 
 
 def dynamic_map():
-    """Dettmers et al. 2022: a sign, an exponent in unary and a linear fraction; zero and one are added."""
+    """Dettmers et al. 2022: a sign, an exponent in unary and a linear fraction; zero and one are
+    added.
+    """
     found = [0.0, 1.0]
     for exponent in range(7):
         borders = np.linspace(0.1, 1, 2**exponent + 1)
@@ -44,7 +50,9 @@ def dynamic_map():
 
 
 def published(matrix):
-    """De-quantised by bitsandbytes' scheme: blocks of 64 in reading order, their scales less their mean in blocks of 256 on the map."""
+    """De-quantized by bitsandbytes' scheme: blocks of 64 in reading order, their scales less
+    their mean in blocks of 256 on the map.
+    """
     blocks = matrix.reshape(-1, 64)
     largest = np.abs(blocks).max(axis=1)
     book, table = code_book(), dynamic_map()
@@ -60,7 +68,9 @@ def published(matrix):
 
 def test_the_code_book_and_the_map_of_scales_are_the_published_ones():
     np.testing.assert_allclose(NF4_CODES, code_book(), atol=3e-7)
-    np.testing.assert_allclose(dynamic_value(jnp.arange(256, dtype=jnp.uint8)), dynamic_map(), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(
+        dynamic_value(jnp.arange(256, dtype=jnp.uint8)), dynamic_map(), rtol=1e-6, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("shape", [(96, 192), (4, 64), (300, 128)])
@@ -69,8 +79,13 @@ def test_nf4_equals_the_published_scheme(shape):
     matrix[1, 3] = 0.4  # an outlier
     found = to_nf4(matrix)
     wanted, codes = published(matrix)
-    high, low = np.asarray(found.codes).reshape(-1, 32) >> 4, np.asarray(found.codes).reshape(-1, 32) & 15
-    assert (np.concatenate([high, low], axis=1) != codes).mean() < 1e-3  # a number half way between two codes may take either
+    high, low = (
+        np.asarray(found.codes).reshape(-1, 32) >> 4,
+        np.asarray(found.codes).reshape(-1, 32) & 15,
+    )
+    assert (
+        np.concatenate([high, low], axis=1) != codes
+    ).mean() < 1e-3  # a number half way between two codes may take either
     ours = np.asarray(found.astype(jnp.float32))
     close = np.isclose(ours, wanted, rtol=1e-4, atol=1e-8)
     assert close.mean() > 0.999
@@ -80,8 +95,8 @@ def test_nf4_equals_the_published_scheme(shape):
 
 
 def test_what_is_all_zero_stays_zero():
-    for quantise in (to_nf4, to_int8):
-        found = quantise(np.zeros((4, 128), np.float32)).astype(jnp.float32)
+    for quantize in (to_nf4, to_int8):
+        found = quantize(np.zeros((4, 128), np.float32)).astype(jnp.float32)
         assert not np.asarray(found).any()
 
 
@@ -93,10 +108,10 @@ def test_int8_is_the_nearest_of_127_steps():
 
 
 @pytest.mark.parametrize("columns", [128, 512])
-@pytest.mark.parametrize("quantise", [to_nf4, to_int8])
-def test_products_and_their_gradients_are_those_of_the_dequantised_matrix(quantise, columns):
+@pytest.mark.parametrize("quantize", [to_nf4, to_int8])
+def test_products_and_their_gradients_are_those_of_the_dequantized_matrix(quantize, columns):
     random = np.random.default_rng(0)
-    weight = quantise(random.normal(0, 0.02, (96, columns)).astype(np.float32))
+    weight = quantize(random.normal(0, 0.02, (96, columns)).astype(np.float32))
     x, dy = (random.normal(size=size).astype(np.float32) for size in ((3, 5, columns), (3, 5, 96)))
     wide = np.asarray(weight.astype(jnp.float32))
     y, back = jax.vjp(lambda x: matmul(x, weight), x)
@@ -108,28 +123,38 @@ def test_products_and_their_gradients_are_those_of_the_dequantised_matrix(quanti
 def wide_model(tmp_path_factory):
     """A model whose matrices have several blocks a row."""
     config = tools.tiny_config(hidden_size=256, intermediate_size=512, num_hidden_layers=2)
-    return config, tools.save_model(tmp_path_factory.mktemp("wide"), config, tools.byte_tokenizer(), dtype=torch.bfloat16)
+    return config, tools.save_model(
+        tmp_path_factory.mktemp("wide"), config, tools.byte_tokenizer(), dtype=torch.bfloat16
+    )
 
 
-def quantised_leaves(state):
+def quantized_leaves(state):
     return [
-        leaf for leaf in jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, Quantised)) if isinstance(leaf, Quantised)
+        leaf
+        for leaf in jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
+        if isinstance(leaf, QuantizedTensor)
     ]
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("nf4", 4.13), ("int8", 8 + 32 * 2048 / 589_824)])
 def test_the_compiled_step_holds_so_many_bits_a_parameter(kind, bits, wide_model, one_device):
-    """Of the blocks' matrices; embedding, head and norms are kept as they are. Nothing wide is an argument or a result."""
+    """Of the blocks' matrices; embedding, head and norms are kept as they are. Nothing wide is
+    an argument or a result.
+    """
     run = Steps(wide_model[1], one_device, f"model.dtype={kind}")
-    held = quantised_leaves(run.frozen.base)
+    held = quantized_leaves(run.frozen.base)
     numbers = sum(leaf.size for leaf in held)
     assert len(held) == 7
     assert numbers == 2 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 256 * 512)
     batch = jax.tree.map(lambda part: jnp.asarray(part)[None], ragged_batch(rows=2))
     program = run.step.lower(run.state, run.frozen, batch).compile()
-    others = jax.tree.leaves(run.frozen.base, is_leaf=lambda leaf: isinstance(leaf, Quantised))
-    rest = sum(leaf.nbytes for leaf in others if not isinstance(leaf, Quantised))
-    rest += sum(leaf.nbytes for leaf in jax.tree.leaves((run.state._replace(key=None), batch))) + 8  # the key
+    others = jax.tree.leaves(
+        run.frozen.base, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor)
+    )
+    rest = sum(leaf.nbytes for leaf in others if not isinstance(leaf, QuantizedTensor))
+    rest += (
+        sum(leaf.nbytes for leaf in jax.tree.leaves((run.state._replace(key=None), batch))) + 8
+    )  # the key
     base_bytes = program.memory_analysis().argument_size_in_bytes - rest
     assert 8 * base_bytes / numbers == pytest.approx(bits, abs=0.03)
 
@@ -139,13 +164,13 @@ def test_a_mesh_changes_no_number(kind, wide_model, one_device):
     batches = [ragged_batch(number) for number in range(2)]
     alone = Steps(wide_model[1], one_device, f"model.dtype={kind}").train(batches)
     spread = Steps(wide_model[1], make_mesh(1, 2, 4), f"model.dtype={kind}")
-    codes = quantised_leaves(spread.frozen.base)[0].codes
+    codes = quantized_leaves(spread.frozen.base)[0].codes
     assert max(shard.data.nbytes for shard in codes.addressable_shards) == codes.nbytes // 8
     for ours, theirs in zip(spread.train(batches), alone, strict=True):
         np.testing.assert_allclose(ours[:2], theirs[:2], rtol=1e-4)
 
 
-def test_the_base_is_quantised_matrix_by_matrix(wide_model, one_device, monkeypatch):
+def test_the_base_is_quantized_matrix_by_matrix(wide_model, one_device, monkeypatch):
     """What is read wide is one matrix at a time, and is gone before the next."""
     from jaxtune.weights import load
 
@@ -169,7 +194,9 @@ def test_the_base_is_quantised_matrix_by_matrix(wide_model, one_device, monkeypa
 
             return load.LazyTensor(tensor.shape, tensor.dtype, reading)
 
-        return config, {name: counted(tensor) if "proj" in name else tensor for name, tensor in tensors.items()}
+        return config, {
+            name: counted(tensor) if "proj" in name else tensor for name, tensor in tensors.items()
+        }
 
     monkeypatch.setattr(load, "checked", checked)
     load_model(resolve(str(wide_model[1])), one_device, dtype="nf4")
@@ -177,7 +204,9 @@ def test_the_base_is_quantised_matrix_by_matrix(wide_model, one_device, monkeypa
 
 
 def test_trap14_the_merge_is_of_the_original_weights(wide_model, tmp_path, one_device):
-    """A small update, lost below the steps of four bits, survives; the merged weights keep the base's dtype and size."""
+    """A small update, lost below the steps of four bits, survives; the merged weights keep the
+    base's dtype and size.
+    """
     _, directory = wide_model
     run = Steps(directory, one_device, "model.dtype=nf4", "optimizer.learning_rate=1e-3")
     run.train([ragged_batch(number) for number in range(3)])
@@ -191,14 +220,21 @@ def test_trap14_the_merge_is_of_the_original_weights(wide_model, tmp_path, one_d
     change = 2 * b @ a
     assert np.abs(change).max() > 0
     np.testing.assert_allclose(tensors[f"{name}.weight"].all() - original, change, atol=1e-6)
-    requantised = np.asarray(to_nf4(original + change).astype(jnp.float32)) - np.asarray(to_nf4(original).astype(jnp.float32))
-    assert np.linalg.norm(requantised - change) > 0.5 * np.linalg.norm(change)  # what the naive way would have lost
+    requantized = np.asarray(to_nf4(original + change).astype(jnp.float32)) - np.asarray(
+        to_nf4(original).astype(jnp.float32)
+    )
+    assert np.linalg.norm(requantized - change) > 0.5 * np.linalg.norm(
+        change
+    )  # what the naive way would have lost
     kept, _ = merged(source.tensors(), adapter, source.config_json())
     assert {tensor.dtype.name for tensor in kept.values()} == {"bfloat16"}
-    whole = load_model(Changed(source.name, source.path, source, raw, kept), one_device)
-    assert not quantised_leaves(nnx.state(whole))
+    whole = load_model(OverriddenSource(source.name, source.path, source, raw, kept), one_device)
+    assert not quantized_leaves(nnx.state(whole))
 
 
 def test_rows_without_whole_blocks_are_refused(chat_model, one_device):
-    with pytest.raises(UserError, match=r"model.dtype=nf4: model.layers.0.\S+ has rows of \d+ numbers.* Take model.dtype=int8"):
+    with pytest.raises(
+        UserError,
+        match=r"model.dtype=nf4: model.layers.0.\S+ has rows of \d+ numbers.* Take model.dtype=int8",
+    ):
         load_model(resolve(str(chat_model)), one_device, dtype="nf4")

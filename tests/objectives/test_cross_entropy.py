@@ -11,14 +11,18 @@ from jaxtune.objectives.cross_entropy import linear_cross_entropy
 
 def arrays(tokens, vocab=50, embed=16):
     random = np.random.default_rng(0)
-    hidden, head = (random.normal(size=shape).astype(np.float32) for shape in ((tokens, embed), (vocab, embed)))
+    hidden, head = (
+        random.normal(size=shape).astype(np.float32) for shape in ((tokens, embed), (vocab, embed))
+    )
     weights = np.where(random.random(tokens) < 0.3, 0, random.random(tokens)).astype(np.float32)
     targets = random.integers(0, vocab, tokens).astype(np.int32)
     return tuple(map(jnp.asarray, (hidden[None], head, targets[None], weights[None])))
 
 
 def plain(hidden, head, targets, weights):
-    losses = -jnp.take_along_axis(jax.nn.log_softmax(hidden @ head.T), targets[..., None], -1)[..., 0]
+    losses = -jnp.take_along_axis(jax.nn.log_softmax(hidden @ head.T), targets[..., None], -1)[
+        ..., 0
+    ]
     return jnp.sum(losses * weights)
 
 
@@ -40,15 +44,26 @@ def test_huge_logits_do_not_overflow():
 
 
 def test_memory_is_a_chunk_of_logits_and_a_frozen_head_has_no_gradient():
-    """At 4096 tokens the whole logits would be 64 MB; the temporaries stay at a few chunks of 128."""
-    hidden, head, targets, weights = (jax.ShapeDtypeStruct(p.shape, p.dtype) for p in arrays(4096, vocab=4096, embed=32))
-    program = jax.jit(jax.grad(linear_cross_entropy)).lower(hidden, head, targets, weights).compile()
+    """At 4096 tokens the whole logits would be 64 MB; the temporaries stay at a few chunks of
+    128.
+    """
+    hidden, head, targets, weights = (
+        jax.ShapeDtypeStruct(p.shape, p.dtype) for p in arrays(4096, vocab=4096, embed=32)
+    )
+    program = (
+        jax.jit(jax.grad(linear_cross_entropy)).lower(hidden, head, targets, weights).compile()
+    )
     assert program.memory_analysis().temp_size_in_bytes < 4 * 128 * 4096 * 4 + 4 * 4096 * 32 * 4
 
     def products(wanted):
-        return str(jax.make_jaxpr(jax.grad(linear_cross_entropy, wanted))(hidden, head, targets, weights)).count("dot_general[")
+        return str(
+            jax.make_jaxpr(jax.grad(linear_cross_entropy, wanted))(hidden, head, targets, weights)
+        ).count("dot_general[")
 
-    assert (products(0), products((0, 1))) == (2, 3)  # the logits, the gradient of the hidden states, that of the head
+    assert (products(0), products((0, 1))) == (
+        2,
+        3,
+    )  # the logits, the gradient of the hidden states, that of the head
 
 
 def test_turns_without_a_supervised_token_have_no_logits(monkeypatch):
@@ -63,7 +78,13 @@ def test_turns_without_a_supervised_token_have_no_logits(monkeypatch):
 
     monkeypatch.setattr(cross_entropy, "logits_of", counted)
     hidden, head, targets, weights = arrays(64)
-    for supervised, turns in (([], 0), ([0], 1), ([3, 17, 40, 63], 1), (range(0, 64, 4), 2), (range(64), 8)):
+    for supervised, turns in (
+        ([], 0),
+        ([0], 1),
+        ([3, 17, 40, 63], 1),
+        (range(0, 64, 4), 2),
+        (range(64), 8),
+    ):
         made.clear()
         few = np.zeros_like(weights)
         few[:, list(supervised)] = 1.0

@@ -1,4 +1,6 @@
-"""Preference objectives and distillation: losses and gradients against TRL's formulas in PyTorch, on transformers' model with PEFT."""
+"""Preference objectives and distillation: losses and gradients against TRL's formulas in
+PyTorch, on transformers' model with PEFT.
+"""
 
 import jax
 import numpy as np
@@ -7,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch.nn.functional import logsigmoid
 
-from jaxtune.objectives.objective import CHOSEN, MISMATCHED, REJECTED
+from jaxtune.data.batch import CHOSEN, MISMATCHED, REJECTED
 from jaxtune.weights.peft import write_adapter
 from tests.parity.test_methods import assert_close, plain
 from tests.support import peft_side, tools
@@ -20,7 +22,9 @@ PAIRS = 3
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """`(directory of the base, of an adapter that is not zero, PEFT's model)`: what training starts from differs from the base."""
+    """`(directory of the base, of an adapter that is not zero, PEFT's model)`: what training
+    starts from differs from the base.
+    """
     folder, config = tmp_path_factory.mktemp("preferences"), tools.tiny_config()
     tools.save_model(folder / "base", config)
     model = peft_side.lora(tools.random_model(config), b_std=0.1)
@@ -29,7 +33,9 @@ def start(tmp_path_factory):
 
 
 def answers(count, seed=0):
-    """Rows of (ids, supervised): a prompt that is not supervised and an answer that is; two after one another share the prompt."""
+    """Rows of (ids, supervised): a prompt that is not supervised and an answer that is; two
+    after one another share the prompt.
+    """
     random, found = np.random.default_rng(seed), []
     for _ in range(count):
         prompt = random.integers(0, 256, random.integers(2, 6))
@@ -46,7 +52,9 @@ def side_by_side(rows, labels, packed=False, rows_in_batch=None):
     pairs = [rows] if packed else [rows[k : k + 2] for k in range(0, len(rows), 2)]
     parts = [batch_of(pair, length=length, packed=True) for pair in pairs]
     assert all(len(part.input_ids) == 1 for part in parts)
-    whole = type(parts[0])(*(np.concatenate(fields) for fields in list(zip(*parts, strict=True))[:5]))
+    whole = type(parts[0])(
+        *(np.concatenate(fields) for fields in list(zip(*parts, strict=True))[:5])
+    )
     found = np.array([labels] if packed else np.reshape(labels, (-1, 2)), np.int32)
     if packed:
         found = np.pad(found, ((0, 0), (0, 4)))  # segments that are not there
@@ -64,30 +72,40 @@ def log_probs(model, rows):
 
 
 def trl(name, keys, ours, theirs, counts, labels):
-    """The mean loss by TRL's DPOTrainer, CPOTrainer (SimPO), ORPOTrainer and KTOTrainer, written down again."""
+    """The mean loss by TRL's DPOTrainer, CPOTrainer (SimPO), ORPOTrainer and KTOTrainer, written
+    down again.
+    """
     beta = keys.get("beta", 2.0 if name == "simpo" else 0.1)
     if name == "kto":
         ratio, labels = ours - theirs, torch.tensor(labels)
         distance = ratio[labels == MISMATCHED].mean().clamp(min=0).detach()
         good = 1 - torch.sigmoid(beta * (ratio[labels == CHOSEN] - distance))
         bad = 1 - torch.sigmoid(beta * (distance - ratio[labels == REJECTED]))
-        return torch.cat([keys.get("desirable", 1.0) * good, keys.get("undesirable", 1.0) * bad]).mean()
+        return torch.cat(
+            [keys.get("desirable", 1.0) * good, keys.get("undesirable", 1.0) * bad]
+        ).mean()
     smoothing = keys.get("smoothing", 0.0)
     if name in ("orpo", "simpo"):
         ours = ours / counts
     chosen, rejected = ours[::2], ours[1::2]
     if name == "simpo":
         logits = chosen - rejected - 1.0 / beta
-        return (-logsigmoid(beta * logits) * (1 - smoothing) - logsigmoid(-beta * logits) * smoothing).mean()
+        return (
+            -logsigmoid(beta * logits) * (1 - smoothing) - logsigmoid(-beta * logits) * smoothing
+        ).mean()
     if name == "orpo":
-        odds = (chosen - rejected) - (torch.log1p(-torch.exp(chosen)) - torch.log1p(-torch.exp(rejected)))
+        odds = (chosen - rejected) - (
+            torch.log1p(-torch.exp(chosen)) - torch.log1p(-torch.exp(rejected))
+        )
         return -chosen.mean() - (beta * logsigmoid(odds)).mean()
     if keys.get("ipo"):
         ours, theirs = ours / counts, theirs / counts
     logits = (ours[::2] - ours[1::2]) - (theirs[::2] - theirs[1::2])
     if keys.get("ipo"):
         return ((logits - 1 / (2 * beta)) ** 2).mean()
-    return (-logsigmoid(beta * logits) * (1 - smoothing) - logsigmoid(-beta * logits) * smoothing).mean()
+    return (
+        -logsigmoid(beta * logits) * (1 - smoothing) - logsigmoid(-beta * logits) * smoothing
+    ).mean()
 
 
 CASES = {
@@ -110,7 +128,9 @@ def labels_of(name):
 def test_trap22_losses_and_gradients_equal_trls_and_the_reference_is_the_adapter_that_training_started_from(
     case, start, tmp_path, one_device
 ):
-    """The leaves that train have moved on from the start by one step, so base, start and present all differ."""
+    """The leaves that train have moved on from the start by one step, so base, start and present
+    all differ.
+    """
     name, numbers, keys = CASES[case]
     base, adapter, config = start
     run = Steps(base, one_device, f"adapter.init={adapter}", f"train.objective={name}", *keys)
@@ -118,7 +138,9 @@ def test_trap22_losses_and_gradients_equal_trls_and_the_reference_is_the_adapter
     run.trainable = run.state.trainable
     (tmp_path / "moved").mkdir()
     write_adapter(tmp_path / "moved", run.model(), "base")
-    policy = PeftModel.from_pretrained(tools.random_model(config), tmp_path / "moved", is_trainable=True)
+    policy = PeftModel.from_pretrained(
+        tools.random_model(config), tmp_path / "moved", is_trainable=True
+    )
     reference = PeftModel.from_pretrained(tools.random_model(config), adapter)
     rows, labels = answers(PAIRS), labels_of(name)
     ours, counts = log_probs(policy, rows)
@@ -126,7 +148,11 @@ def test_trap22_losses_and_gradients_equal_trls_and_the_reference_is_the_adapter
         theirs, _ = log_probs(reference, rows)
     wanted = trl(name, numbers, ours, theirs, counts, labels)
     wanted.backward()
-    gradients = {plain(key): value.grad.numpy() for key, value in policy.named_parameters() if value.requires_grad}
+    gradients = {
+        plain(key): value.grad.numpy()
+        for key, value in policy.named_parameters()
+        if value.requires_grad
+    }
     for packed in (False, True):
         loss, gradient = run.gradient(side_by_side(rows, labels, packed))
         assert float(loss) == pytest.approx(float(wanted.detach()), rel=1e-4)
@@ -134,17 +160,21 @@ def test_trap22_losses_and_gradients_equal_trls_and_the_reference_is_the_adapter
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
-def test_the_reference_is_no_second_copy_of_the_base_and_the_first_loss_is_that_of_no_preference(name, start, one_device):
+def test_the_reference_is_no_second_copy_of_the_base_and_the_first_loss_is_that_of_no_preference(
+    name, start, one_device
+):
     base, adapter, _ = start
     run = Steps(base, one_device, f"adapter.init={adapter}", f"train.objective={name}")
     (loss, _, figures) = run.train([side_by_side(answers(PAIRS), labels_of(name))])[0]
     assert loss == pytest.approx(np.log(2) if name == "dpo" else 0.5, rel=1e-6)
     assert figures["margin"] == pytest.approx(0, abs=1e-6)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(run.frozen.start))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(run.frozen.reference_params))
     assert size == sum(leaf.nbytes for leaf in jax.tree.leaves(run.trainable))
 
 
-def test_distillation_is_the_divergence_over_the_teachers_likeliest_tokens(start, tmp_path, one_device):
+def test_distillation_is_the_divergence_over_the_teachers_likeliest_tokens(
+    start, tmp_path, one_device
+):
     base, _, config = start
     teacher = tools.save_model(tmp_path / "teacher", config, seed=9)
     keys = ["train.objective=distill", f"distill.teacher={teacher}", "distill.top_k=5", "distill.temperature=2", "distill.share=0.7"]  # fmt: skip
@@ -155,10 +185,17 @@ def test_distillation_is_the_divergence_over_the_teachers_likeliest_tokens(start
         for ids, supervised in rows:
             chosen = torch.tensor(supervised[1:])
             student, guide = (
-                torch.log_softmax(model(torch.tensor(ids[:-1])[None].long()).logits[0] / temperature, -1)[chosen]
-                for model, temperature in ((tools.random_model(config), 2.0), (tools.random_model(config, 9), 2.0))
+                torch.log_softmax(
+                    model(torch.tensor(ids[:-1])[None].long()).logits[0] / temperature, -1
+                )[chosen]
+                for model, temperature in (
+                    (tools.random_model(config), 2.0),
+                    (tools.random_model(config, 9), 2.0),
+                )
             )
-            plain_loss, tokens = peft_side.token_loss(tools.random_model(config), [(ids, supervised)])
+            plain_loss, tokens = peft_side.token_loss(
+                tools.random_model(config), [(ids, supervised)]
+            )
             top, places = guide.topk(5)
             log_q = student.gather(1, places)
             rest_p, rest_q = 1 - top.exp().sum(1), 1 - log_q.exp().sum(1)

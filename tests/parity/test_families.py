@@ -1,4 +1,6 @@
-"""Every family against transformers, float32: logits 2e-4, loss 1e-5, gradients 1e-3, and greedy generation token for token."""
+"""Every family against transformers, float32: logits 2e-4, loss 1e-5, gradients 1e-3, and greedy
+generation token for token.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +9,10 @@ import pytest
 import torch
 from flax import nnx
 
+from jaxtune.data.batch import Batch
 from jaxtune.inference.engine import Engine
 from jaxtune.models.names import names_of
-from jaxtune.objectives.objective import PLAIN, Batch
+from jaxtune.objectives.objective import DETERMINISTIC
 from jaxtune.objectives.sft import sft
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
@@ -37,17 +40,25 @@ def test_logits_in_both_dialects(family, one_device):
     assert np.ptp(expected) > 1
     np.testing.assert_allclose(model(ids), expected, atol=2e-4, rtol=0)
     tools.rewrite_config(directory, families.old_dialect)
-    np.testing.assert_allclose(load_model(resolve(str(directory)), one_device)(ids), expected, atol=2e-4, rtol=0)
+    np.testing.assert_allclose(
+        load_model(resolve(str(directory)), one_device)(ids), expected, atol=2e-4, rtol=0
+    )
 
 
 def test_packed_rows_and_padded_rows_equal_each_text_alone(family):
     _, reference, model = family
     texts = [tokens(size, seed=size) for size in (17, 24, 9)]
     alone = [tools.torch_logits(reference, text[None])[0] for text in texts]
-    segments = np.concatenate([np.full(len(text), number + 1) for number, text in enumerate(texts)] + [[0, 0]])
+    segments = np.concatenate(
+        [np.full(len(text), number + 1) for number, text in enumerate(texts)] + [[0, 0]]
+    )
     positions = np.concatenate([np.arange(len(text)) for text in texts] + [[0, 0]])
     ids = np.concatenate([*texts, [0, 0]])
-    packed = model(ids[None], segment_ids=segments[None].astype(np.int32), positions=positions[None].astype(np.int32))[0]
+    packed = model(
+        ids[None],
+        segment_ids=segments[None].astype(np.int32),
+        positions=positions[None].astype(np.int32),
+    )[0]
     np.testing.assert_allclose(packed[:50], np.concatenate(alone), atol=2e-4, rtol=0)
     padded, real = np.zeros((3, 24), np.int32), np.zeros((3, 24), np.int32)
     for row, text in enumerate(texts):
@@ -71,10 +82,18 @@ def test_loss_and_every_gradient(family):
 
     graph, state = nnx.split(model)
     ones = np.ones((2, 24), np.int32)
-    batch = Batch(ids[:, :-1], ids[:, 1:], mask.astype(np.float32), ones, np.cumsum(ones, 1, dtype=np.int32) - 1)
-    loss, grads = jax.jit(jax.value_and_grad(lambda part: sft(nnx.merge(graph, part), batch, PLAIN._replace(remat="dots"))[0]))(
-        state
+    batch = Batch(
+        ids[:, :-1],
+        ids[:, 1:],
+        mask.astype(np.float32),
+        ones,
+        np.cumsum(ones, 1, dtype=np.int32) - 1,
     )
+    loss, grads = jax.jit(
+        jax.value_and_grad(
+            lambda part: sft(nnx.merge(graph, part), batch, DETERMINISTIC._replace(remat="dots"))[0]
+        )
+    )(state)
     np.testing.assert_allclose(loss, float(total.detach()), rtol=1e-5)
     found = {}
     for path, leaf in nnx.to_flat_state(grads):
@@ -87,7 +106,9 @@ def test_loss_and_every_gradient(family):
 
 
 def test_greedy_with_cache_equals_transformers_without(family):
-    """Ragged prompts in one batch, each as if it were alone; the texts grow over windows and over longrope's limit."""
+    """Ragged prompts in one batch, each as if it were alone; the texts grow over windows and
+    over longrope's limit.
+    """
     _, reference, model = family
     prompts = [tokens(size, seed=size).tolist() for size in (3, 14, 8)]
     found = Engine(model, [], batch=3).generate(prompts, 16)

@@ -15,12 +15,14 @@ ROPES = {
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0},
     "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
     "llama3": {
-        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,
     },
     "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32},
     "yarn_mscale": {
-        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 256, "mscale": 0.8,
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+        "original_max_position_embeddings": 256, "mscale": 0.8,
         "mscale_all_dim": 0.5, "beta_fast": 8.0, "beta_slow": 2.0, "truncate": False,
     },
 }  # fmt: skip
@@ -72,9 +74,20 @@ def test_trap10_every_rope_number_is_read(kind, tmp_path, one_device):
     context = {"max_position_embeddings": 32} if kind in ("dynamic", "yarn", "yarn_mscale") else {}
     base = ROPES[kind]
     before = None
-    for change in [None, *(key for key, value in base.items() if isinstance(value, int | float) and not isinstance(value, bool))]:
-        rope = dict(base) if change is None else base | {change: type(base[change])(base[change] * 2)}
-        config = tools.tiny_config(rope_parameters=rope, head_dim=64, **context)  # many frequencies, so that each number shows
+    for change in [
+        None,
+        *(
+            key
+            for key, value in base.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        ),
+    ]:
+        rope = (
+            dict(base) if change is None else base | {change: type(base[change])(base[change] * 2)}
+        )
+        config = tools.tiny_config(
+            rope_parameters=rope, head_dim=64, **context
+        )  # many frequencies, so that each number shows
         directory = tmp_path / str(change)
         tools.save_model(directory, config)
         logits = assert_equals_transformers(directory, tools.random_model(config), one_device)
@@ -84,14 +97,16 @@ def test_trap10_every_rope_number_is_read(kind, tmp_path, one_device):
 
 def test_trap10_phases_are_float32_in_bfloat16_models():
     from jaxtune.models.config import RopeConfig
-    from jaxtune.models.rope import phases, rotate
+    from jaxtune.models.rope import apply_rope, rope_cos_sin
 
     positions = jnp.asarray([[0, 1, 4095, 8191]], jnp.int32)
-    rope = phases(RopeConfig(theta=10000.0), 64, 8192, positions, positions)
+    rope = rope_cos_sin(RopeConfig(theta=10000.0), 64, 8192, positions, positions)
     assert rope.cos.dtype == rope.sin.dtype == jnp.float32
-    exact = np.cos(np.asarray(positions, np.float64)[..., None] * 10000.0 ** (-np.arange(0, 64, 2) / 64))
+    exact = np.cos(
+        np.asarray(positions, np.float64)[..., None] * 10000.0 ** (-np.arange(0, 64, 2) / 64)
+    )
     np.testing.assert_allclose(rope.cos, exact, atol=2e-3)
-    assert rotate(jnp.ones((1, 4, 2, 64), jnp.bfloat16), rope).dtype == jnp.bfloat16
+    assert apply_rope(jnp.ones((1, 4, 2, 64), jnp.bfloat16), rope).dtype == jnp.bfloat16
 
 
 def test_packed_row_equals_each_segment_alone(tmp_path, one_device):
@@ -100,26 +115,40 @@ def test_packed_row_equals_each_segment_alone(tmp_path, one_device):
     random = np.random.default_rng(1)
     parts = [random.integers(0, 256, size) for size in (7, 12, 5)]
     ids = np.concatenate([*parts, [0, 0]])[None]
-    segments = np.concatenate([np.full(len(part), number + 1) for number, part in enumerate(parts)] + [[0, 0]])[None]
-    positions = np.concatenate([np.arange(len(part)) for part in parts] + [[0, 0]])[None].astype(np.int32)
-    packed = np.asarray(load(tmp_path, one_device)(ids, segment_ids=segments.astype(np.int32), positions=positions))[0]
+    segments = np.concatenate(
+        [np.full(len(part), number + 1) for number, part in enumerate(parts)] + [[0, 0]]
+    )[None]
+    positions = np.concatenate([np.arange(len(part)) for part in parts] + [[0, 0]])[None].astype(
+        np.int32
+    )
+    packed = np.asarray(
+        load(tmp_path, one_device)(ids, segment_ids=segments.astype(np.int32), positions=positions)
+    )[0]
     reference = tools.random_model(config)
     start = 0
     for part in parts:
-        np.testing.assert_allclose(packed[start : start + len(part)], tools.torch_logits(reference, part[None])[0], atol=1e-4)
+        np.testing.assert_allclose(
+            packed[start : start + len(part)],
+            tools.torch_logits(reference, part[None])[0],
+            atol=1e-4,
+        )
         start += len(part)
 
 
 def test_cache_equals_no_cache(tmp_path, one_device):
-    from jaxtune.models.kv_cache import make_cache
+    from jaxtune.models.kv_cache import make_kv_cache
 
     tools.save_model(tmp_path, tools.tiny_config())
     model = load(tmp_path, one_device)
     ids = np.random.default_rng(2).integers(0, 256, (2, 10))
     whole = np.asarray(model(ids))
-    cache = make_cache(model.config, 2, 12, np.dtype("float32"))
+    cache = make_kv_cache(model.config, 2, 12, np.dtype("float32"))
     first, cache = model(ids[:, :6], cache=cache)
-    second, cache = model(ids[:, 6:], cache=cache, positions=jnp.broadcast_to(jnp.arange(6, 10, dtype=jnp.int32), (2, 4)))
+    second, cache = model(
+        ids[:, 6:],
+        cache=cache,
+        positions=jnp.broadcast_to(jnp.arange(6, 10, dtype=jnp.int32), (2, 4)),
+    )
     np.testing.assert_allclose(np.concatenate([first, second], axis=1), whole, atol=1e-5)
 
 
@@ -128,11 +157,17 @@ def test_bfloat16_weights_keep_their_dtype(tmp_path, one_device):
     tools.save_model(tmp_path, config, dtype=torch.bfloat16)
     model = load(tmp_path, one_device)
     assert model.model.layers[0].mlp.up_proj.weight[...].dtype == jnp.bfloat16
-    assert_equals_transformers(tmp_path, LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), one_device)
+    assert_equals_transformers(
+        tmp_path, LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), one_device
+    )
 
 
 @pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
-@pytest.mark.parametrize("sizes", [{}, {"vocab_size": 289, "intermediate_size": 50, "hidden_size": 36}], ids=["even", "odd"])
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"vocab_size": 289, "intermediate_size": 50, "hidden_size": 36}],
+    ids=["even", "odd"],
+)
 def test_logits_do_not_depend_on_the_mesh(sizes, mesh_shape, tmp_path):
     """Also where sizes do not divide over it."""
     from jaxtune.core.mesh import make_mesh

@@ -11,7 +11,7 @@ from jaxtune.adapters.pissa import as_lora
 from jaxtune.weights.load import load_model
 from jaxtune.weights.merge import merged
 from jaxtune.weights.peft import open_adapter, write_adapter
-from jaxtune.weights.source import Changed, resolve
+from jaxtune.weights.source import OverriddenSource, resolve
 from tests.support import peft_side, tools
 from tests.support.steps import Steps, batch_of, random_rows, tensors_of
 
@@ -56,12 +56,16 @@ def their_steps(model, name, rate):
     parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0)
     if name == "lora+":
-        optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=rate, loraplus_lr_ratio=16, weight_decay=0.0)
+        optimizer = create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=rate, loraplus_lr_ratio=16, weight_decay=0.0
+        )
     found, gradients = [], {}
     for rows in batches():
         total, count = peft_side.token_loss(model, rows)
         (total / count).backward()
-        gradients = gradients or {plain(key): value.grad.numpy().copy() for key, value in parameters.items()}
+        gradients = gradients or {
+            plain(key): value.grad.numpy().copy() for key, value in parameters.items()
+        }
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -101,8 +105,14 @@ def test_forward_gradients_and_ten_steps_equal_pefts(name, base, tmp_path, one_d
         np.testing.assert_array_equal(begin, untouched)
 
     written(run.model(), tmp_path / "start")
-    reference = PeftModel.from_pretrained(tools.random_model(config), tmp_path / "start", is_trainable=True)
-    start = {plain(key): value.detach().numpy().copy() for key, value in reference.named_parameters() if value.requires_grad}
+    reference = PeftModel.from_pretrained(
+        tools.random_model(config), tmp_path / "start", is_trainable=True
+    )
+    start = {
+        plain(key): value.detach().numpy().copy()
+        for key, value in reference.named_parameters()
+        if value.requires_grad
+    }
     theirs, gradients = their_steps(reference, name, run.config.optimizer.learning_rate)
     rows = batches()
     loss, gradient = run.gradient(batch_of(rows[0], length=20))
@@ -111,10 +121,16 @@ def test_forward_gradients_and_ten_steps_equal_pefts(name, base, tmp_path, one_d
 
     ours = run.train([batch_of(part, length=20) for part in rows])
     np.testing.assert_allclose([step[:2] for step in ours], theirs, rtol=2e-3)
-    end = {plain(key): value.detach().numpy() for key, value in reference.named_parameters() if value.requires_grad}
+    end = {
+        plain(key): value.detach().numpy()
+        for key, value in reference.named_parameters()
+        if value.requires_grad
+    }
     assert_close(tensors_of(run.exportable()), end, 2e-3, start)
 
-    np.testing.assert_allclose(run.exportable()(ids), tools.torch_logits(reference.eval(), ids), atol=2e-3)
+    np.testing.assert_allclose(
+        run.exportable()(ids), tools.torch_logits(reference.eval(), ids), atol=2e-3
+    )
     reloads_and_merges(run.exportable(), config, directory, tmp_path, ids, one_device)
 
 
@@ -131,29 +147,58 @@ def reloads_and_merges(model, config, directory, tmp_path, ids, mesh):
     np.testing.assert_allclose(tools.torch_logits(again, ids), wanted, atol=2e-4)
     source = resolve(str(directory))
     tensors, raw = merged(source.tensors(), open_adapter(tmp_path / "end"), source.config_json())
-    whole = load_model(Changed(source.name, source.path, source, raw, tensors), mesh)
+    whole = load_model(OverriddenSource(source.name, source.path, source, raw, tensors), mesh)
     np.testing.assert_allclose(whole(ids), wanted, atol=2e-4)
 
 
-@pytest.mark.parametrize("keys", [[], ["adapter.rslora=true", "adapter.rank_pattern={q_proj: 2}"]], ids=["plain", "rslora"])
-def test_trap19_pissa_begins_as_the_base_trains_as_pefts_and_its_export_is_what_was_trained(keys, base, tmp_path, one_device):
+@pytest.mark.parametrize(
+    "keys",
+    [[], ["adapter.rslora=true", "adapter.rank_pattern={q_proj: 2}"]],
+    ids=["plain", "rslora"],
+)
+def test_trap19_pissa_begins_as_the_base_trains_as_pefts_and_its_export_is_what_was_trained(
+    keys, base, tmp_path, one_device
+):
     """Singular vectors have no sign, so what is compared of the factors is their product."""
     from peft import LoraConfig
 
     config, directory = base
-    run = Steps(directory, one_device, f"optimizer.learning_rate={RATE}", "adapter.init=pissa", *keys, steps=STEPS)
+    run = Steps(
+        directory,
+        one_device,
+        f"optimizer.learning_rate={RATE}",
+        "adapter.init=pissa",
+        *keys,
+        steps=STEPS,
+    )
     ids = np.random.default_rng(0).integers(0, 288, (2, 12))
-    np.testing.assert_array_equal(run.model()(ids), load_model(resolve(str(directory)), one_device)(ids))
+    np.testing.assert_array_equal(
+        run.model()(ids), load_model(resolve(str(directory)), one_device)(ids)
+    )
     patterns = {"use_rslora": True, "rank_pattern": {"q_proj": 2}} if keys else {}
     options = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights="pissa", task_type="CAUSAL_LM", **patterns)  # fmt: skip
     reference = get_peft_model(tools.random_model(config), options)
-    begin = products({key: value.detach().numpy().copy() for key, value in reference.named_parameters() if "lora_" in key})
+    begin = products(
+        {
+            key: value.detach().numpy().copy()
+            for key, value in reference.named_parameters()
+            if "lora_" in key
+        }
+    )
     theirs, _ = their_steps(reference, "pissa", RATE)
     rows = batches()
     ours = run.train([batch_of(part, length=20) for part in rows])
     np.testing.assert_allclose([step[:2] for step in ours], theirs, rtol=2e-3)
-    end = products({key: value.detach().numpy() for key, value in reference.named_parameters() if "lora_" in key})
-    whole = products(tensors_of(run.exportable()))  # twice the rank: B A - B0 A0, which is what the run changed
+    end = products(
+        {
+            key: value.detach().numpy()
+            for key, value in reference.named_parameters()
+            if "lora_" in key
+        }
+    )
+    whole = products(
+        tensors_of(run.exportable())
+    )  # twice the rank: B A - B0 A0, which is what the run changed
     assert whole.keys() == end.keys()
     for key, value in end.items():
         change = value - begin[key]
@@ -165,7 +210,11 @@ def test_trap19_pissa_begins_as_the_base_trains_as_pefts_and_its_export_is_what_
 def products(factors):
     """B A of every module."""
     named = {plain(key): value for key, value in factors.items()}
-    return {key: named[key.replace("lora_A", "lora_B")] @ value for key, value in named.items() if "lora_A" in key}
+    return {
+        key: named[key.replace("lora_A", "lora_B")] @ value
+        for key, value in named.items()
+        if "lora_A" in key
+    }
 
 
 def test_trap19_the_magnitudes_of_dora_train_and_are_exported(base, tmp_path, one_device):
@@ -183,12 +232,23 @@ def test_trap19_the_magnitudes_of_dora_train_and_are_exported(base, tmp_path, on
 
 
 def test_dora_with_dropout_is_pefts_formula(base, one_device):
-    """W sees the dropped input where the row is stretched, as in PEFT: y = W x + (s - 1) W d(x) + s B A d(x), s = m / |W + B A|."""
+    """W sees the dropped input where the row is stretched, as in PEFT: y = W x + (s - 1) W d(x)
+    + s B A d(x), s = m / |W + B A|.
+    """
     from jaxtune.models.layers import Dropout
 
-    run = Steps(base[1], one_device, "adapter.method=dora", "adapter.dropout=0.5", "adapter.targets=[up_proj]")
+    run = Steps(
+        base[1],
+        one_device,
+        "adapter.method=dora",
+        "adapter.dropout=0.5",
+        "adapter.targets=[up_proj]",
+    )
     layer = run.model().model.layers[0].mlp.up_proj
-    shift = jax.tree.map(lambda leaf: leaf + 0.1, (layer.lora_A[...], layer.lora_B[...], layer.lora_magnitude_vector[...]))
+    shift = jax.tree.map(
+        lambda leaf: leaf + 0.1,
+        (layer.lora_A[...], layer.lora_B[...], layer.lora_magnitude_vector[...]),
+    )
     a, b, m = (np.asarray(part[0]) for part in shift)
     weight, keys = np.asarray(layer.weight[...][0]), jax.vmap(jax.random.key)(np.arange(2))
     from flax import nnx
@@ -200,5 +260,7 @@ def test_dora_with_dropout_is_pefts_formula(base, one_device):
     dropped = np.asarray(Dropout(keys)(x, 0.5, layer.part.name))
     changed = weight + 2 * b @ a
     stretch = m / np.linalg.norm(changed, axis=1)
-    wanted = x @ weight.T + (stretch - 1) * (dropped @ weight.T) + stretch * (2 * dropped @ a.T @ b.T)
+    wanted = (
+        x @ weight.T + (stretch - 1) * (dropped @ weight.T) + stretch * (2 * dropped @ a.T @ b.T)
+    )
     np.testing.assert_allclose(one(x, Dropout(keys)), wanted, atol=1e-4)

@@ -9,11 +9,12 @@ import torch
 from flax import nnx
 from transformers import AutoModelForCausalLM
 
-from jaxtune.adapters.inject import split_trainable
+from jaxtune.adapters.inject import partition_trainable
 from jaxtune.config.load import validated
+from jaxtune.data.batch import Batch
 from jaxtune.data.prepare import prepare
 from jaxtune.models.names import names_of
-from jaxtune.objectives.objective import PLAIN, Batch
+from jaxtune.objectives.objective import DETERMINISTIC
 from jaxtune.objectives.sft import sft
 from jaxtune.tracking.metrics_log import read_metrics
 from jaxtune.weights.load import load_model
@@ -24,7 +25,9 @@ from tests.support import peft_side, tools
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"tie_word_embeddings": True, "attention_bias": True, "head_dim": 24}], ids=["plain", "tied"]
+    "changes",
+    [{}, {"tie_word_embeddings": True, "attention_bias": True, "head_dim": 24}],
+    ids=["plain", "tied"],
 )
 def test_gradients_equal_peft(changes, remat, tmp_path, one_device):
     config = tools.tiny_config(**changes)
@@ -36,11 +39,15 @@ def test_gradients_equal_peft(changes, remat, tmp_path, one_device):
 
     total, _ = peft_side.token_loss(reference, rows)
     total.backward()
-    expected = {name.replace(".default", ""): p.grad.numpy() for name, p in reference.named_parameters() if p.grad is not None}
+    expected = {
+        name.replace(".default", ""): p.grad.numpy()
+        for name, p in reference.named_parameters()
+        if p.grad is not None
+    }
 
     model = load_model(resolve(str(tmp_path / "base")), one_device)
     attach(model, open_adapter(tmp_path / "adapter"), one_device)
-    graph, trainable, frozen = split_trainable(model)
+    graph, trainable, frozen = partition_trainable(model)
     ids, supervised = (np.stack(part) for part in zip(*rows, strict=True))
     ones = np.ones((3, 19), np.int32)
     batch = Batch(
@@ -51,13 +58,20 @@ def test_gradients_equal_peft(changes, remat, tmp_path, one_device):
         np.cumsum(ones, 1) - 1,
     )
     loss, grads = jax.jit(
-        jax.value_and_grad(lambda part: sft(nnx.merge(graph, part, frozen), batch, PLAIN._replace(remat=remat))[0])
+        jax.value_and_grad(
+            lambda part: sft(
+                nnx.merge(graph, part, frozen), batch, DETERMINISTIC._replace(remat=remat)
+            )[0]
+        )
     )(trainable)
     np.testing.assert_allclose(loss, float(total.detach()), rtol=1e-5)
     found = {}
     for path, leaf in nnx.to_flat_state(grads):
         names = names_of((*path, "weight"), model.config)[1]
-        found |= {f"base_model.model.{name}": value for name, value in zip(names, np.asarray(leaf.get_value()), strict=True)}
+        found |= {
+            f"base_model.model.{name}": value
+            for name, value in zip(names, np.asarray(leaf.get_value()), strict=True)
+        }
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert np.linalg.norm(found[name] - value) <= 1e-3 * np.linalg.norm(value), name
@@ -65,9 +79,13 @@ def test_gradients_equal_peft(changes, remat, tmp_path, one_device):
 
 @pytest.mark.timeout(1500)
 def test_trap27_twenty_steps_of_the_real_model_equal_peft(smollm2, tmp_path):
-    """Same adapter to start from, same rows, same order: loss, gradient norm, learning rate and the change of the adapter."""
+    """Same adapter to start from, same rows, same order: loss, gradient norm, learning rate and
+    the change of the adapter.
+    """
     steps, rows_a_step = 20, 2
-    reference = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(
+        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
+    )
     reference = peft_side.lora(reference, rank=16, alpha=32.0)
     reference.save_pretrained(tmp_path / "start", save_embedding_layers=False)
     start = peft_side.factors(reference)
@@ -97,9 +115,14 @@ def test_trap27_twenty_steps_of_the_real_model_equal_peft(smollm2, tmp_path):
 
     config = validated(keys)
     items = prepare(config.data, resolve(str(smollm2)).tokenizer()).items[:]
-    batches = [[(item.ids, item.supervised) for item in items[k : k + rows_a_step]] for k in range(0, len(items), rows_a_step)]
+    batches = [
+        [(item.ids, item.supervised) for item in items[k : k + rows_a_step]]
+        for k in range(0, len(items), rows_a_step)
+    ]
     warm = [1e-3 * (k + 1) / 5 for k in range(5)]
-    rates = warm + [1e-3 * 0.5 * (1 + np.cos(np.pi * (k - 5) / (steps - 5))) for k in range(5, steps)]
+    rates = warm + [
+        1e-3 * 0.5 * (1 + np.cos(np.pi * (k - 5) / (steps - 5))) for k in range(5, steps)
+    ]
     theirs = peft_side.train(reference, batches, rates)
 
     for row, (loss, norm), rate in zip(ours, theirs, rates, strict=True):

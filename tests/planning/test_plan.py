@@ -1,4 +1,6 @@
-"""Plans: the shipped configurations on the hardware they name, by the real compiler; memory and arithmetic against hand counts."""
+"""Plans: the shipped configurations on the hardware they name, by the real compiler; memory and
+arithmetic against hand counts.
+"""
 
 import dataclasses
 import json
@@ -12,18 +14,21 @@ import pytest
 import jaxtune
 from jaxtune.config.load import load_config
 from jaxtune.core.errors import UserError
+from jaxtune.core.hardware import CHIPS
 from jaxtune.planning.planner import Plan, memory_wanted, plan
 from jaxtune.planning.search import search
 from jaxtune.planning.show import plan_text, search_text
-from jaxtune.planning.target import CHIPS, parse
+from jaxtune.planning.target import parse
 from jaxtune.tracking.metrics_log import read_metrics
 from tests.support import tools
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GIB = 2**30
 SIZES = {  # hidden, intermediate, layers, heads, tied
-    "llama-3.2-1b": (2048, 8192, 16, 32, True), "llama-3.1-8b": (4096, 14336, 32, 32, False), "llama-3.3-70b": (8192, 28672, 80, 64, False),
-    "llama-3.3-70b-qlora": (8192, 28672, 80, 64, False), "llama-3.1-405b": (16384, 53248, 126, 128, False),
+    "llama-3.2-1b": (2048, 8192, 16, 32, True), "llama-3.1-8b": (4096, 14336, 32, 32, False),
+    "llama-3.3-70b": (8192, 28672, 80, 64, False),
+    "llama-3.3-70b-qlora": (8192, 28672, 80, 64, False),
+    "llama-3.1-405b": (16384, 53248, 126, 128, False),
 }  # fmt: skip
 KV_HEADS, VOCAB, RANK = 8, 128256, 16
 
@@ -41,9 +46,20 @@ def arguments(name, fsdp, tensor, rows, slices=1, bits=16.0):
     hidden, mlp, layers, heads, tied = SIZES[name]
     kv = hidden // heads * KV_HEADS
     matrices = {(hidden, hidden): 2, (kv, hidden): 2, (mlp, hidden): 2, (hidden, mlp): 1}
-    blocks = layers * sum(out * inputs * count for (out, inputs), count in matrices.items()) * bits / 8 / (fsdp * tensor)
-    outer = VOCAB * hidden * 2 * (1 if tied else 2) / (fsdp * tensor) + (2 * layers + 1) * hidden * 2
-    column, row = [(hidden, hidden), (kv, hidden), (kv, hidden), (mlp, hidden), (mlp, hidden)], [(hidden, hidden), (hidden, mlp)]
+    blocks = (
+        layers
+        * sum(out * inputs * count for (out, inputs), count in matrices.items())
+        * bits
+        / 8
+        / (fsdp * tensor)
+    )
+    outer = (
+        VOCAB * hidden * 2 * (1 if tied else 2) / (fsdp * tensor) + (2 * layers + 1) * hidden * 2
+    )
+    column, row = (
+        [(hidden, hidden), (kv, hidden), (kv, hidden), (mlp, hidden), (mlp, hidden)],
+        [(hidden, hidden), (hidden, mlp)],
+    )
     adapters = sum(RANK * (inputs / fsdp + out / tensor) for out, inputs in column)
     adapters += sum(RANK * (inputs / tensor + out / fsdp) for out, inputs in row)
     batch = rows * 2048 * 5 * 4 / (fsdp * slices)
@@ -60,31 +76,61 @@ LARGEST = {  # on one v5e chip, or four: rows of 2,048 tokens that google-tunix 
 @pytest.fixture(scope="module")
 def made():
     """All plans, made once: by name the plan and the hand count."""
-    two = ["mesh.slices=2", "mesh.fsdp=4", "mesh.tensor=4", "train.batch_size=32", "train.remat=full"]
+    two = [
+        "mesh.slices=2",
+        "mesh.fsdp=4",
+        "mesh.tensor=4",
+        "train.batch_size=32",
+        "train.remat=full",
+    ]
     asked = {
         "llama-3.2-1b": (shipped("llama-3.2-1b"), None, (1, 1, 16)),
         "llama-3.1-8b": (shipped("llama-3.1-8b"), None, (16, 1, 16)),
         "8b on two slices": (shipped("llama-3.1-8b", *two), "2*v5e:4x4", (4, 4, 32, 2)),
         "llama-3.3-70b": (shipped("llama-3.3-70b"), None, (32, 2, 64)),
-        "70b on v5p": (shipped("llama-3.3-70b", "mesh.tensor=1", "train.batch_size=16"), "v5p:2x2x2", (8, 1, 16)),
-        "llama-3.3-70b-qlora": (shipped("llama-3.3-70b-qlora"), None, (4, 4, 16, 1, 4 + 8 / 64 + 32 / 64 / 256)),
+        "70b on v5p": (
+            shipped("llama-3.3-70b", "mesh.tensor=1", "train.batch_size=16"),
+            "v5p:2x2x2",
+            (8, 1, 16),
+        ),
+        "llama-3.3-70b-qlora": (
+            shipped("llama-3.3-70b-qlora"),
+            None,
+            (4, 4, 16, 1, 4 + 8 / 64 + 32 / 64 / 256),
+        ),
         "llama-3.1-405b": (shipped("llama-3.1-405b"), None, (16, 8, 16)),
         **{
-            f"{name}, largest": (shipped(model_of(name), "train.remat=full", "mesh.tensor=1", *keys), on, None)
+            f"{name}, largest": (
+                shipped(model_of(name), "train.remat=full", "mesh.tensor=1", *keys),
+                on,
+                None,
+            )
             for name, (on, *keys) in LARGEST.items()
         },
         "too large": (shipped("llama-3.3-70b", "train.remat=dots"), "v5e:4x4", None),
     }
     with ThreadPoolExecutor(2) as pool:
-        jobs = {name: pool.submit(plan, config, on or target_of(name)) for name, (config, on, _) in asked.items()}
+        jobs = {
+            name: pool.submit(plan, config, on or target_of(name))
+            for name, (config, on, _) in asked.items()
+        }
     found = {}
     for name, (_, _, counted) in asked.items():
-        found[name] = jobs[name].result(), None if counted is None else arguments(model_of(name), *counted)
+        found[name] = (
+            jobs[name].result(),
+            None if counted is None else arguments(model_of(name), *counted),
+        )
     return found
 
 
 def model_of(name):
-    return "llama-3.1-8b" if name.startswith("8b") else "llama-3.3-70b" if name.startswith("70b") else name
+    return (
+        "llama-3.1-8b"
+        if name.startswith("8b")
+        else "llama-3.3-70b"
+        if name.startswith("70b")
+        else name
+    )
 
 
 FITTING = [
@@ -104,7 +150,10 @@ def test_every_shipped_configuration_fits_what_it_names(made, name):
     assert found.fits, plan_text(found)
     assert found.peak_bytes <= found.capacity_bytes
     assert found.argument_bytes == pytest.approx(counted, rel=0.01)
-    assert found.peak_bytes == found.argument_bytes + found.output_bytes - found.alias_bytes + found.temp_bytes
+    assert (
+        found.peak_bytes
+        == found.argument_bytes + found.output_bytes - found.alias_bytes + found.temp_bytes
+    )
     assert found.compile_seconds < 60
     assert found.alias_bytes > 0.9 * found.state_bytes  # the new state takes the old one's place
     assert found.output_bytes - found.alias_bytes < 1e6
@@ -118,14 +167,18 @@ def test_a_batch_fits_that_others_do_not_fit(made, name):
 
 @pytest.mark.parametrize("name", FITTING)
 def test_arithmetic_is_that_of_the_step(made, name):
-    """Each matrix of the blocks twice forward, twice backward, and all but the last of a layer twice again where layers are recomputed."""
+    """Each matrix of the blocks twice forward, twice backward, and all but the last of a layer
+    twice again where layers are recomputed.
+    """
     found, _ = made[name]
     model = model_of(name)
     hidden, mlp, layers, heads, _ = SIZES[model]
     kv = hidden // heads * KV_HEADS
     blocks = layers * (2 * hidden * hidden + 2 * kv * hidden + 3 * mlp * hidden)
     factor = 4 if model == "llama-3.1-8b" and name == model else 6
-    products = 2 + 7 if factor == 4 else 2 + 2 + 7  # forward; again; backward two kernels, each of which makes the scores anew
+    products = (
+        2 + 7 if factor == 4 else 2 + 2 + 7
+    )  # forward; again; backward two kernels, each of which makes the scores anew
     attention = layers * 2 * 2048 * hidden * products
     again = 0 if factor == 4 else 2 * layers * mlp * hidden
     adapters = 4.5 * found.trainable_parameters
@@ -155,7 +208,9 @@ def test_what_cannot_fit_is_said_with_what_to_change(made):
 
 
 def test_here_takes_what_the_run_takes(chat_model, tmp_path, quick_compilation):
-    """The plan for this machine and the program that the run compiled are the same to the byte, state and batch sharded alike."""
+    """The plan for this machine and the program that the run compiled are the same to the byte,
+    state and batch sharded alike.
+    """
     rows = tools.write_rows(tmp_path / "rows.jsonl", tools.sums(32))
     keys = [
         f"model.source={chat_model}",
@@ -165,11 +220,20 @@ def test_here_takes_what_the_run_takes(chat_model, tmp_path, quick_compilation):
         "train.steps=2",
     ]
     config = load_config(
-        overrides=[*keys, "mesh.fsdp=4", "mesh.tensor=2", "train.batch_size=8", "adapter.rank=4", "optimizer.name=adafactor"]
+        overrides=[
+            *keys,
+            "mesh.fsdp=4",
+            "mesh.tensor=2",
+            "train.batch_size=8",
+            "adapter.rank=4",
+            "optimizer.name=adafactor",
+        ]
     )
     found = plan(config, "here")
     jaxtune.train(config, quiet=True)
-    measured = {row["peak_bytes"] for row in read_metrics(tmp_path / "run") if row["split"] == "train"}
+    measured = {
+        row["peak_bytes"] for row in read_metrics(tmp_path / "run") if row["split"] == "train"
+    }
     assert measured == {found.peak_bytes}
     assert found.devices == 8
     assert found.capacity_bytes is None
@@ -178,7 +242,13 @@ def test_here_takes_what_the_run_takes(chat_model, tmp_path, quick_compilation):
 @pytest.mark.parametrize("further", [["train.objective=dpo"], ["adapter.method=dora"], ["adapter.init=pissa"], ["adapter.method=none", "trainable=last:1"], ["optimizer.name=muon"], ["train.ema=0.9"], ["model.dtype=int8"]])  # fmt: skip
 def test_every_method_can_be_planned(chat_model, further, quick_compilation):
     config = load_config(
-        overrides=[f"model.source={chat_model}", "data.max_length=32", "train.batch_size=8", "adapter.rank=4", *further]
+        overrides=[
+            f"model.source={chat_model}",
+            "data.max_length=32",
+            "train.batch_size=8",
+            "adapter.rank=4",
+            *further,
+        ]
     )
     found = plan(config, "here")
     assert found.peak_bytes > found.argument_bytes > 0
@@ -195,14 +265,28 @@ def test_a_plan_needs_config_json_alone(chat_model, tmp_path, quick_compilation)
         for source in (chat_model, alone, alone / "config.json")
     )
     for found in (bare, file):
-        assert dataclasses.replace(found, compile_seconds=0) == dataclasses.replace(whole, compile_seconds=0)
+        assert dataclasses.replace(found, compile_seconds=0) == dataclasses.replace(
+            whole, compile_seconds=0
+        )
 
 
 def test_the_command_prints_and_writes_it(made, tmp_path, capsys):
     """From the cache: the same configuration was planned above."""
     from jaxtune.cli.main import main
 
-    assert main(["plan", str(CONFIGS / "llama-3.1-8b.yaml"), "--on", "v5e:4x4", "--json", str(tmp_path / "plan.json")]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                str(CONFIGS / "llama-3.1-8b.yaml"),
+                "--on",
+                "v5e:4x4",
+                "--json",
+                str(tmp_path / "plan.json"),
+            ]
+        )
+        == 0
+    )
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found == json.loads(json.dumps(dataclasses.asdict(made["llama-3.1-8b"][0])))
     for key in ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "peak_bytes", "capacity_bytes", "fits", "devices", "tokens_per_step", "flops_per_step", "collectives", "compile_seconds"):  # fmt: skip
@@ -213,12 +297,17 @@ def test_the_command_prints_and_writes_it(made, tmp_path, capsys):
 
 def test_search_finds_what_fits_best_first(tmp_path):
     small = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1024,
-        "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-        "max_position_embeddings": 4096, "torch_dtype": "bfloat16", "rope_theta": 1e4, "tie_word_embeddings": False,
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 4096,
+        "hidden_size": 512, "intermediate_size": 1024,
+        "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "max_position_embeddings": 4096, "torch_dtype": "bfloat16", "rope_theta": 1e4,
+        "tie_word_embeddings": False,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(small))
-    config = load_config(overrides=[f"model.source={tmp_path}", "data.max_length=512", "train.batch_size=4"])
+    config = load_config(
+        overrides=[f"model.source={tmp_path}", "data.max_length=512", "train.batch_size=4"]
+    )
     seen = []
     found = search(config, "v5e:2x2", lambda done, total: seen.append((done, total)))
     assert {one.keys["mesh.tensor"] for one in found} == {1, 2, 4}
@@ -228,10 +317,18 @@ def test_search_finds_what_fits_best_first(tmp_path):
     assert seen[-1] == (3, 3)
     text = search_text(found, "v5e:2x2")
     (tmp_path / "found.yaml").write_text(text.split("# 2.")[0])
-    pasted = load_config(tmp_path / "found.yaml", [f"model.source={tmp_path}", "data.max_length=512", "train.batch_size=4"])
+    pasted = load_config(
+        tmp_path / "found.yaml",
+        [f"model.source={tmp_path}", "data.max_length=512", "train.batch_size=4"],
+    )
     assert plan(pasted, "v5e:2x2") == dataclasses.replace(found[0].plan)
     with pytest.raises(UserError, match=r"divide over 4 devices in no way"):
-        search(load_config(overrides=[f"model.source={tmp_path}", "data.max_length=512", "train.batch_size=3"]), "2*v5e:2x1")
+        search(
+            load_config(
+                overrides=[f"model.source={tmp_path}", "data.max_length=512", "train.batch_size=3"]
+            ),
+            "2*v5e:2x1",
+        )
 
 
 @pytest.mark.parametrize(
@@ -251,7 +348,10 @@ def test_targets(name, kind, devices, slices):
     assert kind is None or CHIPS[kind].memory > 15 * GIB
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:4", "v5p:4x4", "h100:12", "h100:2x2", "b17:4x4", "0*v5e:4x4", "v5e:0x4", "there"])
+@pytest.mark.parametrize(
+    "name",
+    ["v5e", "v5e:4", "v5p:4x4", "h100:12", "h100:2x2", "b17:4x4", "0*v5e:4x4", "v5e:0x4", "there"],
+)
 def test_targets_that_are_none(name):
     with pytest.raises(UserError, match="--on"):
         parse(name)

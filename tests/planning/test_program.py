@@ -1,4 +1,6 @@
-"""What the program for TPUs says between its devices, pinned: as the design predicts, and nothing of the base as a whole."""
+"""What the program for TPUs says between its devices, pinned: as the design predicts, and
+nothing of the base as a whole.
+"""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +14,9 @@ from jaxtune.planning.planner import plan
 
 HIDDEN, MLP, LAYERS, HEADS, KV, VOCAB = 1024, 2816, 5, 16, 8, 8192
 ROWS, LENGTH, WAYS = 8, 1024, 4
-BLOCKS = 2 * LAYERS * (2 * HIDDEN * HIDDEN + 2 * (HIDDEN // HEADS * KV) * HIDDEN + 3 * MLP * HIDDEN)  # bytes
+BLOCKS = (
+    2 * LAYERS * (2 * HIDDEN * HIDDEN + 2 * (HIDDEN // HEADS * KV) * HIDDEN + 3 * MLP * HIDDEN)
+)  # bytes
 HEAD = 2 * VOCAB * HIDDEN
 MESHES = {
     "fsdp": {"fsdp": 4},
@@ -26,9 +30,12 @@ MESHES = {
 def programs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     raw = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": MLP,
-        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-        "max_position_embeddings": 4096, "torch_dtype": "bfloat16", "rope_theta": 1e4, "tie_word_embeddings": False,
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": VOCAB,
+        "hidden_size": HIDDEN, "intermediate_size": MLP,
+        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV,
+        "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "max_position_embeddings": 4096, "torch_dtype": "bfloat16", "rope_theta": 1e4,
+        "tie_word_embeddings": False,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(raw))
     keys = [
@@ -38,9 +45,15 @@ def programs(tmp_path_factory):
         "train.remat=full",
         "adapter.rank=8",
     ]
-    asked = {name: [*keys, *(f"mesh.{axis}={size}" for axis, size in mesh.items())] for name, mesh in MESHES.items()}
+    asked = {
+        name: [*keys, *(f"mesh.{axis}={size}" for axis, size in mesh.items())]
+        for name, mesh in MESHES.items()
+    }
     with ThreadPoolExecutor(2) as pool:
-        jobs = {name: pool.submit(plan, load_config(overrides=keys), "v5e:2x2") for name, keys in asked.items()}
+        jobs = {
+            name: pool.submit(plan, load_config(overrides=keys), "v5e:2x2")
+            for name, keys in asked.items()
+        }
     return {name: job.result() for name, job in jobs.items()}
 
 
@@ -51,17 +64,25 @@ def sent(made, *axes):
 
 @pytest.mark.parametrize("name", MESHES)
 def test_nothing_of_the_whole_base_is_gathered_and_no_gradient_of_it_exists(programs, name):
-    """No array that is exchanged has all layers, but for adapters' factors; none is as large as a matrix and reduced."""
+    """No array that is exchanged has all layers, but for adapters' factors; none is as large as
+    a matrix and reduced.
+    """
     largest = max(MLP * HIDDEN * 2, ROWS * LENGTH * HIDDEN * 2, HEAD)
     for one in programs[name].largest_collectives:
         shape = [int(size) for size in one["array"].partition("[")[2].rstrip("]").split(",")]
-        assert np.prod(shape, dtype=np.int64) * (2 if one["array"].startswith("bf16") else 4) <= largest, one
+        assert (
+            np.prod(shape, dtype=np.int64) * (2 if one["array"].startswith("bf16") else 4)
+            <= largest
+        ), one
         assert not (shape[0] == LAYERS and min(shape[1:]) > 8), one
-    assert programs[name].output_bytes <= programs[name].state_bytes * 1.05 + 1e5  # what does not change does not come out
+    assert (
+        programs[name].output_bytes <= programs[name].state_bytes * 1.05 + 1e5
+    )  # what does not change does not come out
 
 
 def test_fsdp_gathers_each_matrix_of_a_layer_when_it_is_used(programs):
-    """Forward and backward, and again for the recomputed layer, but for its last matrix and where that can share the backward pass's.
+    """Forward and backward, and again for the recomputed layer, but for its last matrix and where
+    that can share the backward pass's.
 
     The head once; gradients are of adapters only.
     """
@@ -69,11 +90,15 @@ def test_fsdp_gathers_each_matrix_of_a_layer_when_it_is_used(programs):
     assert set(made.collectives) == {"fsdp"}
     down = 2 * LAYERS * MLP * HIDDEN
     share = (WAYS - 1) / WAYS
-    assert share * (2 * BLOCKS + HEAD) < sent(made, "fsdp") < 1.05 * share * (3 * BLOCKS - down + HEAD)
+    assert (
+        share * (2 * BLOCKS + HEAD) < sent(made, "fsdp") < 1.05 * share * (3 * BLOCKS - down + HEAD)
+    )
 
 
 def test_tensor_exchanges_activations_only(programs):
-    """In units of a batch's activations: 2 gathered and 2 reduce-scattered forward, 2 and 1 again, 2 and 5 backward; no weights."""
+    """In units of a batch's activations: 2 gathered and 2 reduce-scattered forward, 2 and 1
+    again, 2 and 5 backward; no weights.
+    """
     made = programs["tensor"]
     assert set(made.collectives) == {"tensor"}
     unit = (WAYS - 1) / WAYS * ROWS * LENGTH * HIDDEN * 2
@@ -85,14 +110,20 @@ def test_both_exchange_what_each_would(programs):
     made = programs["both"]
     assert {"fsdp", "tensor"} <= set(made.collectives)
     down = 2 * LAYERS * MLP * HIDDEN
-    assert 0.5 * (2 * BLOCKS + HEAD) / 2 < sent(made, "fsdp") < 1.1 * 0.5 * (3 * BLOCKS - down + HEAD) / 2
+    assert (
+        0.5 * (2 * BLOCKS + HEAD) / 2
+        < sent(made, "fsdp")
+        < 1.1 * 0.5 * (3 * BLOCKS - down + HEAD) / 2
+    )
     unit = 0.5 * ROWS / 2 * LENGTH * HIDDEN * 2
     assert 8 < sent(made, "tensor") / unit / LAYERS < 16
     assert sent(made, "fsdp", "tensor") < 0.1 * sent(made, "fsdp")
 
 
 def test_context_gathers_keys_and_values(programs):
-    """Forward and again in the recomputed layer; their gradients are summed back. The rest of a layer stays where it is."""
+    """Forward and again in the recomputed layer; their gradients are summed back. The rest of a
+    layer stays where it is.
+    """
     made = programs["context"]
     unit = (WAYS - 1) / WAYS * ROWS * LENGTH * (HIDDEN // HEADS * KV) * 2
     assert set(made.collectives) == {"context"}
@@ -143,11 +174,21 @@ def test_the_programs_text_is_read():
         for one in collectives(TEXT, {"slices": 2, "data": 1, "fsdp": 2, "context": 1, "tensor": 2})
     }
     assert found == {
-        "all-gather bf16[8,64]": Collective("all-gather", ("fsdp", "tensor"), "bf16[8,64]", 1024, 3, 4),
-        "all-gather bf16[2,64]": Collective("all-gather", ("fsdp", "tensor"), "bf16[2,64]", 256, 7, 4),
-        "reduce-scatter f32[16,4]": Collective("reduce-scatter", ("slices",), "f32[16,4]", 256, 1, 2),
-        "reduce-scatter f32[4,4]": Collective("reduce-scatter", ("fsdp", "tensor"), "f32[4,4]", 256, 1, 4),
-        "collective-permute f32[32]": Collective("collective-permute", ("fsdp", "tensor"), "f32[32]", 128, 1, 2),
+        "all-gather bf16[8,64]": Collective(
+            "all-gather", ("fsdp", "tensor"), "bf16[8,64]", 1024, 3, 4
+        ),
+        "all-gather bf16[2,64]": Collective(
+            "all-gather", ("fsdp", "tensor"), "bf16[2,64]", 256, 7, 4
+        ),
+        "reduce-scatter f32[16,4]": Collective(
+            "reduce-scatter", ("slices",), "f32[16,4]", 256, 1, 2
+        ),
+        "reduce-scatter f32[4,4]": Collective(
+            "reduce-scatter", ("fsdp", "tensor"), "f32[4,4]", 256, 1, 4
+        ),
+        "collective-permute f32[32]": Collective(
+            "collective-permute", ("fsdp", "tensor"), "f32[32]", 128, 1, 2
+        ),
         "all-to-all f32[4,2]": Collective("all-to-all", ("slices",), "f32[4,2]", 32, 1, 2),
         "all-reduce f32[8]": Collective("all-reduce", ("slices",), "f32[8]", 32, 1, 2),
     }

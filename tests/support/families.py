@@ -6,15 +6,19 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 _COMMON = {
-    "vocab_size": 288, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257,
+    "vocab_size": 288, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 256,
+    "eos_token_id": 257, "pad_token_id": 257,
 }  # fmt: skip
 _LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
 _LONG = {
-    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.5, 3.0, 7.0],
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.5, 3.0, 7.0],
 }  # fmt: skip
 _GEMMA = {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 24}
 _MOE = {"num_experts_per_tok": 2}
@@ -64,7 +68,9 @@ def config(name, **changes):
 
 
 def model(config, seed=0):
-    """A random model whose norms and biases are not what they start as; eager, since Gemma 2's sdpa drops the soft-cap."""
+    """A random model whose norms and biases are not what they start as; eager, since Gemma 2's
+    sdpa drops the soft-cap.
+    """
     torch.manual_seed(seed)
     found = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
@@ -81,7 +87,9 @@ def save(directory, config, seed=0):
 
 
 def on_disk(model):
-    """Parameters by the names they have in files, with experts one by one; each with its gradient as `.grad`."""
+    """Parameters by the names they have in files, with experts one by one; each with its
+    gradient as `.grad`.
+    """
     found = {}
     for name, value in model.named_parameters():
         if ".experts." not in name or value.dim() != 3:
@@ -91,12 +99,19 @@ def on_disk(model):
         parts = {"gate_up_proj": ["gate_proj", "up_proj"], "down_proj": ["down_proj"]}[kind]
         if model.config.model_type == "mixtral":
             stem = stem.replace(".mlp.", ".block_sparse_moe.")
-            parts = [{"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}[part] for part in parts]
+            parts = [
+                {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}[part] for part in parts
+            ]
         for expert in range(value.shape[0]):
             cut = zip(parts, value.grad[expert].chunk(len(parts)), strict=True)
-            found |= {f"{stem}.{expert}.{part}.weight": SimpleNamespace(grad=grad) for part, grad in cut}
+            found |= {
+                f"{stem}.{expert}.{part}.weight": SimpleNamespace(grad=grad) for part, grad in cut
+            }
     if model.config.model_type == "mixtral":
-        found = {name.replace(".mlp.gate.", ".block_sparse_moe.gate."): value for name, value in found.items()}
+        found = {
+            name.replace(".mlp.gate.", ".block_sparse_moe.gate."): value
+            for name, value in found.items()
+        }
     return found
 
 
@@ -105,7 +120,10 @@ def old_dialect(raw):
     rope = raw.pop("rope_parameters")
     if raw["model_type"] == "gemma3_text":
         local, whole = rope["sliding_attention"], rope["full_attention"]
-        raw["rope_local_base_freq"], raw["rope_theta"] = local["rope_theta"], whole.pop("rope_theta")
+        raw["rope_local_base_freq"], raw["rope_theta"] = (
+            local["rope_theta"],
+            whole.pop("rope_theta"),
+        )
         raw["rope_scaling"] = None if whole["rope_type"] == "default" else whole
         return
     raw["rope_theta"] = rope.pop("rope_theta")
@@ -113,4 +131,6 @@ def old_dialect(raw):
         raw["partial_rotary_factor"] = rope.pop("partial_rotary_factor", 1.0)
         rope.pop("original_max_position_embeddings", None)
     kind = rope.pop("rope_type", "default")
-    raw["rope_scaling"] = None if kind == "default" else {"type": "su" if kind == "longrope" else kind, **rope}
+    raw["rope_scaling"] = (
+        None if kind == "default" else {"type": "su" if kind == "longrope" else kind, **rope}
+    )

@@ -6,9 +6,21 @@ from peft import LoraConfig, get_peft_model
 
 
 def lora(model, rank=4, alpha=8.0, seed=1, b_std=0.0, **options):
-    """`model` with a PEFT adapter; with `b_std` what starts at zero or as in the base is changed, so that all of it counts."""
+    """`model` with a PEFT adapter; with `b_std` what starts at zero or as in the base is
+    changed, so that all of it counts.
+    """
     torch.manual_seed(seed)
-    config = LoraConfig(**({"r": rank, "lora_alpha": alpha, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options))
+    config = LoraConfig(
+        **(
+            {
+                "r": rank,
+                "lora_alpha": alpha,
+                "target_modules": "all-linear",
+                "task_type": "CAUSAL_LM",
+            }
+            | options
+        )
+    )
     model = get_peft_model(model, config)
     if b_std:
         with torch.no_grad():
@@ -25,7 +37,10 @@ def token_loss(model, rows):
     total, count = torch.zeros(()), 0
     for ids, supervised in rows:
         logits = model(torch.as_tensor(ids)[None].long()).logits[0, :-1].float()
-        targets, chosen = torch.as_tensor(ids[1:]).long(), torch.as_tensor(np.asarray(supervised[1:]))
+        targets, chosen = (
+            torch.as_tensor(ids[1:]).long(),
+            torch.as_tensor(np.asarray(supervised[1:])),
+        )
         losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         total, count = total + losses[chosen].sum(), count + int(chosen.sum())
     return total, count
@@ -34,7 +49,9 @@ def token_loss(model, rows):
 def train(model, batches, rates, clip=1.0):
     """AdamW over batches of rows; `(loss, gradient norm)` of every step."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+    )
     found = []
     for rows, rate in zip(batches, rates, strict=True):
         optimizer.param_groups[0]["lr"] = rate
@@ -50,5 +67,7 @@ def train(model, batches, rates, clip=1.0):
 def factors(model):
     """The adapter's tensors under the names of its file."""
     return {
-        name.replace(".default", ""): value.detach().numpy().copy() for name, value in model.named_parameters() if "lora_" in name
+        name.replace(".default", ""): value.detach().numpy().copy()
+        for name, value in model.named_parameters()
+        if "lora_" in name
     }

@@ -1,4 +1,6 @@
-"""The step of a run on batches made by hand: built from a configuration as a run builds it, without data or run directory."""
+"""The step of a run on batches made by hand: built from a configuration as a run builds it,
+without data or run directory.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +9,12 @@ from flax import nnx
 
 from jaxtune.adapters.pissa import as_lora
 from jaxtune.config.load import load_config
+from jaxtune.data.batch import Batch
 from jaxtune.data.loader import on_devices
-from jaxtune.objectives.objective import Batch
 from jaxtune.training.methods import trained_model
 from jaxtune.training.setup import assembled
-from jaxtune.training.step import init_state, train_step
+from jaxtune.training.state import init_state
+from jaxtune.training.step import train_step
 from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import entries, open_adapter
 from jaxtune.weights.source import resolve
@@ -22,7 +25,8 @@ LENGTH = 24
 class Steps:
     """A model, what trains of it, and its step.
 
-    `keys` are overrides of the configuration; the learning rate is 1e-2, constant and without warmup unless they say otherwise.
+    `keys` are overrides of the configuration; the learning rate is 1e-2, constant and without
+    warmup unless they say otherwise.
     """
 
     def __init__(self, directory, mesh, *keys, steps=10):
@@ -31,30 +35,43 @@ class Steps:
             plain = plain[:3]
         self.config = load_config(overrides=[f"model.source={directory}", *plain, *keys])
         self.mesh, adapter, teacher = mesh, self.config.adapter.start, self.config.distill.teacher
-        model = trained_model(self.config, resolve(str(directory)), open_adapter(adapter) if adapter else None, mesh)
+        model = trained_model(
+            self.config, resolve(str(directory)), open_adapter(adapter) if adapter else None, mesh
+        )
         teacher = load_model(resolve(teacher), mesh) if teacher else None
-        self.computation, self.trainable, self.frozen, self.optimizer = assembled(self.config, model, steps, teacher)
-        self.step = train_step(self.computation, self.optimizer, self.config.train.ema)
+        self.spec, self.trainable, self.frozen, self.optimizer = assembled(
+            self.config, model, steps, teacher
+        )
+        self.step = train_step(self.spec, self.optimizer, self.config.train.ema)
         self.state = self.fresh()
 
     def fresh(self):
         return init_state(
-            jax.tree.map(jnp.copy, self.trainable), self.optimizer, self.config.train.seed, average=self.config.train.ema > 0
+            jax.tree.map(jnp.copy, self.trainable),
+            self.optimizer,
+            self.config.train.seed,
+            average=self.config.train.ema > 0,
         )
 
     def model(self, trainable=None):
-        return nnx.merge(self.computation.graph, self.trainable if trainable is None else trainable, self.frozen.base)
+        return nnx.merge(
+            self.spec.graph, self.trainable if trainable is None else trainable, self.frozen.base
+        )
 
     def exportable(self):
         """The model as trained so far, its adapter as it is written."""
         return as_lora(self.model(self.state.trainable))
 
-    def train(self, batches, cuts=1):
-        """`[(loss, gradient norm, further figures)]` a step; the state goes on from step to step."""
+    def train(self, batches, micro_batches=1):
+        """`[(loss, gradient norm, further figures)]` a step; the state goes on from step to
+        step.
+        """
         found = []
         with jax.set_mesh(self.mesh):
             for batch in batches:
-                self.state, metrics = self.step(self.state, self.frozen, on_devices(batch, cuts, self.mesh))
+                self.state, metrics = self.step(
+                    self.state, self.frozen, on_devices(batch, micro_batches, self.mesh)
+                )
                 figures = {name: float(value) for name, value in metrics.figures.items()}
                 found.append((float(metrics.loss), float(metrics.grad_norm), figures))
         return found
@@ -64,8 +81,8 @@ class Steps:
 
         def mean(trainable):
             cut = jax.tree.map(lambda part: part[0], on_devices(batch, 1, self.mesh))
-            loss, weight, _ = self.computation.objective.loss(
-                self.computation.networks(trainable, self.frozen), cut, *self._how(cut)
+            loss, weight, _ = self.spec.objective.loss(
+                self.spec.models(trainable, self.frozen), cut, *self._how(cut)
             )
             return loss / weight
 
@@ -73,11 +90,11 @@ class Steps:
             return jax.jit(jax.value_and_grad(mean))(self.trainable)
 
     def _how(self, cut):
-        from jaxtune.objectives.objective import PLAIN
+        from jaxtune.objectives.objective import DETERMINISTIC
 
-        shared = self.computation.objective.shared
-        return PLAIN._replace(remat=self.computation.remat), (
-            None if shared is None else shared(self.computation.networks(self.trainable, self.frozen), cut)
+        shared = self.spec.objective.shared
+        return DETERMINISTIC._replace(remat=self.spec.remat), (
+            None if shared is None else shared(self.spec.models(self.trainable, self.frozen), cut)
         )
 
 
@@ -87,7 +104,10 @@ def tensors_of(model):
 
 
 def leaves(state):
-    return {".".join(map(str, path)): np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(state)}
+    return {
+        ".".join(map(str, path)): np.asarray(leaf.get_value())
+        for path, leaf in nnx.to_flat_state(state)
+    }
 
 
 def batch_of(rows, rows_in_batch=None, length=None, packed=False):
@@ -101,14 +121,20 @@ def batch_of(rows, rows_in_batch=None, length=None, packed=False):
                 laid.append([])
             laid[-1].append(row)
     shape = (rows_in_batch or len(laid), length)
-    batch = Batch(*(np.zeros(shape, kind) for kind in (np.int32, np.int32, np.float32, np.int32, np.int32)))
+    batch = Batch(
+        *(np.zeros(shape, kind) for kind in (np.int32, np.int32, np.float32, np.int32, np.int32))
+    )
     for number, row in enumerate(laid):
         at = 0
         for segment, (ids, supervised) in enumerate(row, 1):
             size = len(ids) - 1
             place = (number, slice(at, at + size))
             batch.input_ids[place], batch.target_ids[place] = ids[:-1], ids[1:]
-            batch.weights[place], batch.segment_ids[place], batch.positions[place] = supervised[1:], segment, np.arange(size)
+            batch.weights[place], batch.segment_ids[place], batch.positions[place] = (
+                supervised[1:],
+                segment,
+                np.arange(size),
+            )
             at += size
     return batch
 

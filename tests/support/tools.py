@@ -1,4 +1,6 @@
-"""What many tests need: tiny models made by transformers, tokenizers made here, rows, and numbers of PyTorch's side."""
+"""What many tests need: tiny models made by transformers, tokenizers made here, rows, and
+numbers of PyTorch's side.
+"""
 
 import json
 import os
@@ -13,25 +15,40 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CHATML = (
-    "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'}}{% endfor %}"
+    "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + "
+    "'<|im_end|>\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% endif %}"
 )
 LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + "
+    "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ "
+    "'<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 LLAMA2 = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] | trim + ' [/INST]' }}"
-    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] | "
+    "trim + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif "
+    "%}{% endfor %}"
 )
-SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+SPECIAL = [
+    "<s>",
+    "</s>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+]
 
 
 def tiny_config(**changes):
     """A Llama of 3 layers; grouped-query attention unless told otherwise."""
     numbers = {
-        "vocab_size": 288, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": 512, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257, "initializer_range": 0.2,
+        "vocab_size": 288, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 512, "bos_token_id": 256, "eos_token_id": 257,
+        "pad_token_id": 257, "initializer_range": 0.2,
     }  # fmt: skip
     return LlamaConfig(**(numbers | changes))
 
@@ -39,15 +56,23 @@ def tiny_config(**changes):
 def byte_tokenizer(template=CHATML, eos="<|im_end|>", add_bos=False, merges=()):
     """One token a byte, and the special tokens; pad is eos, as in many real tokenizers."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: number for number, token in enumerate([*alphabet, *SPECIAL, *map("".join, merges)])}
+    vocab = {
+        token: number for number, token in enumerate([*alphabet, *SPECIAL, *map("".join, merges)])
+    }
     backend = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(SPECIAL)
     if add_bos:
-        backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
+        backend.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", vocab["<s>"])]
+        )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token=eos, pad_token=eos, chat_template=template
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token=eos,
+        pad_token=eos,
+        chat_template=template,
     )
 
 
@@ -83,7 +108,9 @@ def old_dialect(raw):
     rope = raw.pop("rope_parameters")
     raw["rope_theta"] = rope.pop("rope_theta")
     kind = rope.pop("rope_type", "default")
-    raw["rope_scaling"] = None if kind == "default" else {"type" if kind == "linear" else "rope_type": kind, **rope}
+    raw["rope_scaling"] = (
+        None if kind == "default" else {"type" if kind == "linear" else "rope_type": kind, **rope}
+    )
 
 
 def torch_logits(model, ids, **options):
@@ -97,7 +124,12 @@ def write_rows(path, rows):
 
 
 def chat(question, answer):
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
 
 
 def sums(count, seed=0):
@@ -111,8 +143,13 @@ def sums(count, seed=0):
 
 
 def child_environment(torch=False):
-    """One CPU device; without `torch`, only our own reader verifies exports and programs are compiled in a hurry."""
-    quick = {"PYTHONPATH": str(Path(__file__).parent / "train" / "without_torch"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    """One CPU device; without `torch`, only our own reader verifies exports and programs are
+    compiled in a hurry.
+    """
+    quick = {
+        "PYTHONPATH": str(Path(__file__).parent / "without_torch"),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
     return os.environ | {"JAX_PLATFORMS": "cpu"} | ({} if torch else quick)
 
 
@@ -120,17 +157,23 @@ def jaxtune(*arguments, torch=False, timeout=500, **options):
     """The command line in a process of its own."""
     command = [sys.executable, "-m", "jaxtune", *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env=child_environment(torch), check=False, **options
+        command,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=child_environment(torch),
+        check=False,
+        **options,
     )
 
 
-def tokenise(words, conversation, train_on):
+def tokenize(words, conversation, train_on):
     """The example of one conversation, which must not be several."""
-    from jaxtune.data.chat.tokenize import Tokeniser
-    from jaxtune.data.sources.row import BadRow
+    from jaxtune.data.chat.tokenize import ConversationTokenizer
+    from jaxtune.data.sources.row import RowError
 
-    (found,) = Tokeniser(words, train_on)([conversation])
-    if isinstance(found, BadRow):
+    (found,) = ConversationTokenizer(words, train_on)([conversation])
+    if isinstance(found, RowError):
         raise found
     (document,) = found
     return document.example()

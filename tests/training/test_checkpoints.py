@@ -1,4 +1,6 @@
-"""Checkpoints that are damaged, kept elsewhere, the best of all, or cannot be written; and a step that hangs."""
+"""Checkpoints that are damaged, kept elsewhere, the best of all, or cannot be written; and a
+step that hangs.
+"""
 
 import json
 import shutil
@@ -38,8 +40,10 @@ def rows(tmp_path_factory):
 
 def config(directory, model, rows, **further):
     keys = {
-        "model.source": model, "data.train": rows, "run.dir": directory, "data.max_length": 64, "optimizer.learning_rate": 5e-3,
-        "train.batch_size": 4, "train.steps": 9, "adapter.rank": 4, "checkpoint.every": 3, "checkpoint.keep": 3,
+        "model.source": model, "data.train": rows, "run.dir": directory, "data.max_length": 64,
+        "optimizer.learning_rate": 5e-3,
+        "train.batch_size": 4, "train.steps": 9, "adapter.rank": 4, "checkpoint.every": 3,
+        "checkpoint.keep": 3,
     } | {key.replace("__", "."): value for key, value in further.items()}  # fmt: skip
     return load_config(overrides=[f"{key}={value}" for key, value in keys.items()])
 
@@ -68,12 +72,18 @@ def copied(finished, directory):
 
 
 def damage_truncated(checkpoint):
-    largest = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest = max(
+        (path for path in checkpoint.rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
 
 
 def damage_missing(checkpoint):
-    largest = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest = max(
+        (path for path in checkpoint.rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
     largest.unlink()
 
 
@@ -96,7 +106,9 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(finished, damage, tmp_pa
     assert trained(result.dir) == trained(finished)
     assert steps_saved(here) == [3, 6, 9]
     assert (tmp_path / "run" / "checkpoints" / "bad" / "9").is_dir()
-    files = [directory / "adapter" / "adapter_model.safetensors" for directory in (result.dir, finished)]
+    files = [
+        directory / "adapter" / "adapter_model.safetensors" for directory in (result.dir, finished)
+    ]
     assert files[0].read_bytes() == files[1].read_bytes()
     noted = json.loads((tmp_path / "run" / "checkpoints" / "sizes" / "9.json").read_text())
     assert noted == {
@@ -114,17 +126,32 @@ def test_without_a_whole_checkpoint_there_is_advice(finished, tmp_path):
         jaxtune.train(here, quiet=True)
 
 
-def test_a_full_disk_is_a_clear_error_and_the_checkpoint_before_stays(chat_model, finished, rows, tmp_path):
+def test_a_full_disk_is_a_clear_error_and_the_checkpoint_before_stays(
+    chat_model, finished, rows, tmp_path
+):
     """Files may not grow beyond a few KB, as if the disk were full."""
     here = copied(finished, tmp_path / "run")
     for step in (6, 9):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
-    before = {path: path.read_bytes() for path in (tmp_path / "run" / "checkpoints" / "3").rglob("*") if path.is_file()}
+    before = {
+        path: path.read_bytes()
+        for path in (tmp_path / "run" / "checkpoints" / "3").rglob("*")
+        if path.is_file()
+    }
     command = f"ulimit -f 20; exec {sys.executable} -m jaxtune.cli train {tmp_path}/run/config.yaml"
     environment = tools.child_environment() | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        ["bash", "-c", command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert done.returncode == 1, done.stderr
-    said = [line for line in done.stderr.splitlines() if line.startswith("jaxtune:")]  # threads of orbax print beside it
+    said = [
+        line for line in done.stderr.splitlines() if line.startswith("jaxtune:")
+    ]  # threads of orbax print beside it
     assert len(said) == 1, done.stderr
     assert "a checkpoint cannot be written" in said[0]
     assert "the one of step 3 is whole. Make room" in said[0]
@@ -134,11 +161,20 @@ def test_a_full_disk_is_a_clear_error_and_the_checkpoint_before_stays(chat_model
     assert trained(result.dir) == trained(finished)
 
 
-def test_checkpoints_elsewhere_bring_the_record_to_a_new_machine(chat_model, rows, finished, tmp_path):
+def test_checkpoints_elsewhere_bring_the_record_to_a_new_machine(
+    chat_model, rows, finished, tmp_path
+):
     elsewhere = config(
-        tmp_path / "run", chat_model, rows, checkpoint__dir=tmp_path / "bucket", train__eval_every=4, data__eval=rows
+        tmp_path / "run",
+        chat_model,
+        rows,
+        checkpoint__dir=tmp_path / "bucket",
+        train__eval_every=4,
+        data__eval=rows,
     )
-    stopping = elsewhere.model_copy(update={"train": elsewhere.train.model_copy(update={"steps": 9})})
+    stopping = elsewhere.model_copy(
+        update={"train": elsewhere.train.model_copy(update={"steps": 9})}
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jaxtune.workflows.train.export_trained", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -149,30 +185,54 @@ def test_checkpoints_elsewhere_bring_the_record_to_a_new_machine(chat_model, row
     result = jaxtune.train(elsewhere, quiet=True)
     assert trained(result.dir) == trained(finished)
     assert [row["step"] for row in result.metrics if row["split"] == "eval"] == [0, 4, 8, 9]
-    other = config(tmp_path / "other", chat_model, rows, checkpoint__dir=tmp_path / "bucket", adapter__rank=8)
-    with pytest.raises(UserError, match=r"holds a run with another configuration: .*adapter.rank \(4 there, 8 now\)"):
+    other = config(
+        tmp_path / "other", chat_model, rows, checkpoint__dir=tmp_path / "bucket", adapter__rank=8
+    )
+    with pytest.raises(
+        UserError,
+        match=r"holds a run with another configuration: .*adapter.rank \(4 there, 8 now\)",
+    ):
         jaxtune.train(other, quiet=True)
     with pytest.raises(UserError, match=r"gs://nowhere/x cannot be reached: .*gcsfs"):
-        jaxtune.train(config(tmp_path / "cloud", chat_model, rows, checkpoint__dir="gs://nowhere/x"), quiet=True)
+        jaxtune.train(
+            config(tmp_path / "cloud", chat_model, rows, checkpoint__dir="gs://nowhere/x"),
+            quiet=True,
+        )
 
 
 def interrupted(*arguments, **options):
     raise KeyboardInterrupt
 
 
-def test_the_state_with_the_best_evaluation_is_kept_and_exported(chat_model, rows, tmp_path, capsys):
+def test_the_state_with_the_best_evaluation_is_kept_and_exported(
+    chat_model, rows, tmp_path, capsys
+):
     """The longer it trains on sums, the less it expects letters."""
     letters = [tools.chat(row["messages"][0]["content"], "zq") for row in tools.sums(16, seed=1)]
     held_out = tools.write_rows(tmp_path / "held_out.jsonl", letters)
-    further = {"checkpoint__best": "loss", "train__eval_every": 2, "data__eval": held_out, "optimizer__learning_rate": 5e-2}
+    further = {
+        "checkpoint__best": "loss",
+        "train__eval_every": 2,
+        "data__eval": held_out,
+        "optimizer__learning_rate": 5e-2,
+    }
     result = jaxtune.train(config(tmp_path / "run", chat_model, rows, **further))
-    on_the_way = {row["step"]: row["loss"] for row in result.metrics if row["split"] == "eval" and "task" not in row}
+    on_the_way = {
+        row["step"]: row["loss"]
+        for row in result.metrics
+        if row["split"] == "eval" and "task" not in row
+    }
     assert list(on_the_way) == [2, 4, 6, 8, 9]
     best = min(on_the_way, key=on_the_way.get)
     assert best != 9
-    assert f"The evaluation was best after step {best} (loss {on_the_way[best]:.4f})" in capsys.readouterr().err
+    assert (
+        f"The evaluation was best after step {best} (loss {on_the_way[best]:.4f})"
+        in capsys.readouterr().err
+    )
     assert result.after["loss"] == pytest.approx(on_the_way[best], rel=1e-4)
-    assert jaxtune.evaluate(str(result.dir), held_out)["loss"] == pytest.approx(on_the_way[best], rel=1e-4)
+    assert jaxtune.evaluate(str(result.dir), held_out)["loss"] == pytest.approx(
+        on_the_way[best], rel=1e-4
+    )
     for keys, message in (
         ({"checkpoint__best": "loss"}, "checkpoint.best needs evaluations"),
         ({**further, "checkpoint__best": "margin"}, "checkpoint.best=margin is for preferences"),
@@ -221,16 +281,26 @@ def test_a_hung_run_prints_where_it_stands_and_ends(finished, tmp_path):
         "        if number == 2: time.sleep(1000)\n"
         "        yield loaded\n"
         "loop.batches = hanging\n"
-        f"raise SystemExit(main.main(['train', r'{tmp_path / 'run' / 'config.yaml'}', 'run.watchdog=25']))\n"
+        f"raise SystemExit(main.main(['train', r'{tmp_path / 'run' / 'config.yaml'}', "
+        "'run.watchdog=25']))\n"
     )
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", code], env=tools.child_environment(), capture_output=True, text=True, check=False, timeout=200
+        [sys.executable, "-c", code],
+        env=tools.child_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
     )
     assert done.returncode == 1, done.stderr
     assert time.monotonic() - began < 150
     assert "jaxtune: step 6 is not done after 25 s; every thread stands at:" in done.stderr
     assert "in hanging" in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("jaxtune: step 6 was not done after 25 s, so the run was ended")
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("jaxtune: step 6 was not done after 25 s, so the run was ended")
+    )
     assert json.dumps(sorted(trained(tmp_path / "run"))) == "[1, 2, 3, 4]"
     np.testing.assert_equal(trained(tmp_path / "run")[4], trained(finished)[4])

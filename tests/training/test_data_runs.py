@@ -1,4 +1,6 @@
-"""Runs on other data than a file of chats: a split, texts, chats for a base model, bad rows left out, a template that prints the date."""
+"""Runs on other data than a file of chats: a split, texts, chats for a base model, bad rows left
+out, a template that prints the date.
+"""
 
 import json
 
@@ -9,7 +11,7 @@ import jaxtune
 from jaxtune.config.load import load_config
 from jaxtune.config.schema import DataSection
 from jaxtune.core.mesh import make_mesh
-from jaxtune.evaluation.evaluate import Asked, evaluate
+from jaxtune.evaluation.evaluate import EvalOptions, evaluate
 from jaxtune.tracking.metrics_log import read_metrics
 from jaxtune.tracking.progress import Reporter
 from jaxtune.training import setup
@@ -44,13 +46,20 @@ def train(tmp_path, monkeypatch, chat_model):
 
 def test_a_split_is_evaluated_on(train, tmp_path):
     rows = [tools.chat(f"{n}+{n}?", str(2 * n)) for n in range(40)]
-    found = train(f"data.train={tools.write_rows(tmp_path / 'rows.jsonl', rows)}", "data.split=20%", "train.eval_every=1")
+    found = train(
+        f"data.train={tools.write_rows(tmp_path / 'rows.jsonl', rows)}",
+        "data.split=20%",
+        "train.eval_every=1",
+    )
     data = json.loads((found.dir / "data.json").read_text())
     assert data["train"]["rows"] + data["eval"]["rows"] == 40
     assert found.before["rows"] == data["eval"]["rows"] > 2
     on_the_way = [row for row in read_metrics(found.dir) if row["split"] == "eval"]
     assert len(on_the_way) == 3
-    prompts = {row["prompt"][0]["content"] for row in map(json.loads, (found.dir / "samples.jsonl").read_text().splitlines())}
+    prompts = {
+        row["prompt"][0]["content"]
+        for row in map(json.loads, (found.dir / "samples.jsonl").read_text().splitlines())
+    }
     assert prompts <= {row["messages"][0]["content"] for row in rows}
     assert "evaluated on 20%" in (found.adapter / "README.md").read_text()
 
@@ -73,16 +82,24 @@ def test_texts_train_as_they_are_and_are_continued(train, tmp_path):
 
 
 def test_chats_for_a_base_model_bring_their_template_along(train, tmp_path):
-    base = tools.save_model(tmp_path / "base", tools.tiny_config(), tools.byte_tokenizer(None, "</s>", add_bos=True))
+    base = tools.save_model(
+        tmp_path / "base", tools.tiny_config(), tools.byte_tokenizer(None, "</s>", add_bos=True)
+    )
     rows = tools.write_rows(tmp_path / "rows.jsonl", tools.sums(12))
     found = train(f"data.train={rows}", f"data.eval={rows}", model=base)
     _, words = jaxtune.load(str(found.dir))
-    text = words.apply_chat_template(tools.sums(1)[0]["messages"][:1], tokenize=False, add_generation_prompt=True)
+    text = words.apply_chat_template(
+        tools.sums(1)[0]["messages"][:1], tokenize=False, add_generation_prompt=True
+    )
     assert text.startswith("<s>### User:\n")
     assert text.endswith("\n\n### Assistant:\n")
-    alone = jaxtune.evaluate(str(base), rows)  # without an adapter the same rows give what was measured before training
+    alone = jaxtune.evaluate(
+        str(base), rows
+    )  # without an adapter the same rows give what was measured before training
     assert alone["loss"] == pytest.approx(found.before["loss"], rel=1e-5)
-    assert jaxtune.evaluate(str(found.dir), rows)["loss"] == pytest.approx(found.after["loss"], rel=1e-5)
+    assert jaxtune.evaluate(str(found.dir), rows)["loss"] == pytest.approx(
+        found.after["loss"], rel=1e-5
+    )
     assert jaxtune.generate(str(found.dir), ["1+1?"], max_new_tokens=4) == jaxtune.generate(
         str(found.dir), [[{"role": "user", "content": "1+1?"}]], max_new_tokens=4
     )
@@ -95,36 +112,52 @@ def test_columns_and_rows_left_out(train, tmp_path):
         file.write('{"question": "?"}\n{\n')
     keys = [f"data.train={path}", "data.columns={prompt: question, completion: answers.text.0}"]
     with pytest.raises(
-        jaxtune.core.errors.UserError, match=r"rows.jsonl:9: the column 'answers.text.0' of data.columns is missing"
+        jaxtune.core.errors.UserError,
+        match=r"rows.jsonl:9: the column 'answers.text.0' of data.columns is missing",
     ):
         train(*keys)
     found = train(*keys, "data.on_error=skip")
     data = json.loads((found.dir / "data.json").read_text())["train"]
     assert (data["rows"], data["bad"]) == (8, 2)
-    wanted = [row["wanted"] for row in map(json.loads, (found.dir / "samples.jsonl").read_text().splitlines())]
+    wanted = [
+        row["wanted"]
+        for row in map(json.loads, (found.dir / "samples.jsonl").read_text().splitlines())
+    ]
     assert wanted == ["0", "1", "2", "3", "4"]
     other = tools.write_rows(tmp_path / "other.jsonl", rows[:3])
-    assert jaxtune.evaluate(str(found.dir), other, task="lm")["rows"] == 3  # read with the run's columns
+    assert (
+        jaxtune.evaluate(str(found.dir), other, task="lm")["rows"] == 3
+    )  # read with the run's columns
 
 
 def test_trap28_a_run_that_goes_on_another_day_sees_the_same_date(train, tmp_path):
-    template = "{{ '<|im_start|>system\n' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + tools.CHATML
-    model = tools.save_model(tmp_path / "dated", tools.tiny_config(), tools.byte_tokenizer(template))
+    template = (
+        "{{ '<|im_start|>system\n' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + tools.CHATML
+    )
+    model = tools.save_model(
+        tmp_path / "dated", tools.tiny_config(), tools.byte_tokenizer(template)
+    )
     rows = tools.write_rows(tmp_path / "rows.jsonl", tools.sums(8))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "env.json").write_text('{"day": "2024-02-09"}')
     keys = [f"data.train={rows}", "checkpoint.every=1"]
     first = train(*keys, model=model)
     assert json.loads((first.dir / "env.json").read_text())["day"] == "2024-02-09"
-    assert train(*keys, model=model).metrics == first.metrics  # today's date would have been refused as other data
+    assert (
+        train(*keys, model=model).metrics == first.metrics
+    )  # today's date would have been refused as other data
 
 
-def test_chats_are_evaluated_whole_and_texts_in_windows_of_the_length_they_were_trained_in(chat_model, tmp_path, one_device):
+def test_chats_are_evaluated_whole_and_texts_in_windows_of_the_length_they_were_trained_in(
+    chat_model, tmp_path, one_device
+):
     model, words = load_model(resolve(str(chat_model)), one_device), tools.byte_tokenizer()
     chats = tools.write_rows(tmp_path / "chats.jsonl", tools.sums(6))
     texts = tools.write_rows(tmp_path / "texts.jsonl", [{"text": "once upon a time " * 4}])
     found = {
-        (name, length): evaluate(model, words, [257], DataSection(eval=path, max_length=length), Asked("lm")).figures()
+        (name, length): evaluate(
+            model, words, [257], DataSection(eval=path, max_length=length), EvalOptions("lm")
+        ).figures()
         for name, path in (("chats", chats), ("texts", texts))
         for length in (16, 200)
     }

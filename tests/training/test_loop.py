@@ -1,4 +1,6 @@
-"""The loop beside the device: what it waits for, how often it fetches, what it compiles, what it records on request."""
+"""The loop beside the device: what it waits for, how often it fetches, what it compiles, what it
+records on request.
+"""
 
 import importlib
 
@@ -14,7 +16,7 @@ from jaxtune.weights import export
 from jaxtune.workflows.train import run
 from tests.support import tools
 
-loop, setup = (importlib.import_module(f"jaxtune.train.{name}") for name in ("loop", "setup"))
+loop, setup = (importlib.import_module(f"jaxtune.training.{name}") for name in ("loop", "setup"))
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 EPOCHS = 3
 
@@ -28,15 +30,25 @@ def train(tmp_path, monkeypatch, chat_model):
     rows = tools.write_rows(tmp_path / "rows.jsonl", tools.sums(40))
 
     def call(*keys):
-        common = [f"model.source={chat_model}", f"run.dir={tmp_path / 'run'}", f"data.train={rows}", "data.max_length=96"]
-        return run(load_config(overrides=[*common, "train.batch_size=4", f"train.epochs={EPOCHS}", *keys]), Reporter(quiet=True))
+        common = [
+            f"model.source={chat_model}",
+            f"run.dir={tmp_path / 'run'}",
+            f"data.train={rows}",
+            "data.max_length=96",
+        ]
+        return run(
+            load_config(overrides=[*common, "train.batch_size=4", f"train.epochs={EPOCHS}", *keys]),
+            Reporter(quiet=True),
+        )
 
     return call
 
 
 @pytest.fixture
 def events(monkeypatch):
-    """What happens in the loop, in order: steps dispatched, rows recorded, arrays fetched, programs compiled."""
+    """What happens in the loop, in order: steps dispatched, rows recorded, arrays fetched,
+    programs compiled.
+    """
     found = []
 
     def watched(owner, name, event):
@@ -82,7 +94,9 @@ def test_a_step_is_recorded_after_the_next_is_dispatched_and_little_is_fetched(t
 
 
 def test_nothing_is_compiled_after_the_first_steps(train, events):
-    """Packed rows have one shape, whatever the epoch; so have a checkpoint and an evaluation after the first."""
+    """Packed rows have one shape, whatever the epoch; so have a checkpoint and an evaluation
+    after the first.
+    """
     train("checkpoint.every=1000")
     assert "compile" not in between(events)[0]
 
@@ -93,7 +107,9 @@ def test_learning_rates_are_the_schedules(train):
     found = train("optimizer.warmup=3")
     rows = [row for row in read_metrics(found.dir) if row["split"] == "train"]
     rate = schedule(load_config(overrides=["optimizer.warmup=3"]).optimizer, len(rows))
-    assert [row["learning_rate"] for row in rows] == pytest.approx([float(rate(step)) for step in range(len(rows))])
+    assert [row["learning_rate"] for row in rows] == pytest.approx(
+        [float(rate(step)) for step in range(len(rows))]
+    )
 
 
 def test_a_profile_is_written_on_request(train):

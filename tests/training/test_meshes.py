@@ -1,4 +1,6 @@
-"""The same run on every mesh and process count: equal losses, equal adapters, and checkpoints that each restores of the other."""
+"""The same run on every mesh and process count: equal losses, equal adapters, and checkpoints
+that each restores of the other.
+"""
 
 import json
 import os
@@ -20,7 +22,8 @@ from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import AXES, make_mesh
 from jaxtune.tracking.metrics_log import MetricsLog, read_metrics
 from jaxtune.tracking.progress import Reporter
-from jaxtune.training.checkpoint import Checkpoints, checkpoints_of
+from jaxtune.tracking.run_directory import checkpoint_directory
+from jaxtune.training.checkpoint import Checkpoints
 from jaxtune.training.loop import fit
 from jaxtune.training.setup import setup
 from tests.support import tools
@@ -43,17 +46,31 @@ MESHES = {
 
 def keys(model, rows, directory, mesh, **further):
     found = {
-        "model.source": model, "data.train": rows, "run.dir": directory, "data.max_length": 64, "optimizer.learning_rate": 5e-3,
-        "train.batch_size": 8, "train.steps": STEPS, "adapter.rank": 4, "adapter.dropout": 0.2, "checkpoint.every": 3, "optimizer.warmup": 0,
+        "model.source": model, "data.train": rows, "run.dir": directory, "data.max_length": 64,
+        "optimizer.learning_rate": 5e-3,
+        "train.batch_size": 8, "train.steps": STEPS, "adapter.rank": 4, "adapter.dropout": 0.2,
+        "checkpoint.every": 3, "optimizer.warmup": 0,
     }  # fmt: skip
-    found |= {f"mesh.{axis}": 1 for axis in AXES} | {f"mesh.{axis}": size for axis, size in mesh.items()} | further
+    found |= (
+        {f"mesh.{axis}": 1 for axis in AXES}
+        | {f"mesh.{axis}": size for axis, size in mesh.items()}
+        | further
+    )
     return [f"{key}={value}" for key, value in found.items()]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Two layers, four key/value heads, rows of 8 heads' worth: everything divides over four, the vocabulary over none."""
-    config = tools.tiny_config(vocab_size=289, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2, hidden_size=64)
+    """Two layers, four key/value heads, rows of 8 heads' worth: everything divides over four,
+    the vocabulary over none.
+    """
+    config = tools.tiny_config(
+        vocab_size=289,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        hidden_size=64,
+    )
     return tools.save_model(tmp_path_factory.mktemp("model"), config, tools.byte_tokenizer())
 
 
@@ -67,11 +84,17 @@ class Trained:
 
     def __init__(self, name, model, rows, directory):
         self.config = load_config(overrides=keys(model, rows, directory, MESHES[name]))
-        self.parts = setup(self.config, Reporter(quiet=True), date(2026, 1, 1)) if name != "one" else self._alone()
+        self.parts = (
+            setup(self.config, Reporter(quiet=True), date(2026, 1, 1))
+            if name != "one"
+            else self._alone()
+        )
         directory.mkdir()
-        checkpoints, log = Checkpoints(checkpoints_of(self.config)), MetricsLog(directory, 0)
+        checkpoints, log = Checkpoints(checkpoint_directory(self.config)), MetricsLog(directory, 0)
         with jax.set_mesh(self.parts.mesh), Reporter(quiet=True).task("Training", STEPS) as task:
-            self.state = fit(self.parts, self.parts.initial(), log, checkpoints, task, lambda state, step: None)
+            self.state = fit(
+                self.parts, self.parts.initial(), log, checkpoints, task, lambda state, step: None
+            )
         checkpoints.close()
         log.close()
         self.losses = [row["loss"] for row in read_metrics(directory)]
@@ -88,7 +111,7 @@ class Trained:
             module.make_mesh = whole
 
     def restored(self, config):
-        checkpoints = Checkpoints(checkpoints_of(config))
+        checkpoints = Checkpoints(checkpoint_directory(config))
         try:
             return leaves(checkpoints.restore(self.parts.layout))
         finally:
@@ -96,7 +119,10 @@ class Trained:
 
 
 def leaves(state):
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))]
+    return [
+        np.asarray(leaf)
+        for leaf in jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -126,13 +152,21 @@ def test_each_mesh_restores_the_checkpoints_of_all_others(runs, name):
 
 
 def test_parameters_and_moments_are_spread_over_the_mesh(runs):
-    """Over fsdp 8 a device holds an eighth of every matrix, of its adapter's A and of the moments of that."""
+    """Over fsdp 8 a device holds an eighth of every matrix, of its adapter's A and of the
+    moments of that.
+    """
     parts, state = runs["1x8x1"].parts, runs["1x8x1"].state
-    whole = {leaf.shape: leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(parts.frozen) if leaf.ndim == 3}
+    whole = {
+        leaf.shape: leaf.addressable_shards[0].data.size
+        for leaf in jax.tree.leaves(parts.frozen)
+        if leaf.ndim == 3
+    }
     assert whole
     assert all(size * 8 == np.prod(shape) for shape, size in whole.items())
     for tree in (state.trainable, state.opt_state):
-        paths = ((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree))
+        paths = (
+            (jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)
+        )
         spread = [leaf for path, leaf in paths if "up_proj" in path and "lora_A" in path]
         assert len(spread) == (1 if tree is state.trainable else 2)
         assert all(leaf.addressable_shards[0].data.size * 8 == leaf.size for leaf in spread)
@@ -156,12 +190,26 @@ def test_meshes_that_cannot_be_are_refused_with_the_nearest(mesh, message):
 @pytest.mark.parametrize(
     ("mesh", "further", "message"),
     [
-        ({"fsdp": 8}, {"train.batch_size": 12}, "train.batch_size = 12 does not divide over 8 devices .* Use 16, or 8"),
-        ({"fsdp": 8}, {"train.micro_batch_size": 4}, "train.micro_batch_size = 4 does not divide over 8 .* Use 8"),
-        ({"fsdp": 1, "context": 8}, {"data.max_length": 60}, "data.max_length = 60 .*mesh.context.* Use 64, or 56"),
+        (
+            {"fsdp": 8},
+            {"train.batch_size": 12},
+            "train.batch_size = 12 does not divide over 8 devices .* Use 16, or 8",
+        ),
+        (
+            {"fsdp": 8},
+            {"train.micro_batch_size": 4},
+            "train.micro_batch_size = 4 does not divide over 8 .* Use 8",
+        ),
+        (
+            {"fsdp": 1, "context": 8},
+            {"data.max_length": 60},
+            "data.max_length = 60 .*mesh.context.* Use 64, or 56",
+        ),
     ],
 )
-def test_what_does_not_divide_is_refused_with_the_nearest(model, rows, tmp_path, mesh, further, message):
+def test_what_does_not_divide_is_refused_with_the_nearest(
+    model, rows, tmp_path, mesh, further, message
+):
     config = load_config(overrides=keys(model, rows, tmp_path / "run", mesh, **further))
     with pytest.raises(UserError, match=message):
         setup(config, Reporter(quiet=True))
@@ -174,19 +222,36 @@ def launch(count, devices, arguments, directory):
         port = found.getsockname()[1]
     begun = []
     for number in range(count):
-        where = ["--coordinator", f"localhost:{port}", "--processes", str(count), "--process", str(number)]
+        where = [
+            "--coordinator",
+            f"localhost:{port}",
+            "--processes",
+            str(count),
+            "--process",
+            str(number),
+        ]
         environment = tools.child_environment() | {"JAX_NUM_CPU_DEVICES": str(devices)}
         command = [sys.executable, "-m", "jaxtune", "train", *arguments, *where]
         with (directory / f"{number}.err").open("w") as error:
-            begun.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=error))
+            begun.append(
+                subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=error)
+            )
     return begun
 
 
-def test_processes_compute_the_same_one_that_dies_ends_all_and_others_go_on(model, rows, runs, tmp_path):
-    """Four processes of two devices; one is killed; two of four go on from the checkpoint, and it is as if one had done it all."""
-    arguments = keys(model, rows, tmp_path / "run", {"fsdp": 4, "tensor": 2}, **{"run.watchdog": 300})
+def test_processes_compute_the_same_one_that_dies_ends_all_and_others_go_on(
+    model, rows, runs, tmp_path
+):
+    """Four processes of two devices; one is killed; two of four go on from the checkpoint, and
+    it is as if one had done it all.
+    """
+    arguments = keys(
+        model, rows, tmp_path / "run", {"fsdp": 4, "tensor": 2}, **{"run.watchdog": 300}
+    )
     begun = launch(4, 2, arguments, tmp_path)
-    while all(process.poll() is None for process in begun) and len(read_metrics(tmp_path / "run")) < 4:
+    while (
+        all(process.poll() is None for process in begun) and len(read_metrics(tmp_path / "run")) < 4
+    ):
         time.sleep(0.1)
     begun[2].send_signal(signal.SIGKILL)
     died = time.monotonic()
@@ -222,13 +287,26 @@ def test_what_is_wrong_on_one_process_is_said_once_and_ends_all(model, rows, tmp
     begun = []
     for number, arguments in enumerate(both):
         environment = tools.child_environment() | {
-            "JAX_NUM_CPU_DEVICES": "1", "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number),
+            "JAX_NUM_CPU_DEVICES": "1", "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number),
         }  # fmt: skip
         command = [sys.executable, "-m", "jaxtune", "train", *arguments]
-        begun.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+        begun.append(
+            subprocess.Popen(
+                command,
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
     said = [process.communicate(timeout=120)[1] for process in begun]
     assert [process.returncode for process in begun] == [2, 2], said
-    assert said[0].splitlines()[-1].startswith("jaxtune: process 1: Process 1 has another configuration than process 0")
+    assert (
+        said[0]
+        .splitlines()[-1]
+        .startswith("jaxtune: process 1: Process 1 has another configuration than process 0")
+    )
     assert not said[1].strip(), said[1]
     assert not (tmp_path / "run" / "config.yaml").exists()
     assert os.path.exists(rows)

@@ -1,4 +1,6 @@
-"""Whole runs of methods other than LoRA: what they leave behind, how they go on, what is exported."""
+"""Whole runs of methods other than LoRA: what they leave behind, how they go on, what is
+exported.
+"""
 
 import json
 
@@ -33,7 +35,9 @@ PAIRS = [{"prompt": f"{n}+{n}?", "chosen": str(2 * n), "rejected": "no idea"} fo
 def wide(tmp_path_factory):
     """A bfloat16 model with whole blocks of NF4."""
     config = tools.tiny_config(hidden_size=64, intermediate_size=128)
-    return tools.save_model(tmp_path_factory.mktemp("wide"), config, tools.byte_tokenizer(), dtype=torch.bfloat16)
+    return tools.save_model(
+        tmp_path_factory.mktemp("wide"), config, tools.byte_tokenizer(), dtype=torch.bfloat16
+    )
 
 
 @pytest.fixture
@@ -47,8 +51,10 @@ def train(tmp_path, monkeypatch, chat_model):
     def call(*keys, directory="run", data="chats", model=chat_model):
         path = pairs if data == "pairs" else rows
         common = [
-            f"model.source={model}", f"run.dir={tmp_path / directory}", f"data.train={path}", f"data.eval={path}", "data.max_length=96",
-            "train.batch_size=4", "train.steps=6", "optimizer.learning_rate=1e-2", "checkpoint.every=2", "adapter.rank=4",
+            f"model.source={model}", f"run.dir={tmp_path / directory}", f"data.train={path}",
+            f"data.eval={path}", "data.max_length=96",
+            "train.batch_size=4", "train.steps=6", "optimizer.learning_rate=1e-2",
+            "checkpoint.every=2", "adapter.rank=4",
         ]  # fmt: skip
         return run(load_config(overrides=[*common, *keys]), Reporter(quiet=True))
 
@@ -57,7 +63,9 @@ def train(tmp_path, monkeypatch, chat_model):
 
 @pytest.mark.parametrize("objective", ["dpo", "orpo", "simpo", "kto"])
 def test_a_preference_run_raises_margin_and_accuracy(objective, train):
-    found = train(f"train.objective={objective}", "preference.beta=0.5", "train.eval_every=3", data="pairs")
+    found = train(
+        f"train.objective={objective}", "preference.beta=0.5", "train.eval_every=3", data="pairs"
+    )
     assert found.after["task"] == "preference"
     assert found.after["margin"] > found.before["margin"]
     assert found.after["accuracy"] > max(found.before["accuracy"], 0.9)
@@ -81,21 +89,30 @@ def test_all_weights_train_and_come_back_as_a_model(train, tmp_path, wide):
     assert {value.dtype.name for value in tensors.values()} == {"bfloat16"}
     assert (tensors.keys() | {"lm_head.weight"}) == before.keys()
     names = ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
-    assert all((tensors[name].astype(np.float32) != before[name].float().numpy()).any() for name in names)
+    assert all(
+        (tensors[name].astype(np.float32) != before[name].float().numpy()).any() for name in names
+    )
     loss = jaxtune.evaluate(str(found.dir), str(tmp_path / "chats.jsonl"), task="lm")["loss"]
-    assert loss == pytest.approx(found.after["loss"], rel=0.02)  # the weights that train are rounded to bfloat16
+    assert loss == pytest.approx(
+        found.after["loss"], rel=0.02
+    )  # the weights that train are rounded to bfloat16
     theirs = AutoModelForCausalLM.from_pretrained(found.model, dtype=torch.float32)
     model, _ = jaxtune.load(str(found.dir))
     model.compute_dtype = np.dtype(np.float32)
     ids = np.random.default_rng(0).integers(0, 256, (2, 12))
     np.testing.assert_allclose(model(ids), tools.torch_logits(theirs, ids), atol=2e-4)
-    with pytest.raises(UserError, match=r"has no adapter: its weights were trained\. Export them with --to hf"):
+    with pytest.raises(
+        UserError, match=r"has no adapter: its weights were trained\. Export them with --to hf"
+    ):
         export_run(found.dir, tmp_path / "out", Reporter(quiet=True))
     export_run(found.dir, tmp_path / "copy", Reporter(quiet=True), to="hf")
-    assert all(np.array_equal(value, tensors[name]) for name, value in load_file(tmp_path / "copy" / "model.safetensors").items())
+    assert all(
+        np.array_equal(value, tensors[name])
+        for name, value in load_file(tmp_path / "copy" / "model.safetensors").items()
+    )
 
 
-def test_trap14_a_quantised_base_trains_an_adapter_that_fits_the_original(train, tmp_path, wide):
+def test_trap14_a_quantized_base_trains_an_adapter_that_fits_the_original(train, tmp_path, wide):
     found = train("model.dtype=nf4", model=wide)
     assert found.after["loss"] < found.before["loss"]
     assert found.verification.reload_difference <= 1e-6 * found.verification.largest_logit
@@ -106,8 +123,12 @@ def test_trap14_a_quantised_base_trains_an_adapter_that_fits_the_original(train,
     name = "model.layers.0.mlp.down_proj"
     a, b = (adapter.tensors[f"base_model.model.{name}.lora_{part}.weight"].all() for part in "AB")
     wanted = base[f"{name}.weight"].astype(np.float32) + adapter.config.scale_of(name) * b @ a
-    np.testing.assert_allclose(merged[f"{name}.weight"].astype(np.float32), wanted, rtol=2**-8, atol=1e-6)
-    assert (tmp_path / "merged" / "model.safetensors").stat().st_size < 1.01 * (wide / "model.safetensors").stat().st_size
+    np.testing.assert_allclose(
+        merged[f"{name}.weight"].astype(np.float32), wanted, rtol=2**-8, atol=1e-6
+    )
+    assert (tmp_path / "merged" / "model.safetensors").stat().st_size < 1.01 * (
+        wide / "model.safetensors"
+    ).stat().st_size
 
 
 RESUMED = {
@@ -121,11 +142,17 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_trap22_trap28_a_run_that_was_stopped_ends_as_the_one_that_was_not(name, train, monkeypatch):
+def test_trap22_trap28_a_run_that_was_stopped_ends_as_the_one_that_was_not(
+    name, train, monkeypatch
+):
     """After a restart the reference is still what training started from, and the averages go on."""
     keys, data = RESUMED[name], "pairs" if name == "dpo" else "chats"
-    monkeypatch.setattr("jaxtune.weights.export.why_not_torch", lambda source, *packages: "not the subject here")
-    monkeypatch.setattr("jaxtune.weights.verify.why_not_torch", lambda source, *packages: "not the subject here")
+    monkeypatch.setattr(
+        "jaxtune.weights.export.why_not_torch", lambda source, *packages: "not the subject here"
+    )
+    monkeypatch.setattr(
+        "jaxtune.weights.verify.why_not_torch", lambda source, *packages: "not the subject here"
+    )
     whole = train(*keys, directory="whole", data=data)
     from jaxtune.training import loop
 
@@ -142,18 +169,24 @@ def test_trap22_trap28_a_run_that_was_stopped_ends_as_the_one_that_was_not(name,
             train(*keys, directory="stopped", data=data)
     stopped = train(*keys, directory="stopped", data=data)
     rows = [
-        [{key: value for key, value in row.items() if key not in TIMES} for row in read_metrics(one.dir)]
+        [
+            {key: value for key, value in row.items() if key not in TIMES}
+            for row in read_metrics(one.dir)
+        ]
         for one in (whole, stopped)
     ]
     assert rows[0] == rows[1]
-    files = [next((one.adapter or one.model).glob("*.safetensors")).read_bytes() for one in (whole, stopped)]
+    files = [
+        next((one.adapter or one.model).glob("*.safetensors")).read_bytes()
+        for one in (whole, stopped)
+    ]
     assert files[0] == files[1]
 
 
 CONTRADICTIONS = {
     "trainable=last:2": "trainable names weights, and adapter.method is an adapter",
     "adapter.init=pissa adapter.method=dora": "adapter.init=pissa is for adapter.method=lora",
-    "adapter.method=none model.dtype=nf4": "leaves nothing frozen that model.dtype could quantise",
+    "adapter.method=none model.dtype=nf4": "leaves nothing frozen that model.dtype could quantize",
     "adapter.method=none optimizer.lora_plus=16": "optimizer.lora_plus is for adapters",
     "optimizer.name=muon optimizer.learning_rate=auto": "optimizer.learning_rate=auto is a rule for AdamW",
     "optimizer.name=schedule-free optimizer.schedule=cosine": "schedule-free replaces the schedule",

@@ -1,4 +1,6 @@
-"""Every method x accumulation x packing x mesh gives the same losses; what trains without an adapter, and what that costs."""
+"""Every method x accumulation x packing x mesh gives the same losses; what trains without an
+adapter, and what that costs.
+"""
 
 import jax
 import numpy as np
@@ -36,7 +38,9 @@ PREFERENCES = ("dpo", "orpo", "simpo", "kto")
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """Rows of two blocks of NF4."""
-    config = tools.tiny_config(hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_key_value_heads=4)
+    config = tools.tiny_config(
+        hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_key_value_heads=4
+    )
     return tools.save_model(tmp_path_factory.mktemp("base"), config)
 
 
@@ -57,13 +61,16 @@ def batches(name, packed):
 def test_trap29_accumulation_packing_and_mesh_change_no_loss(name, base):
     keys = [key.format(base=base) for key in METHODS[name]]
 
-    def train(mesh, cuts=1, packed=False):
-        return [step[:2] for step in Steps(base, mesh, *keys).train(batches(name, packed), cuts)]
+    def train(mesh, micro_batches=1, packed=False):
+        return [
+            step[:2]
+            for step in Steps(base, mesh, *keys).train(batches(name, packed), micro_batches)
+        ]
 
     one = make_mesh(devices=jax.devices()[:1])
     expected = train(one)
-    np.testing.assert_allclose(train(one, cuts=4, packed=True), expected, rtol=2e-4)
-    np.testing.assert_allclose(train(make_mesh(1, 2, 4), cuts=2), expected, rtol=2e-4)
+    np.testing.assert_allclose(train(one, micro_batches=4, packed=True), expected, rtol=2e-4)
+    np.testing.assert_allclose(train(make_mesh(1, 2, 4), micro_batches=2), expected, rtol=2e-4)
 
 
 def torch_steps(model, trains, batches, rate):
@@ -100,7 +107,13 @@ def test_ten_steps_of_weights_equal_pytorchs(name, tmp_path, one_device):
     start = {key: value.detach().numpy().copy() for key, value in model.named_parameters()}
     rows = [random_rows(4, seed, longest=20) for seed in range(10)]
     theirs = torch_steps(model, trains, rows, 1e-3)
-    run = Steps(tmp_path, one_device, "adapter.method=none", f"trainable={entries}", "optimizer.learning_rate=1e-3")
+    run = Steps(
+        tmp_path,
+        one_device,
+        "adapter.method=none",
+        f"trainable={entries}",
+        "optimizer.learning_rate=1e-3",
+    )
     ours = run.train([batch_of(part, length=20) for part in rows])
     np.testing.assert_allclose([step[:2] for step in ours], theirs, rtol=2e-3)
     end = {key: value.detach().numpy() for key, value in model.named_parameters()}
@@ -127,12 +140,20 @@ def by_name(run):
 
 
 def test_the_first_layers_have_no_backward_pass_where_only_the_last_train(tmp_path, one_device):
-    """Of 6 layers the last 2: a third of the backward work and of the activations kept, whatever the head takes."""
+    """Of 6 layers the last 2: a third of the backward work and of the activations kept, whatever
+    the head takes.
+    """
     tools.save_model(tmp_path, tools.tiny_config(num_hidden_layers=6))
     batch = batch_of(random_rows(8), length=64)
 
     def measured(trainable, layers):
-        run = Steps(tmp_path, one_device, "adapter.method=none", f"trainable={trainable}", "train.remat=none")
+        run = Steps(
+            tmp_path,
+            one_device,
+            "adapter.method=none",
+            f"trainable={trainable}",
+            "train.remat=none",
+        )
         assert len(run.model().config.segments) == layers
         step = run.step.lower(run.state, run.frozen, on_devices(batch, 1, one_device)).compile()
         return step.memory_analysis().temp_size_in_bytes, len(jax.tree.leaves(run.state.opt_state))
@@ -163,7 +184,9 @@ def test_entries_that_mean_nothing_are_refused(entries, message, base, one_devic
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-@pytest.mark.parametrize("keys", [["model.dtype=nf4"], ["adapter.method=dora"]], ids=["nf4", "dora"])
+@pytest.mark.parametrize(
+    "keys", [["model.dtype=nf4"], ["adapter.method=dora"]], ids=["nf4", "dora"]
+)
 def test_trap21_every_b_learns_under_every_remat_policy(keys, remat, base, one_device):
     run = Steps(base, one_device, *keys, f"train.remat={remat}")
     run.train([ragged_batch(number) for number in range(2)])

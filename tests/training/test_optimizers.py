@@ -1,4 +1,6 @@
-"""Update rules against PyTorch's and transformers' own, and what belongs to them: decay, rates of groups, averages, noise."""
+"""Update rules against PyTorch's and transformers' own, and what belongs to them: decay, rates
+of groups, averages, noise.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -19,23 +21,33 @@ from tests.support.steps import Steps, leaves, ragged_batch
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 STEPS, RATE = 10, 1e-2
-PLAIN = {"learning_rate": RATE, "schedule": "constant", "warmup": 0.0, "clip_norm": None}
+DETERMINISTIC = {"learning_rate": RATE, "schedule": "constant", "warmup": 0.0, "clip_norm": None}
 
 
 def problem(seed=0):
-    """`(parameters, gradients of each step)`: a stack of two matrices and a vector; the gradients depend on nothing."""
+    """`(parameters, gradients of each step)`: a stack of two matrices and a vector; the
+    gradients depend on nothing.
+    """
     random = np.random.default_rng(seed)
     shapes = {"matrix": (2, 160, 136), "vector": (2, 136)}
-    parameters = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    return parameters, [{n: random.normal(size=s).astype(np.float32) for n, s in shapes.items()} for _ in range(STEPS)]
+    parameters = {
+        name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()
+    }
+    return parameters, [
+        {n: random.normal(size=s).astype(np.float32) for n, s in shapes.items()}
+        for _ in range(STEPS)
+    ]
 
 
-LEAVES = [Leaf(("a.q_proj",), "weight", 1, True, False), Leaf(("a.norm",), "weight", 1, False, False)]
+LEAVES = [
+    Leaf(("a.q_proj",), "weight", 1, True, False),
+    Leaf(("a.norm",), "weight", 1, False, False),
+]
 
 
 def ours(**numbers):
     """The parameters after the steps."""
-    config = OptimizerSection(**(PLAIN | numbers))
+    config = OptimizerSection(**(DETERMINISTIC | numbers))
     rule = optimizer(config, STEPS, LEAVES)
     parameters, gradients = problem()
     parameters = jax.tree.map(jnp.asarray, parameters)
@@ -50,22 +62,34 @@ def ours(**numbers):
 def theirs(make):
     """The same in PyTorch, each matrix and each vector a parameter."""
     start, gradients = problem()
-    parts = {(name, number): torch.nn.Parameter(torch.tensor(start[name][number])) for name in start for number in range(2)}
+    parts = {
+        (name, number): torch.nn.Parameter(torch.tensor(start[name][number]))
+        for name in start
+        for number in range(2)
+    }
     rules = make(
-        [part for key, part in parts.items() if key[0] == "matrix"], [p for key, p in parts.items() if key[0] == "vector"]
+        [part for key, part in parts.items() if key[0] == "matrix"],
+        [p for key, p in parts.items() if key[0] == "vector"],
     )
     for gradient in gradients:
         for (name, number), part in parts.items():
             part.grad = torch.tensor(gradient[name][number])
         for rule in rules:
             rule.step()
-    return {name: np.stack([parts[name, number].detach().numpy() for number in range(2)]) for name in start}
+    return {
+        name: np.stack([parts[name, number].detach().numpy() for number in range(2)])
+        for name in start
+    }
 
 
 def groups(rule, **options):
     """Decay for matrices alone."""
     return lambda matrices, vectors: [
-        rule([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=RATE, **options)
+        rule(
+            [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+            lr=RATE,
+            **options,
+        )
     ]
 
 
@@ -74,7 +98,8 @@ RULES = {
     "sgd": ({"betas": [0.9, 0.0]}, lambda m, v: [torch.optim.SGD([*m, *v], lr=RATE, momentum=0.9)]),
     "adafactor": (
         {},
-        lambda m, v: [Adafactor([*m, *v], lr=RATE, scale_parameter=False, relative_step=False, warmup_init=False, eps=(1e-30, 1e-3))],
+        lambda m,
+        v: [Adafactor([*m, *v], lr=RATE, scale_parameter=False, relative_step=False, warmup_init=False, eps=(1e-30, 1e-3))],
     ),
 }  # fmt: skip
 
@@ -89,15 +114,19 @@ def test_ten_steps_equal_pytorchs(name):
 
 
 def test_muon_is_its_algorithm_on_matrices_and_adamw_on_vectors():
-    """Jordan et al. 2024, five Newton-Schulz steps on Nesterov's momentum, and the size of AdamW's updates (Liu et al. 2025, eq. 4).
+    """Jordan et al. 2024, five Newton-Schulz steps on Nesterov's momentum, and the size of AdamW's
+    updates (Liu et al. 2025, eq. 4).
 
-    The momentum is bias-corrected, as optax has it; PyTorch's is not, and orthogonalises in bfloat16, so it is no reference here.
+    The momentum is bias-corrected, as optax has it; PyTorch's is not, and orthogonalises in
+    bfloat16, so it is no reference here.
     """
     parameters, gradients = problem()
     wanted, momentum = parameters["matrix"].copy(), np.zeros_like(parameters["matrix"])
     for step, gradient in enumerate(gradients, 1):
         momentum = 0.95 * momentum + 0.05 * gradient["matrix"]
-        mixed = 0.95 * momentum / (1 - 0.95 ** (step + 1)) + 0.05 * gradient["matrix"] / (1 - 0.95**step)
+        mixed = 0.95 * momentum / (1 - 0.95 ** (step + 1)) + 0.05 * gradient["matrix"] / (
+            1 - 0.95**step
+        )
         for layer, x in enumerate(mixed):
             x = x.T / np.linalg.norm(x)  # the wide side second
             for _ in range(5):
@@ -105,9 +134,15 @@ def test_muon_is_its_algorithm_on_matrices_and_adamw_on_vectors():
                 x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
             wanted[layer] -= RATE * (0.2 * np.sqrt(160) * x.T + 0.1 * wanted[layer])
     found = ours(name="muon", weight_decay=0.1, betas=[0.95, 0.999])
-    assert np.linalg.norm(found["matrix"] - wanted) <= 1e-3 * np.linalg.norm(wanted - parameters["matrix"])
-    adamw = theirs(lambda m, v: [torch.optim.AdamW(v, lr=RATE, betas=(0.95, 0.999), weight_decay=0.0)])
-    assert np.linalg.norm(found["vector"] - adamw["vector"]) <= 1e-3 * np.linalg.norm(adamw["vector"] - parameters["vector"])
+    assert np.linalg.norm(found["matrix"] - wanted) <= 1e-3 * np.linalg.norm(
+        wanted - parameters["matrix"]
+    )
+    adamw = theirs(
+        lambda m, v: [torch.optim.AdamW(v, lr=RATE, betas=(0.95, 0.999), weight_decay=0.0)]
+    )
+    assert np.linalg.norm(found["vector"] - adamw["vector"]) <= 1e-3 * np.linalg.norm(
+        adamw["vector"] - parameters["vector"]
+    )
 
 
 def test_lion_is_its_algorithm():
@@ -117,7 +152,9 @@ def test_lion_is_its_algorithm():
     for gradient in gradients:
         for name, g in gradient.items():
             decay = 0.1 * parameters[name] if name == "matrix" else 0.0
-            parameters[name] = parameters[name] - RATE * (np.sign(0.9 * momentum[name] + 0.1 * g) + decay)
+            parameters[name] = parameters[name] - RATE * (
+                np.sign(0.9 * momentum[name] + 0.1 * g) + decay
+            )
             momentum[name] = 0.99 * momentum[name] + 0.01 * g
     found = ours(name="lion", betas=[0.9, 0.99], weight_decay=0.1)
     for name, value in parameters.items():
@@ -125,7 +162,9 @@ def test_lion_is_its_algorithm():
 
 
 def test_schedule_free_is_its_algorithm():
-    """Defazio et al. 2024, algorithm 1: steps from z, gradients at y, and the average x that is evaluated."""
+    """Defazio et al. 2024, algorithm 1: steps from z, gradients at y, and the average x that is
+    evaluated.
+    """
     start, gradients = problem()
     found = ours(name="schedule-free", betas=[0.9, 0.99])
     for name, x in start.items():
@@ -138,14 +177,16 @@ def test_schedule_free_is_its_algorithm():
 
 
 def test_rates_of_groups_and_lora_plus():
-    config = OptimizerSection(**PLAIN, name="sgd", betas=[0.0, 0.0], rates={"norm": 1e-3})
+    config = OptimizerSection(**DETERMINISTIC, name="sgd", betas=[0.0, 0.0], rates={"norm": 1e-3})
     rule = optimizer(config, STEPS, LEAVES)
     ones = {"matrix": jnp.ones((2, 3, 3)), "vector": jnp.ones((2, 3))}
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = rule.update(ones, rule.init(ones), ones)
     np.testing.assert_allclose(updates["matrix"], -RATE, rtol=1e-6)
     np.testing.assert_allclose(updates["vector"], -1e-3, rtol=1e-6)
-    with pytest.raises(UserError, match=r"optimizer.rates: 'nrm' fits nothing that trains; there are norm, q_proj"):
+    with pytest.raises(
+        UserError, match=r"optimizer.rates: 'nrm' fits nothing that trains; there are norm, q_proj"
+    ):
         optimizer(config.model_copy(update={"rates": {"nrm": 1.0}}), STEPS, LEAVES)
 
 
@@ -154,8 +195,12 @@ def test_the_automatic_rate_is_the_published_rule():
     from jaxtune.models.families.from_hf import from_hf
 
     raw = tools.tiny_config(hidden_size=2048, num_attention_heads=32).to_dict()
-    assert auto_rate(from_hf(raw, "config.json"), lora=True) == pytest.approx(5e-4 * (2000 / 2048) ** 0.781)
-    assert auto_rate(from_hf(raw, "config.json"), lora=False) == pytest.approx(5e-5 * (2000 / 2048) ** 0.781)
+    assert auto_rate(from_hf(raw, "config.json"), lora=True) == pytest.approx(
+        5e-4 * (2000 / 2048) ** 0.781
+    )
+    assert auto_rate(from_hf(raw, "config.json"), lora=False) == pytest.approx(
+        5e-5 * (2000 / 2048) ** 0.781
+    )
 
 
 def test_the_average_is_what_is_evaluated(chat_model, one_device):
@@ -164,8 +209,22 @@ def test_the_average_is_what_is_evaluated(chat_model, one_device):
     for number in range(4):
         run.train([ragged_batch(number)])
         share = 1 - min(0.5, (number + 1) / (number + 11))
-        expected = {name: old + share * (leaves(run.state.trainable)[name] - old) for name, old in expected.items()}
-    setup = Setup(run.config, one_device, None, None, run.computation, run.trainable, run.frozen, run.optimizer, None, None)
+        expected = {
+            name: old + share * (leaves(run.state.trainable)[name] - old)
+            for name, old in expected.items()
+        }
+    setup = Setup(
+        run.config,
+        one_device,
+        None,
+        None,
+        run.spec,
+        run.trainable,
+        run.frozen,
+        run.optimizer,
+        None,
+        None,
+    )
     for name, value in leaves(setup.best(run.state)).items():
         np.testing.assert_allclose(value, expected[name], atol=1e-6)
         if "lora_B" in name:
@@ -173,7 +232,9 @@ def test_the_average_is_what_is_evaluated(chat_model, one_device):
 
 
 def test_neftune_noise_is_the_papers_and_is_off_in_evaluation(chat_model, one_device):
-    """Uniform within alpha / sqrt(tokens x embed), on the embeddings of every row of its own length."""
+    """Uniform within alpha / sqrt(tokens x embed), on the embeddings of every row of its own
+    length.
+    """
     run = Steps(chat_model, one_device, "train.neftune=5", "optimizer.learning_rate=1e-12")
     model, batch = run.model(), ragged_batch()
     seen = []
@@ -191,7 +252,11 @@ def test_neftune_noise_is_the_papers_and_is_off_in_evaluation(chat_model, one_de
         for dropout in (Dropout(jax.vmap(jax.random.key)(np.arange(8))), None):
             with pytest.raises(Spy):
                 model.hidden_states(
-                    batch.input_ids, segment_ids=batch.segment_ids, positions=batch.positions, dropout=dropout, noise=5.0
+                    batch.input_ids,
+                    segment_ids=batch.segment_ids,
+                    positions=batch.positions,
+                    dropout=dropout,
+                    noise=5.0,
                 )
     finally:
         table.__call__ = before

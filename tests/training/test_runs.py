@@ -1,4 +1,6 @@
-"""Whole runs from the command line, in processes of their own: cuts, kills, signals, a NaN, a second start."""
+"""Whole runs from the command line, in processes of their own: cuts, kills, signals, a NaN, a
+second start.
+"""
 
 import json
 import random
@@ -25,15 +27,26 @@ TIMES = {"step_seconds", "tokens_per_second", "mfu"}
 
 def command(directory, model, rows, **keys):
     options = {
-        "model.source": model, "data.train": rows, "run.dir": directory, "data.max_length": 96, "optimizer.learning_rate": 5e-3,
+        "model.source": model, "data.train": rows, "run.dir": directory, "data.max_length": 96,
+        "optimizer.learning_rate": 5e-3,
         "train.batch_size": 4, "adapter.rank": 4, "checkpoint.every": 3,
     } | {key.replace("__", "."): value for key, value in keys.items()}  # fmt: skip
-    return [sys.executable, "-m", "jaxtune", "train", *(f"{key}={value}" for key, value in options.items())]
+    return [
+        sys.executable,
+        "-m",
+        "jaxtune",
+        "train",
+        *(f"{key}={value}" for key, value in options.items()),
+    ]
 
 
 def start(*arguments, **keys):
     return subprocess.Popen(
-        command(*arguments, **keys), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=tools.child_environment()
+        command(*arguments, **keys),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=tools.child_environment(),
     )
 
 
@@ -50,16 +63,24 @@ def train(*arguments, **keys):
 
 
 def record(directory):
-    rows = [{key: value for key, value in row.items() if key not in TIMES} for row in read_metrics(Path(directory))]
+    rows = [
+        {key: value for key, value in row.items() if key not in TIMES}
+        for row in read_metrics(Path(directory))
+    ]
     return rows, (Path(directory) / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 def losses(directory):
-    return np.asarray([row["loss"] for row in read_metrics(Path(directory)) if row["split"] == "train"])
+    return np.asarray(
+        [row["loss"] for row in read_metrics(Path(directory)) if row["split"] == "train"]
+    )
 
 
 def factors(directory):
-    return {name: tensor.all() for name, tensor in open_adapter(Path(directory) / "adapter").tensors.items()}
+    return {
+        name: tensor.all()
+        for name, tensor in open_adapter(Path(directory) / "adapter").tensors.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +97,8 @@ def wait_for_step(process, directory, step):
 
 def test_killed_three_times_it_ends_bit_identical(chat_model, rows, tmp_path):
     keys = {
-        "train__steps": 40, "train__micro_batch_size": 2, "adapter__dropout": 0.1, "data__eval": rows, "train__eval_every": 10, "train__seed": 7,
+        "train__steps": 40, "train__micro_batch_size": 2, "adapter__dropout": 0.1,
+        "data__eval": rows, "train__eval_every": 10, "train__seed": 7,
     }  # fmt: skip
     train(tmp_path / "whole", chat_model, rows, **keys)
     draw = random.Random()
@@ -111,13 +133,19 @@ def test_a_signal_saves_and_says_how_to_go_on(number, chat_model, rows, tmp_path
 
 
 def test_trap01_trap09_cuts_and_packing_change_nothing(chat_model, rows, tmp_path):
-    """Sixteen rows of one length, so that packed (two a row) and unpacked batches can hold the same examples."""
+    """Sixteen rows of one length, so that packed (two a row) and unpacked batches can hold the
+    same examples.
+    """
     same = [tools.chat(f"{n % 10}+{n // 10}?", f"{n % 10 + n // 10:02}") for n in range(64)]
     path = tools.write_rows(tmp_path / "same.jsonl", same)
     keys = {"data__shuffle": "false", "optimizer__warmup": 0, "checkpoint__every": 1000}
     (length,) = set(prepare(DataSection(train=path), tools.byte_tokenizer()).lengths.tolist())
     runs = {
-        f"cut{micro}": {"train__batch_size": 8, "train__micro_batch_size": micro, "data__packing": "false"}
+        f"cut{micro}": {
+            "train__batch_size": 8,
+            "train__micro_batch_size": micro,
+            "data__packing": "false",
+        }
         for micro in (1, 2, 4, 8)
     }
     runs["packed"] = {"train__batch_size": 4, "data__max_length": 2 * length}
@@ -129,13 +157,18 @@ def test_trap01_trap09_cuts_and_packing_change_nothing(chat_model, rows, tmp_pat
     for name in runs:
         np.testing.assert_allclose(losses(tmp_path / name), expected, rtol=2e-5, err_msg=name)
         for key, value in factors(tmp_path / name).items():
-            np.testing.assert_allclose(value, factors(tmp_path / "cut8")[key], atol=2e-4, err_msg=f"{name} {key}")
+            np.testing.assert_allclose(
+                value, factors(tmp_path / "cut8")[key], atol=2e-4, err_msg=f"{name} {key}"
+            )
 
 
-def test_a_nan_stops_the_run_names_the_step_and_keeps_the_checkpoint_before(chat_model, rows, tmp_path):
+def test_a_nan_stops_the_run_names_the_step_and_keeps_the_checkpoint_before(
+    chat_model, rows, tmp_path
+):
     code, _, err = finish(
         tmp_path / "run", chat_model, rows,
-        optimizer__learning_rate=1e30, optimizer__clip_norm="null", optimizer__warmup=0, checkpoint__every=1, train__steps=30,
+        optimizer__learning_rate=1e30, optimizer__clip_norm="null", optimizer__warmup=0,
+        checkpoint__every=1, train__steps=30,
     )  # fmt: skip
     assert code == 1
     last = read_metrics(tmp_path / "run")[-1]
@@ -144,7 +177,9 @@ def test_a_nan_stops_the_run_names_the_step_and_keeps_the_checkpoint_before(chat
     assert steps_saved(read_config(tmp_path / "run"))[-1] == last["step"] - 1
 
 
-def test_a_second_start_trains_nothing_again_and_another_config_is_refused(chat_model, rows, tmp_path):
+def test_a_second_start_trains_nothing_again_and_another_config_is_refused(
+    chat_model, rows, tmp_path
+):
     keys = {"train__steps": 6, "data__eval": rows}
     train(tmp_path / "run", chat_model, rows, **keys)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -168,7 +203,9 @@ def test_a_second_start_trains_nothing_again_and_another_config_is_refused(chat_
         "verification.json",
     }
     assert {path.name for path in (tmp_path / "run").iterdir()} == made
-    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    samples = [
+        json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    ]
     assert len(samples) == 5
     assert all({"prompt", "wanted", "before", "after"} <= sample.keys() for sample in samples)
     RunDirectory(read_config(tmp_path / "run"), {}, date(2026, 1, 1), fresh=True).close()
@@ -184,7 +221,8 @@ def test_trap28_the_checkpoint_restores_on_another_number_of_devices(chat_model,
     process.communicate()
     process = subprocess.Popen(
         [*command(tmp_path / "moved", chat_model, rows, **keys), "mesh.tensor=2"],
-        stderr=subprocess.PIPE, text=True, env=tools.child_environment() | {"JAX_NUM_CPU_DEVICES": "4"},
+        stderr=subprocess.PIPE, text=True,
+        env=tools.child_environment() | {"JAX_NUM_CPU_DEVICES": "4"},
     )  # fmt: skip
     _, err = process.communicate(timeout=400)
     assert process.returncode == 0, err

@@ -10,7 +10,7 @@ from jaxtune.config.load import load_config
 from jaxtune.core.errors import UserError
 from jaxtune.core.files import read_jsonl
 from jaxtune.core.mesh import make_mesh
-from jaxtune.tracking.metrics_log import no_better, read_metrics
+from jaxtune.tracking.metrics_log import evals_since_best, read_metrics
 from jaxtune.tracking.progress import Reporter
 from jaxtune.training import setup
 from jaxtune.training.checkpoint import steps_saved
@@ -29,20 +29,28 @@ def alone(monkeypatch):
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows")
     letters = [tools.chat(row["messages"][0]["content"], "zq") for row in tools.sums(16, seed=1)]
-    return tools.write_rows(folder / "rows.jsonl", tools.sums(48)), tools.write_rows(folder / "letters.jsonl", letters)
+    return tools.write_rows(folder / "rows.jsonl", tools.sums(48)), tools.write_rows(
+        folder / "letters.jsonl", letters
+    )
 
 
 def config(directory, model, files, **further):
     keys = {
-        "model.source": model, "data.train": files[0], "data.eval": files[1], "run.dir": directory, "data.max_length": 96,
-        "optimizer.learning_rate": 5e-2, "train.batch_size": 4, "train.steps": 30, "train.eval_every": 2, "adapter.rank": 4,
+        "model.source": model, "data.train": files[0], "data.eval": files[1], "run.dir": directory,
+        "data.max_length": 96,
+        "optimizer.learning_rate": 5e-2, "train.batch_size": 4, "train.steps": 30,
+        "train.eval_every": 2, "adapter.rank": 4,
         "checkpoint.every": 100,
     } | {key.replace("__", "."): value for key, value in further.items()}  # fmt: skip
     return load_config(overrides=[f"{key}={value}" for key, value in keys.items()])
 
 
 def evaluations(directory):
-    return {row["step"]: row for row in read_metrics(Path(directory)) if row["split"] == "eval" and "task" not in row}
+    return {
+        row["step"]: row
+        for row in read_metrics(Path(directory))
+        if row["split"] == "eval" and "task" not in row
+    }
 
 
 def test_training_ends_when_the_evaluation_gets_no_better(chat_model, files, tmp_path, capsys):
@@ -69,7 +77,9 @@ def test_patience_outlives_a_kill(chat_model, files, tmp_path):
     class Killed(Exception):
         pass
 
-    whole = jaxtune.train(config(tmp_path / "whole", chat_model, files, train__patience=2, checkpoint__every=3))
+    whole = jaxtune.train(
+        config(tmp_path / "whole", chat_model, files, train__patience=2, checkpoint__every=3)
+    )
     last = max(evaluations(whole.dir))
 
     def kill(step, figures):
@@ -77,8 +87,15 @@ def test_patience_outlives_a_kill(chat_model, files, tmp_path):
             raise Killed
 
     with pytest.raises(Killed):
-        run(config(tmp_path / "cut", chat_model, files, train__patience=2, checkpoint__every=3), Reporter(True), watch=kill)
-    result = jaxtune.train(config(tmp_path / "cut", chat_model, files, train__patience=2, checkpoint__every=3), quiet=True)
+        run(
+            config(tmp_path / "cut", chat_model, files, train__patience=2, checkpoint__every=3),
+            Reporter(True),
+            watch=kill,
+        )
+    result = jaxtune.train(
+        config(tmp_path / "cut", chat_model, files, train__patience=2, checkpoint__every=3),
+        quiet=True,
+    )
     assert max(evaluations(result.dir)) == last
     assert {step: row["loss"] for step, row in evaluations(result.dir).items()} == {
         step: row["loss"] for step, row in evaluations(whole.dir).items()
@@ -89,45 +106,70 @@ def test_counting_evaluations():
     def rows(*values, name="loss"):
         return [{"split": "eval", "step": n + 1, name: value} for n, value in enumerate(values)]
 
-    assert no_better([], "loss") == 0
-    assert no_better(rows(3, 2, 1), "loss") == 0
-    assert no_better(rows(3, 1, 2, 1), "loss") == 2  # as good is no better
-    assert no_better(rows(1, 2, 3, name="accuracy"), "accuracy") == 0
-    assert no_better(rows(3, 1, 2, name="accuracy"), "accuracy") == 2
-    after = {"split": "eval", "step": 9, "task": "lm", "loss": 0.5}  # measured otherwise, after training
-    assert no_better([*rows(3, 1, 2), after], "loss") == 1
-    assert no_better([*rows(3, 1, 2), {"split": "train", "step": 4, "loss": 0.1}], "loss") == 1
+    assert evals_since_best([], "loss") == 0
+    assert evals_since_best(rows(3, 2, 1), "loss") == 0
+    assert evals_since_best(rows(3, 1, 2, 1), "loss") == 2  # as good is no better
+    assert evals_since_best(rows(1, 2, 3, name="accuracy"), "accuracy") == 0
+    assert evals_since_best(rows(3, 1, 2, name="accuracy"), "accuracy") == 2
+    after = {
+        "split": "eval",
+        "step": 9,
+        "task": "lm",
+        "loss": 0.5,
+    }  # measured otherwise, after training
+    assert evals_since_best([*rows(3, 1, 2), after], "loss") == 1
+    assert (
+        evals_since_best([*rows(3, 1, 2), {"split": "train", "step": 4, "loss": 0.1}], "loss") == 1
+    )
 
 
 def test_the_best_by_a_figure_of_the_task_is_exported(chat_model, files, tmp_path, capsys):
-    """It learns to answer a, and then b: rows in the order of the file. Of what it is asked, a is right three times in four."""
+    """It learns to answer a, and then b: rows in the order of the file. Of what it is asked, a
+    is right three times in four.
+    """
     asked = [row["messages"][0]["content"] for row in tools.sums(64)]
 
     def rows(name, answers):
-        return tools.write_rows(tmp_path / name, [tools.chat(*row) for row in zip(asked, answers, strict=False)])
+        return tools.write_rows(
+            tmp_path / name, [tools.chat(*row) for row in zip(asked, answers, strict=False)]
+        )
 
     held_out = rows("eval.jsonl", "aaab" * 4)
     further = {
-        "data__train": rows("rows.jsonl", "a" * 24 + "b" * 40), "data__eval": held_out, "data__shuffle": "false", "data__packing": "false",
-        "checkpoint__best": "accuracy", "train__eval_task": "classification", "train__steps": 16, "optimizer__warmup": 0,
+        "data__train": rows("rows.jsonl", "a" * 24 + "b" * 40), "data__eval": held_out,
+        "data__shuffle": "false", "data__packing": "false",
+        "checkpoint__best": "accuracy", "train__eval_task": "classification", "train__steps": 16,
+        "optimizer__warmup": 0,
         "optimizer__schedule": "constant", "optimizer__learning_rate": 1e-2,
     }  # fmt: skip
     result = jaxtune.train(config(tmp_path / "run", chat_model, files, **further))
     found = {step: row["accuracy"] for step, row in evaluations(result.dir).items()}
     best = max(found, key=found.get)
     assert found[best] > found[16]
-    assert f"The evaluation was best after step {best} (accuracy {found[best]:.4f})" in capsys.readouterr().err
+    assert (
+        f"The evaluation was best after step {best} (accuracy {found[best]:.4f})"
+        in capsys.readouterr().err
+    )
     assert result.after["accuracy"] == pytest.approx(found[best])
     assert {"accuracy", "loss"} <= evaluations(result.dir)[2].keys()
-    assert jaxtune.evaluate(str(result.dir), held_out, task="classification")["accuracy"] == pytest.approx(found[best])
-    wrong = config(tmp_path / "wrong", chat_model, files, **(further | {"checkpoint__best": "rouge_l"}))
-    with pytest.raises(UserError, match=r"checkpoint\.best = rouge_l: the evaluation \(classification\) has loss, .*accuracy"):
+    assert jaxtune.evaluate(str(result.dir), held_out, task="classification")[
+        "accuracy"
+    ] == pytest.approx(found[best])
+    wrong = config(
+        tmp_path / "wrong", chat_model, files, **(further | {"checkpoint__best": "rouge_l"})
+    )
+    with pytest.raises(
+        UserError,
+        match=r"checkpoint\.best = rouge_l: the evaluation \(classification\) has loss, .*accuracy",
+    ):
         jaxtune.train(wrong, quiet=True)
     assert not steps_saved(wrong)
 
 
 def test_trap26_dropout_is_off_in_every_evaluation(chat_model, files, tmp_path):
-    """On the way, after training, and from the exported adapter the figures are the same, by the loss and by what is generated."""
+    """On the way, after training, and from the exported adapter the figures are the same, by the
+    loss and by what is generated.
+    """
     further = {
         "adapter__dropout": 0.5,
         "train__steps": 4,
@@ -144,7 +186,9 @@ def test_trap26_dropout_is_off_in_every_evaluation(chat_model, files, tmp_path):
 
 
 def test_answers_on_the_way(chat_model, files, tmp_path):
-    result = jaxtune.train(config(tmp_path / "run", chat_model, files, train__samples=2, train__steps=10), quiet=True)
+    result = jaxtune.train(
+        config(tmp_path / "run", chat_model, files, train__samples=2, train__steps=10), quiet=True
+    )
     samples = read_jsonl(result.dir / "samples.jsonl")
     assert len(samples) == 2
     for sample in samples:
@@ -152,22 +196,42 @@ def test_answers_on_the_way(chat_model, files, tmp_path):
         assert {"before", "after"} <= sample.keys()
     page = (result.dir / "report.html").read_text()
     assert "after step 4" in page
-    nothing = jaxtune.train(config(tmp_path / "none", chat_model, files, train__samples=0, train__steps=2), quiet=True)
+    nothing = jaxtune.train(
+        config(tmp_path / "none", chat_model, files, train__samples=0, train__steps=2), quiet=True
+    )
     assert read_jsonl(nothing.dir / "samples.jsonl") == []
 
 
 def test_trackers_get_the_rows_of_the_log(chat_model, files, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(tmp_path / "trackio")}.items():
+    for name, value in {
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "TRACKIO_DIR": str(tmp_path / "trackio"),
+    }.items():
         monkeypatch.setenv(name, value)
-    wanted = config(tmp_path / "run", chat_model, files, train__steps=4, run__trackers="[tensorboard, wandb, trackio]")
+    wanted = config(
+        tmp_path / "run",
+        chat_model,
+        files,
+        train__steps=4,
+        run__trackers="[tensorboard, wandb, trackio]",
+    )
     result = jaxtune.train(wanted, quiet=True)
     board = EventAccumulator(str(result.dir / "tensorboard"))
     board.Reload()
-    for split, name in (("train", "loss"), ("train", "learning_rate"), ("eval", "loss"), ("eval", "perplexity")):
+    for split, name in (
+        ("train", "loss"),
+        ("train", "learning_rate"),
+        ("eval", "loss"),
+        ("eval", "perplexity"),
+    ):
         logged = [(row["step"], row[name]) for row in result.metrics if row["split"] == split]
-        tensors = [(event.step, float(event.tensor_proto.float_val[0])) for event in board.Tensors(f"{split}/{name}")]
+        tensors = [
+            (event.step, float(event.tensor_proto.float_val[0]))
+            for event in board.Tensors(f"{split}/{name}")
+        ]
         assert tensors == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged]
     assert list((result.dir / "wandb").glob("offline-run-*/run-*.wandb"))
     assert list((tmp_path / "trackio").rglob("*.db"))
@@ -180,10 +244,19 @@ def test_a_tracker_that_fails_costs_no_run(chat_model, files, tmp_path, monkeypa
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(Writer, "add_scalar", broken)
-    wanted = config(tmp_path / "run", chat_model, files, train__steps=2, run__trackers="[tensorboard]")
+    wanted = config(
+        tmp_path / "run", chat_model, files, train__steps=2, run__trackers="[tensorboard]"
+    )
     assert jaxtune.train(wanted).after
-    assert capsys.readouterr().err.count("tensorboard takes no more metrics: OSError: the disk is gone") == 1
+    assert (
+        capsys.readouterr().err.count(
+            "tensorboard takes no more metrics: OSError: the disk is gone"
+        )
+        == 1
+    )
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(UserError, match=r"wandb is not installed: pip install 'jaxtune\[track\]'"):
-        jaxtune.train(config(tmp_path / "other", chat_model, files, run__trackers="[wandb]"), quiet=True)
+        jaxtune.train(
+            config(tmp_path / "other", chat_model, files, run__trackers="[wandb]"), quiet=True
+        )
     assert not (tmp_path / "other").exists()

@@ -39,7 +39,8 @@ def base(chat_model, tmp_path):
         for name, count in (("train", 32), ("eval", 8))
     ]
     keys = {
-        "model.source": chat_model, "data.train": rows[0], "data.eval": rows[1], "data.max_length": 96, "train.batch_size": 4,
+        "model.source": chat_model, "data.train": rows[0], "data.eval": rows[1],
+        "data.max_length": 96, "train.batch_size": 4,
         "train.steps": 4, "train.eval_every": 2, "train.samples": 1, "adapter.rank": 2,
     }  # fmt: skip
     path = tmp_path / "config.yaml"
@@ -70,7 +71,9 @@ def test_each_trial_is_a_run_and_the_best_is_known(base, tmp_path):
         config = read_config(directory)
         assert config.optimizer.learning_rate == trial.params["optimizer.learning_rate"]
         assert config.adapter.targets == (
-            trial.params["adapter.targets"] if trial.params["adapter.targets"] == "all-linear" else ["q_proj"]
+            trial.params["adapter.targets"]
+            if trial.params["adapter.targets"] == "all-linear"
+            else ["q_proj"]
         )
         assert (directory / "adapter").is_dir()
         rows = read_metrics(directory)
@@ -79,7 +82,12 @@ def test_each_trial_is_a_run_and_the_best_is_known(base, tmp_path):
     assert [trial.value for trial in study.trials] == pytest.approx(losses)
     assert study.best_value == pytest.approx(min(losses))
     page = (tmp_path / "sweep" / "report.html").read_text()
-    for text in ("4 of 4 trials, by loss", "Importance of keys", 'href="trials/003/report.html"', "loss by adapter.targets"):
+    for text in (
+        "4 of 4 trials, by loss",
+        "Importance of keys",
+        'href="trials/003/report.html"',
+        "loss by adapter.targets",
+    ):
         assert text in page
     assert set(importance(study, ["optimizer.learning_rate", "adapter.targets"])) == {
         "optimizer.learning_rate",
@@ -95,12 +103,15 @@ def test_each_trial_is_a_run_and_the_best_is_known(base, tmp_path):
 
 
 def test_killed_in_the_middle_it_goes_on_to_the_same_end(base, tmp_path):
-    """The trial that was cut off is trained to its end, in its own directory, and those after it are as if nothing had been."""
+    """The trial that was cut off is trained to its end, in its own directory, and those after it
+    are as if nothing had been.
+    """
     whole = search(base, described(tmp_path, dir=str(tmp_path / "whole")))
     description = described(tmp_path, dir=str(tmp_path / "cut"))
     process = subprocess.Popen(
         [sys.executable, "-m", "jaxtune", "sweep", str(base), str(description)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=tools.child_environment() | {"JAX_NUM_CPU_DEVICES": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=tools.child_environment() | {"JAX_NUM_CPU_DEVICES": "1"},
     )  # fmt: skip
     end = time.monotonic() + 300
     while not any(row["step"] >= 1 for row in read_metrics(tmp_path / "cut" / "trials" / "002")):
@@ -113,13 +124,19 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_end(base, tmp_path):
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.RUNNING]
     study = search(base, description)
     assert [trial.params for trial in study.trials] == [trial.params for trial in whole.trials]
-    assert [trial.value for trial in study.trials] == pytest.approx([trial.value for trial in whole.trials], rel=1e-5)
+    assert [trial.value for trial in study.trials] == pytest.approx(
+        [trial.value for trial in whole.trials], rel=1e-5
+    )
     assert [trial.user_attrs["starts"] for trial in study.trials] == [1, 2, 1, 1]
 
 
 def test_a_worse_trial_ends_early(base, tmp_path):
-    rates = {"optimizer.learning_rate": [3e-2, 2.5e-2, 2e-2, 1.5e-2, 1e-2, 1e-9]}  # the median wants five before it
-    study = search(base, described(tmp_path, parameters=rates, sampler="grid", pruner="median", trials=9))
+    rates = {
+        "optimizer.learning_rate": [3e-2, 2.5e-2, 2e-2, 1.5e-2, 1e-2, 1e-9]
+    }  # the median wants five before it
+    study = search(
+        base, described(tmp_path, parameters=rates, sampler="grid", pruner="median", trials=9)
+    )
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 5 + [
         TrialState.PRUNED
     ]  # all combinations there are
@@ -131,7 +148,11 @@ def test_a_worse_trial_ends_early(base, tmp_path):
 
 
 def test_a_trial_that_fails_costs_only_itself(base, tmp_path):
-    parameters = {"optimizer.learning_rate": [1e30, 1e-3], "optimizer.clip_norm": [None], "optimizer.warmup": [0]}
+    parameters = {
+        "optimizer.learning_rate": [1e30, 1e-3],
+        "optimizer.clip_norm": [None],
+        "optimizer.warmup": [0],
+    }
     study = search(base, described(tmp_path, parameters=parameters, sampler="grid"))
     states = {trial.params["optimizer.learning_rate"]: trial for trial in study.trials}
     assert states[1e30].state == TrialState.FAIL
@@ -141,7 +162,9 @@ def test_a_trial_that_fails_costs_only_itself(base, tmp_path):
 
 
 def test_the_same_values_again_are_not_trained_again(base, tmp_path):
-    study = search(base, described(tmp_path, parameters={"adapter.rank": [2, 4]}, sampler="random", trials=5))
+    study = search(
+        base, described(tmp_path, parameters={"adapter.rank": [2, 4]}, sampler="random", trials=5)
+    )
     seen = {}
     for trial in study.trials:
         first = seen.setdefault(trial.params["adapter.rank"], trial)
@@ -158,7 +181,10 @@ def test_what_cannot_be_searched_is_said_before_anything_is_trained(base, tmp_pa
         ),
         ({"parameters": {"optimizer.schedule": ["cosine", "sine"]}}, "optimizer.schedule = 'sine'"),
         ({"parameters": {"run.dir": ["a", "b"]}}, "run.dir is not searched"),
-        ({"parameters": {"adapter.rank": {"low": 8, "high": 2}}}, r"low \(8\) must be below high \(2\)"),
+        (
+            {"parameters": {"adapter.rank": {"low": 8, "high": 2}}},
+            r"low \(8\) must be below high \(2\)",
+        ),
         ({"parameters": {}}, "parameters"),
         ({"metrics": "loss"}, "unknown key 'metrics'. Did you mean 'metric'"),
         ({"sampler": "grid"}, "sampler: grid takes lists of values"),
@@ -171,7 +197,9 @@ def test_what_cannot_be_searched_is_said_before_anything_is_trained(base, tmp_pa
     with pytest.raises(UserError, match=r"metric: rouge_l: the evaluation has loss, .*exact_match"):
         search(base, described(tmp_path, metric="rouge_l"))
     assert not (tmp_path / "sweep" / "trials").exists()
-    assert search(base, described(tmp_path, metric="token_f1", trials=1)).best_trial  # mended in place
+    assert search(
+        base, described(tmp_path, metric="token_f1", trials=1)
+    ).best_trial  # mended in place
 
 
 def test_every_trial_failed(base, tmp_path):
@@ -187,7 +215,10 @@ def test_one_that_is_stopped_again_and_again_is_not_given_up(base, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "run", stopped)
         for _ in range(5):
-            with pytest.raises(Interrupted, match=r"Stopped in trial 1; what was done is kept\.\nGo on with: jaxtune sweep"):
+            with pytest.raises(
+                Interrupted,
+                match=r"Stopped in trial 1; what was done is kept\.\nGo on with: jaxtune sweep",
+            ):
                 search(base, description)
     assert search(base, description).best_trial.user_attrs["starts"] == 1
 
@@ -211,16 +242,23 @@ def test_one_that_brings_the_program_down_is_given_up(base, tmp_path, monkeypatc
 
 
 def test_whole_numbers_and_nested_keys(tmp_path):
-    nested = {"adapter": {"rank": {"low": 2, "high": 8}}, "optimizer": {"betas": [[0.9, 0.99], [0.9, 0.999]]}}
+    nested = {
+        "adapter": {"rank": {"low": 2, "high": 8}},
+        "optimizer": {"betas": [[0.9, 0.99], [0.9, 0.999]]},
+    }
     plan = load_sweep(described(tmp_path, parameters=nested))
     assert set(plan.parameters) == {"adapter.rank", "optimizer.betas"}
     drawn = sweep._space(plan)
     assert isinstance(drawn["adapter.rank"], optuna.distributions.IntDistribution)
-    assert sweep._values(plan, {"adapter.rank": 3, "optimizer.betas": "[0.9, 0.99]"})["optimizer.betas"] == [0.9, 0.99]
+    assert sweep._values(plan, {"adapter.rank": 3, "optimizer.betas": "[0.9, 0.99]"})[
+        "optimizer.betas"
+    ] == [0.9, 0.99]
 
 
 def test_from_the_command_line(base, tmp_path):
-    done = tools.jaxtune("sweep", base, described(tmp_path, trials=2), "--json", tmp_path / "found.json")
+    done = tools.jaxtune(
+        "sweep", base, described(tmp_path, trials=2), "--json", tmp_path / "found.json"
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["best"]["value"] == min(trial["value"] for trial in found["trials"])

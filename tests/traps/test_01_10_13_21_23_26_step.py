@@ -16,10 +16,10 @@ from tests.support.steps import Steps, leaves, ragged_batch
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def train(run, steps=3, cuts=1, batch=ragged_batch):
+def train(run, steps=3, micro_batches=1, batch=ragged_batch):
     """`([(loss, gradient norm)], the adapter)` of a run from its start."""
     run.state = run.fresh()
-    found = run.train([batch(number) for number in range(steps)], cuts)
+    found = run.train([batch(number) for number in range(steps)], micro_batches)
     return [step[:2] for step in found], leaves(run.state.trainable)
 
 
@@ -30,10 +30,10 @@ def assert_same(left, right, tolerance):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("cuts", [2, 4, 8])
-def test_trap01_accumulation_equals_the_big_batch(cuts, dropout, chat_model, one_device):
+@pytest.mark.parametrize("micro_batches", [2, 4, 8])
+def test_trap01_accumulation_equals_the_big_batch(micro_batches, dropout, chat_model, one_device):
     run = Steps(chat_model, one_device, f"adapter.dropout={dropout}")
-    assert_same(train(run, cuts=cuts), train(run), 2e-5)
+    assert_same(train(run, micro_batches=micro_batches), train(run), 2e-5)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
@@ -44,11 +44,22 @@ def test_trap01_trap26_no_mesh_changes_the_numbers(shape, chat_model, one_device
 
 
 @pytest.mark.parametrize("keys", [[], ["adapter.method=none"]], ids=["adapter", "weights"])
-def test_trap13_trainable_leaves_and_moments_are_float32_and_tiny_updates_last(keys, chat_model, one_device):
+def test_trap13_trainable_leaves_and_moments_are_float32_and_tiny_updates_last(
+    keys, chat_model, one_device
+):
     """The base is stored in bfloat16; what trains of it is not."""
-    run = Steps(chat_model, one_device, "optimizer.learning_rate=1e-6", "model.dtype=bfloat16", "train.ema=0.9", *keys)
+    run = Steps(
+        chat_model,
+        one_device,
+        "optimizer.learning_rate=1e-6",
+        "model.dtype=bfloat16",
+        "train.ema=0.9",
+        *keys,
+    )
     kept = jax.tree.leaves((run.state.trainable, run.state.opt_state, run.state.average))
-    assert all(leaf.dtype == jnp.float32 for leaf in kept if jnp.issubdtype(leaf.dtype, jnp.floating))
+    assert all(
+        leaf.dtype == jnp.float32 for leaf in kept if jnp.issubdtype(leaf.dtype, jnp.floating)
+    )
     before = leaves(run.trainable)
     _, after = train(run, steps=1)
     for name, value in after.items():
@@ -73,10 +84,15 @@ def test_trap23_schedule_is_transformers_after_an_exact_warmup(kind, warmup):
     import torch
 
     steps = 20
-    reference = {"cosine": get_cosine_schedule_with_warmup, "linear": get_linear_schedule_with_warmup}[kind]
+    reference = {
+        "cosine": get_cosine_schedule_with_warmup,
+        "linear": get_linear_schedule_with_warmup,
+    }[kind]
     sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3e-4)
     theirs = reference(sgd, warmup, steps).lr_lambdas[0]
-    ours = schedule(OptimizerSection(learning_rate=3e-4, schedule=kind, warmup=float(warmup)), steps)
+    ours = schedule(
+        OptimizerSection(learning_rate=3e-4, schedule=kind, warmup=float(warmup)), steps
+    )
     for index in range(warmup):
         assert float(ours(index)) == pytest.approx(3e-4 * (index + 1) / warmup)
     for index in range(warmup, steps):
@@ -87,14 +103,22 @@ def test_trap23_schedule_is_transformers_after_an_exact_warmup(kind, warmup):
 
 def test_trap23_wsd_and_constant_and_fraction():
     wsd = schedule(OptimizerSection(learning_rate=1.0, schedule="wsd", warmup=0.1), 20)
-    assert [round(float(wsd(index)), 3) for index in (0, 1, 2, 15, 16, 17, 19)] == [0.5, 1, 1, 1, 1, 0.75, 0.25]
+    assert [round(float(wsd(index)), 3) for index in (0, 1, 2, 15, 16, 17, 19)] == [
+        0.5,
+        1,
+        1,
+        1,
+        1,
+        0.75,
+        0.25,
+    ]
     constant = schedule(OptimizerSection(learning_rate=1.0, schedule="constant", warmup=0.0), 20)
     assert {float(constant(index)) for index in range(20)} == {1.0}
 
 
 def test_trap23_the_schedule_counts_optimizer_steps_not_micro_steps(chat_model, one_device):
     run = Steps(chat_model, one_device, "optimizer.schedule=linear")
-    assert_same(train(run, steps=4, cuts=4), train(run, steps=4), 2e-5)
+    assert_same(train(run, steps=4, micro_batches=4), train(run, steps=4), 2e-5)
 
 
 def test_trap26_dropout_differs_by_step_and_row_and_is_off_in_evaluation(chat_model, one_device):
@@ -111,12 +135,14 @@ def test_trap26_dropout_differs_by_step_and_row_and_is_off_in_evaluation(chat_mo
 
     run = Steps(chat_model, one_device, "adapter.dropout=0.5", "optimizer.learning_rate=1e-12")
     losses = [step[0] for step in train(run, batch=lambda number: ragged_batch(0))[0]]
-    run.trainable = jax.tree.map(lambda leaf: leaf + 0.1, run.trainable)  # the weights stand still, so only the draws differ
+    run.trainable = jax.tree.map(
+        lambda leaf: leaf + 0.1, run.trainable
+    )  # the weights stand still, so only the draws differ
     stepped = [train(run, steps=2, batch=lambda number: ragged_batch(0))[0] for _ in range(2)]
     assert stepped[0] == stepped[1]
-    evaluate = eval_step(run.computation)
+    evaluate = eval_step(run.spec)
     results = {float(evaluate(run.trainable, run.frozen, ragged_batch(0))[0]) for _ in range(3)}
-    without = eval_step(Steps(chat_model, one_device).computation)
+    without = eval_step(Steps(chat_model, one_device).spec)
     assert results == {float(without(run.trainable, run.frozen, ragged_batch(0))[0])}
     assert len(set(losses)) == 1  # B is zero, so dropping the adapter's input changes nothing yet
     assert stepped[0][0] != stepped[0][1]

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from jaxtune.config.schema import DataSection
-from jaxtune.core.errors import RunFailure, UserError
-from jaxtune.data.chat.tokenize import Example, Tokeniser, prompt_ids
+from jaxtune.core.errors import RunError, UserError
+from jaxtune.data.chat.tokenize import ConversationTokenizer, Example, prompt_ids
 from jaxtune.data.examples import fed_length, in_memory
 from jaxtune.data.formats.conversation import Conversation
 from jaxtune.data.packing import Layout, build_batch, plan_epoch
@@ -26,8 +26,16 @@ TALK = [
     {"role": "assistant", "content": "fine, thanks </s> end"},
 ]
 TEMPLATES = {
-    "chatml": (tools.CHATML, "<|im_end|>", ["assistant<|im_end|>", "fine, thanks </s> end<|im_end|>"]),
-    "llama3": (tools.LLAMA3, "<|eot_id|>", ["assistant<|eot_id|>", "fine, thanks </s> end<|eot_id|>"]),
+    "chatml": (
+        tools.CHATML,
+        "<|im_end|>",
+        ["assistant<|im_end|>", "fine, thanks </s> end<|im_end|>"],
+    ),
+    "llama3": (
+        tools.LLAMA3,
+        "<|eot_id|>",
+        ["assistant<|eot_id|>", "fine, thanks </s> end<|eot_id|>"],
+    ),
     "llama2": (tools.LLAMA2, "</s>", ["assistant </s>", "fine, thanks </s> end </s>"]),
 }
 
@@ -52,11 +60,14 @@ def test_trap03_trap05_trap07_ids_are_the_templates_and_answers_with_their_end_a
     template, eos, answers = TEMPLATES[name]
     tokenizer = tools.byte_tokenizer(template, eos)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    example = tools.tokenise(tokenizer, conversation(), "responses")
+    example = tools.tokenize(tokenizer, conversation(), "responses")
     assert example.ids.tolist() == tokenizer.apply_chat_template(TALK)["input_ids"]
     assert supervised_texts(tokenizer, example) == answers
-    assert supervised_texts(tokenizer, tools.tokenise(tokenizer, conversation(), "last")) == answers[-1:]
-    assert tools.tokenise(tokenizer, conversation(), "all").supervised.all()
+    assert (
+        supervised_texts(tokenizer, tools.tokenize(tokenizer, conversation(), "last"))
+        == answers[-1:]
+    )
+    assert tools.tokenize(tokenizer, conversation(), "all").supervised.all()
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -73,19 +84,26 @@ def build(rows, examples, count, length):
 
 @pytest.mark.parametrize("add_bos", [False, True])
 def test_trap04_exactly_one_bos(add_bos):
-    for template, eos in ((tools.LLAMA3, "<|eot_id|>"), (tools.CHATML, "<|im_end|>"), (None, "</s>")):
+    for template, eos in (
+        (tools.LLAMA3, "<|eot_id|>"),
+        (tools.CHATML, "<|im_end|>"),
+        (None, "</s>"),
+    ):
         tokenizer = tools.byte_tokenizer(template, eos, add_bos)
         chat = conversation(TALK[:2], plain=True)
         expected = 1 if template == tools.LLAMA3 or (add_bos and template is None) else 0
-        for ids in (tools.tokenise(tokenizer, chat, "responses").ids.tolist(), prompt_ids(tokenizer, chat)):
+        for ids in (
+            tools.tokenize(tokenizer, chat, "responses").ids.tolist(),
+            prompt_ids(tokenizer, chat),
+        ):
             assert ids.count(tokenizer.bos_token_id) == expected
 
 
 def test_trap02_the_last_target_is_the_end_of_turn_and_padding_is_never_one():
     tokenizer = tools.byte_tokenizer()
     examples = [
-        tools.tokenise(tokenizer, conversation(TALK[:2]), "responses"),
-        tools.tokenise(tokenizer, conversation(), "responses"),
+        tools.tokenize(tokenizer, conversation(TALK[:2]), "responses"),
+        tools.tokenize(tokenizer, conversation(), "responses"),
     ]
     batch = build([(0,), (1,)], examples, 3, 160)
     for row, example in enumerate(examples):
@@ -99,7 +117,11 @@ def test_trap02_the_last_target_is_the_end_of_turn_and_padding_is_never_one():
 
 def test_trap06_truncation_that_leaves_nothing_drops_the_row_and_counts_it(tmp_path):
     tokenizer = tools.byte_tokenizer()
-    rows = [tools.chat("q" * 10, "yes"), tools.chat("q" * 500, "yes"), tools.chat("q" * 10, "y" * 500)]
+    rows = [
+        tools.chat("q" * 10, "yes"),
+        tools.chat("q" * 500, "yes"),
+        tools.chat("q" * 10, "y" * 500),
+    ]
     rows.append({"messages": [{"role": "user", "content": "no answer"}]})
     path = tools.write_rows(tmp_path / "rows.jsonl", rows)
     found = prepare(DataSection(train=path, max_length=100), tokenizer)
@@ -112,24 +134,29 @@ def test_trap06_truncation_that_leaves_nothing_drops_the_row_and_counts_it(tmp_p
     assert all(item.supervised[1:].any() and fed_length(item) <= 100 for item in found.items)
     with pytest.raises(UserError, match="no row has a supervised token"):
         prepare(DataSection(train=path, max_length=5), tokenizer)
-    with pytest.raises(RunFailure, match="no supervised token"):
+    with pytest.raises(RunError, match="no supervised token"):
         build_batch([], [], np.zeros(0, int), (2, 8))
-    with pytest.raises(RunFailure, match="no supervised token"):
+    with pytest.raises(RunError, match="no supervised token"):
         build_batch([(0,)], [Example(np.arange(5), np.zeros(5))], np.array([3]), (2, 8))
 
 
 def test_trap07_a_template_that_rewrites_answers_is_refused_not_masked_to_zero():
     shouting = tools.CHATML.replace("m['content']", "m['content'] | upper")
-    with pytest.raises(UserError, match=r"rows.jsonl:1: the chat template changes the text of messages\[1\]"):
-        tools.tokenise(tools.byte_tokenizer(shouting), conversation(TALK[:2]), "responses")
+    with pytest.raises(
+        UserError, match=r"rows.jsonl:1: the chat template changes the text of messages\[1\]"
+    ):
+        tools.tokenize(tools.byte_tokenizer(shouting), conversation(TALK[:2]), "responses")
     other_prompt = tools.CHATML.replace("assistant\n'}}{% endif", "assistant: '}}{% endif")
     with pytest.raises(UserError, match="differently from the prompt"):
-        tools.tokenise(tools.byte_tokenizer(other_prompt), conversation(TALK[:2]), "responses")
-    dropping = "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}" + tools.CHATML.split("{% for m in messages %}")[
-        1
-    ].replace("{% endfor %}", "{% endif %}{% endfor %}")
+        tools.tokenize(tools.byte_tokenizer(other_prompt), conversation(TALK[:2]), "responses")
+    dropping = (
+        "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}"
+        + tools.CHATML.split("{% for m in messages %}")[1].replace(
+            "{% endfor %}", "{% endif %}{% endfor %}"
+        )
+    )
     tokenizer = tools.byte_tokenizer(dropping)
-    (documents,) = Tokeniser(tokenizer, "responses")([conversation()])
+    (documents,) = ConversationTokenizer(tokenizer, "responses")([conversation()])
     assert [document.rewritten for document in documents] == [True, True]
     for document, through in zip(documents, (2, 4), strict=True):
         example = document.example()
@@ -138,13 +165,16 @@ def test_trap07_a_template_that_rewrites_answers_is_refused_not_masked_to_zero()
 
 
 def test_trap08_a_prompt_that_is_no_token_prefix_is_masked_by_characters(smollm2):
-    """'1' + '23' merges over the border of prompt and answer where the tokenizer has the merge; the mask must not shift."""
+    """'1' + '23' merges over the border of prompt and answer where the tokenizer has the merge;
+    the mask must not shift.
+    """
     tokenizer = resolve(str(smollm2)).tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
-    )
-    messages = [{"role": "user", "content": "The capital is Par"}, {"role": "assistant", "content": "is, in France"}]
-    example = tools.tokenise(tokenizer, conversation(messages), "responses")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+    messages = [
+        {"role": "user", "content": "The capital is Par"},
+        {"role": "assistant", "content": "is, in France"},
+    ]
+    example = tools.tokenize(tokenizer, conversation(messages), "responses")
     prompt = tokenizer("The capital is Par")["input_ids"]
     assert example.ids[: len(prompt)].tolist() != prompt
     assert supervised_texts(tokenizer, example) == [" Paris, in France<|im_end|>"]
@@ -158,7 +188,9 @@ def packed_losses(model, examples, layout):
     def token_losses(state, batch):
         model = nnx.merge(graph, state)
         logits = model(batch.input_ids, segment_ids=batch.segment_ids, positions=batch.positions)
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.target_ids[..., None], -1)[..., 0]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.target_ids[..., None], -1)[
+            ..., 0
+        ]
 
     found = {}
     lengths = np.asarray([fed_length(example) for example in examples])
@@ -170,7 +202,9 @@ def packed_losses(model, examples, layout):
             at = 0
             for index in row:
                 for position in range(lengths[index]):
-                    found[index, position] = losses[number, at + position] * batch.weights[number, at + position]
+                    found[index, position] = (
+                        losses[number, at + position] * batch.weights[number, at + position]
+                    )
                 at += lengths[index]
     return found
 
@@ -178,7 +212,10 @@ def packed_losses(model, examples, layout):
 def test_trap09_packed_loss_is_the_unpacked_loss_token_by_token(chat_model, one_device):
     model = load_model(resolve(str(chat_model)), one_device)
     tokenizer = tools.byte_tokenizer()
-    examples = [tools.tokenise(tokenizer, conversation(row["messages"]), "responses") for row in tools.sums(20)]
+    examples = [
+        tools.tokenize(tokenizer, conversation(row["messages"]), "responses")
+        for row in tools.sums(20)
+    ]
     packed = packed_losses(model, examples, Layout(4, 256, packing=True, shuffle=True, seed=1))
     alone = packed_losses(model, examples, Layout(4, 256, packing=False, shuffle=False, seed=0))
     assert packed.keys() == alone.keys()
@@ -190,7 +227,10 @@ def test_trap09_packed_loss_is_the_unpacked_loss_token_by_token(chat_model, one_
 
 def test_trap09_no_target_crosses_from_one_example_to_the_next():
     random = np.random.default_rng(0)
-    examples = [Example(random.integers(0, 99, size).astype(np.int32), np.arange(size) > 1) for size in (5, 7, 4)]
+    examples = [
+        Example(random.integers(0, 99, size).astype(np.int32), np.arange(size) > 1)
+        for size in (5, 7, 4)
+    ]
     batch = build([(0, 1, 2)], examples, 1, 16)
     at = 0
     for number, example in enumerate(examples):
@@ -206,7 +246,10 @@ def test_trap09_no_target_crosses_from_one_example_to_the_next():
 def test_sft_sums_and_does_not_average(chat_model, one_device):
     """Doubling a batch doubles both sums."""
     model = load_model(resolve(str(chat_model)), one_device)
-    examples = [tools.tokenise(tools.byte_tokenizer(), conversation(row["messages"]), "responses") for row in tools.sums(4)]
+    examples = [
+        tools.tokenize(tools.byte_tokenizer(), conversation(row["messages"]), "responses")
+        for row in tools.sums(4)
+    ]
     once = build([(0,), (1,)], examples, 2, 96)
     twice = jax.tree.map(lambda part: np.concatenate([part, part]), once)
     (loss, weight, _), (loss2, weight2, _) = sft(model, once), sft(model, twice)

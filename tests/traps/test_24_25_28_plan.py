@@ -1,4 +1,6 @@
-"""Traps of the plan: token-weighted evaluation, no lost remainder, the same batches after a resume."""
+"""Traps of the plan: token-weighted evaluation, no lost remainder, the same batches after a
+resume.
+"""
 
 import jax
 import numpy as np
@@ -10,13 +12,13 @@ from jaxtune.config.load import validated
 from jaxtune.config.schema import DataSection
 from jaxtune.data.chat.tokenize import Example
 from jaxtune.data.examples import in_memory
-from jaxtune.data.loader import Plan, batches
+from jaxtune.data.loader import BatchSchedule, batches
 from jaxtune.data.packing import Layout, plan_epoch
-from jaxtune.evaluation.evaluate import Asked, evaluate
+from jaxtune.evaluation.evaluate import EvalOptions, evaluate
 from jaxtune.tracking.progress import Reporter
 from jaxtune.training.loop import Evaluator
 from jaxtune.training.setup import setup
-from jaxtune.training.step import init_state
+from jaxtune.training.state import init_state
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
 from tests.support import tools
@@ -25,9 +27,14 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def examples(lengths):
-    """Examples that fill so many positions, all but the first token supervised; ids name the example."""
+    """Examples that fill so many positions, all but the first token supervised; ids name the
+    example.
+    """
     return in_memory(
-        [Example(np.full(size + 1, number, np.int32), np.arange(size + 1) > 0) for number, size in enumerate(lengths)]
+        [
+            Example(np.full(size + 1, number, np.int32), np.arange(size + 1) > 0)
+            for number, size in enumerate(lengths)
+        ]
     )
 
 
@@ -39,11 +46,15 @@ def examples(lengths):
     shuffle=st.booleans(),
     epoch=st.integers(0, 3),
 )
-def test_trap25_every_example_once_an_epoch_and_rows_hold_what_fits(lengths, rows, packing, shuffle, epoch):
+def test_trap25_every_example_once_an_epoch_and_rows_hold_what_fits(
+    lengths, rows, packing, shuffle, epoch
+):
     layout = Layout(rows, 32, packing, shuffle, seed=3)
     planned = plan_epoch(np.asarray(lengths), layout, epoch)
     found = [planned.batch(number) for number in range(len(planned))]
-    assert sorted(index for batch in found for row in batch for index in row) == list(range(len(lengths)))
+    assert sorted(index for batch in found for row in batch for index in row) == list(
+        range(len(lengths))
+    )
     assert all(len(batch) == rows for batch in found[:-1])
     assert all(sum(lengths[index] for index in row) <= 32 for batch in found for row in batch)
     again = plan_epoch(np.asarray(lengths), layout, epoch)
@@ -51,19 +62,27 @@ def test_trap25_every_example_once_an_epoch_and_rows_hold_what_fits(lengths, row
 
 
 def test_trap25_epochs_differ_in_order_and_supervise_the_same_tokens():
-    plan = Plan(examples(range(1, 30)), Layout(3, 32, True, True, 0), epochs=3)
+    plan = BatchSchedule(examples(range(1, 30)), Layout(3, 32, True, True, 0), epochs=3)
     by_epoch = {}
     for number in range(len(plan)):
         by_epoch.setdefault(int(np.ceil(plan.epoch(number))), []).append(plan.batch(number))
-    assert len({str([batch.input_ids.tolist() for batch in part]) for part in by_epoch.values()}) == 3
-    assert [sum(batch.weights.sum() for batch in part) for part in by_epoch.values()] == [sum(range(1, 30))] * 3
+    assert (
+        len({str([batch.input_ids.tolist() for batch in part]) for part in by_epoch.values()}) == 3
+    )
+    assert [sum(batch.weights.sum() for batch in part) for part in by_epoch.values()] == [
+        sum(range(1, 30))
+    ] * 3
 
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("start", [1, 4, 9])
 def test_trap28_batches_after_a_resume_are_those_of_the_whole_run(packing, start, one_device):
     def plan():
-        return Plan(examples(np.random.default_rng(0).integers(1, 30, 40)), Layout(4, 32, packing, True, 5), epochs=3)
+        return BatchSchedule(
+            examples(np.random.default_rng(0).integers(1, 30, 40)),
+            Layout(4, 32, packing, True, 5),
+            epochs=3,
+        )
 
     whole = list(batches(plan(), 0, 2, one_device))
     rest = list(batches(plan(), start, 2, one_device))
@@ -74,11 +93,16 @@ def test_trap28_batches_after_a_resume_are_those_of_the_whole_run(packing, start
 
 
 def test_steps_override_epochs():
-    assert len(Plan(examples([3] * 10), Layout(4, 32, False, True, 0), epochs=1, steps=7)) == 7
-    assert len(Plan(examples([3] * 10), Layout(4, 32, False, True, 0), epochs=2)) == 6
+    assert (
+        len(BatchSchedule(examples([3] * 10), Layout(4, 32, False, True, 0), epochs=1, steps=7))
+        == 7
+    )
+    assert len(BatchSchedule(examples([3] * 10), Layout(4, 32, False, True, 0), epochs=2)) == 6
 
 
-def test_trap24_evaluation_is_weighted_by_tokens_the_same_at_every_batch_size(chat_model, one_device, tmp_path):
+def test_trap24_evaluation_is_weighted_by_tokens_the_same_at_every_batch_size(
+    chat_model, one_device, tmp_path
+):
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -86,16 +110,23 @@ def test_trap24_evaluation_is_weighted_by_tokens_the_same_at_every_batch_size(ch
 
     source = resolve(str(chat_model))
     model, tokenizer = load_model(source, one_device), source.tokenizer()
-    rows = [tools.chat(f"say {'x' * (n % 5)}", "ab" * (1 + 7 * (n % 3)) + str(n)) for n in range(11)]
+    rows = [
+        tools.chat(f"say {'x' * (n % 5)}", "ab" * (1 + 7 * (n % 3)) + str(n)) for n in range(11)
+    ]
     path = tools.write_rows(tmp_path / "rows.jsonl", rows)
     found = [
-        evaluate(model, tokenizer, source.stop_ids(), DataSection(eval=path), Asked("lm", size)).figures()
+        evaluate(
+            model, tokenizer, source.stop_ids(), DataSection(eval=path), EvalOptions("lm", size)
+        ).figures()
         for size in (1, 3, 11, 16)
     ]
     reference = AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float32)
     from jaxtune.data.formats.conversation import Conversation
 
-    items = [tools.tokenise(tokenizer, Conversation("", row["messages"], False), "responses") for row in rows]
+    items = [
+        tools.tokenize(tokenizer, Conversation("", row["messages"], False), "responses")
+        for row in rows
+    ]
     total, count = peft_side.token_loss(reference, [(item.ids, item.supervised) for item in items])
     for result in found:
         assert result["supervised_tokens"] == count
@@ -103,12 +134,20 @@ def test_trap24_evaluation_is_weighted_by_tokens_the_same_at_every_batch_size(ch
         assert result["perplexity"] == pytest.approx(np.exp(result["loss"]))
 
 
-def test_trap24_evaluation_on_the_way_is_that_of_the_whole_file_at_every_batch_size(chat_model, one_device, tmp_path):
-    rows = [tools.chat(f"say {'x' * (n % 5)}", "ab" * (1 + 7 * (n % 3)) + str(n)) for n in range(11)]
+def test_trap24_evaluation_on_the_way_is_that_of_the_whole_file_at_every_batch_size(
+    chat_model, one_device, tmp_path
+):
+    rows = [
+        tools.chat(f"say {'x' * (n % 5)}", "ab" * (1 + 7 * (n % 3)) + str(n)) for n in range(11)
+    ]
     path = tools.write_rows(tmp_path / "rows.jsonl", rows)
     source = resolve(str(chat_model))
     whole = evaluate(
-        load_model(source, one_device), source.tokenizer(), source.stop_ids(), DataSection(eval=path), Asked("lm")
+        load_model(source, one_device),
+        source.tokenizer(),
+        source.stop_ids(),
+        DataSection(eval=path),
+        EvalOptions("lm"),
     ).figures()
     for size in (8, 16):  # eight devices
         sections = {
@@ -117,21 +156,39 @@ def test_trap24_evaluation_on_the_way_is_that_of_the_whole_file_at_every_batch_s
         }
         parts = setup(validated(sections | {"train": {"batch_size": size}}), Reporter(quiet=True))
         with jax.set_mesh(parts.mesh):
-            found = Evaluator(parts, parts.eval_plan)(init_state(parts.trainable, parts.optimizer, 0))
+            found = Evaluator(parts, parts.eval_plan)(
+                init_state(parts.trainable, parts.optimizer, 0)
+            )
         assert found["loss"] == pytest.approx(whole["loss"], rel=1e-5)
 
 
-def test_trap24_classification_by_cache_equals_the_plain_forward_pass(chat_model, one_device, tmp_path):
-    """Scores from a shared prefix and a cache give the loss that a whole forward pass gives, at every batch size."""
+def test_trap24_classification_by_cache_equals_the_plain_forward_pass(
+    chat_model, one_device, tmp_path
+):
+    """Scores from a shared prefix and a cache give the loss that a whole forward pass gives, at
+    every batch size.
+    """
     source = resolve(str(chat_model))
     model, tokenizer = load_model(source, one_device), source.tokenizer()
     rows = [
-        tools.chat(f"Which colour is this, number {n}?" + "!" * (n % 4), ["red", "green", "light blue"][n % 3]) for n in range(12)
+        tools.chat(
+            f"Which color is this, number {n}?" + "!" * (n % 4),
+            ["red", "green", "light blue"][n % 3],
+        )
+        for n in range(12)
     ]
     path = tools.write_rows(tmp_path / "rows.jsonl", rows)
-    plain = evaluate(model, tokenizer, source.stop_ids(), DataSection(eval=path), Asked("lm")).figures()
+    plain = evaluate(
+        model, tokenizer, source.stop_ids(), DataSection(eval=path), EvalOptions("lm")
+    ).figures()
     for size in (2, 5, 32):
-        result = evaluate(model, tokenizer, source.stop_ids(), DataSection(eval=path), Asked(batch=size)).figures()
-        assert (result["task"], result["rows"], result["supervised_tokens"]) == ("classification", 12, plain["supervised_tokens"])
+        result = evaluate(
+            model, tokenizer, source.stop_ids(), DataSection(eval=path), EvalOptions(batch=size)
+        ).figures()
+        assert (result["task"], result["rows"], result["supervised_tokens"]) == (
+            "classification",
+            12,
+            plain["supervised_tokens"],
+        )
         assert result["loss"] == pytest.approx(plain["loss"], rel=1e-5)
         assert np.sum(result["confusion"]["rows_true_columns_predicted"]) == 12

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jaxtune import convert
-from jaxtune.core.errors import RunFailure, UserError
+from jaxtune.core.errors import RunError, UserError
 from jaxtune.weights.convert import convert_model
 from jaxtune.weights.formats import hf_directory
 from jaxtune.weights.load import load_model
@@ -51,17 +51,29 @@ def test_hugging_face_there_and_back_is_byte_identical(name, tmp_path):
     assert ours == theirs
 
 
-def test_mixed_dtypes_shards_and_the_files_beside_the_weights_survive(chat_model, tmp_path, monkeypatch):
+def test_mixed_dtypes_shards_and_the_files_beside_the_weights_survive(
+    chat_model, tmp_path, monkeypatch
+):
     source = shutil.copytree(chat_model, tmp_path / "a")
     tools.rewrite_tensors(
-        source, lambda tensors: {name: t.to(torch.bfloat16) if "mlp" in name else t for name, t in tensors.items()}
+        source,
+        lambda tensors: {
+            name: t.to(torch.bfloat16) if "mlp" in name else t for name, t in tensors.items()
+        },
     )
-    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 259], "temperature": 0.5}))
+    (source / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [257, 259], "temperature": 0.5})
+    )
     monkeypatch.setattr(hf_directory, "SHARD_BYTES", 20_000)
     convert(str(source), tmp_path / "b")
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 3
     assert_identical(source, tmp_path / "b")
-    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for name in (
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ):
         assert json_or_text(source / name) == json_or_text(tmp_path / "b" / name)
     assert resolve(str(tmp_path / "b")).stop_ids() == [257, 259]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32)
@@ -77,7 +89,10 @@ def test_a_chosen_dtype_halves_the_file(chat_model, tmp_path):
     convert(str(chat_model), tmp_path / "b", dtype="bfloat16")
     before, after = tensors_of(chat_model), tensors_of(tmp_path / "b")
     for name, value in before.items():
-        np.testing.assert_array_equal(torch.from_numpy(value).to(torch.bfloat16).float().numpy(), after[name].astype(np.float32))
+        np.testing.assert_array_equal(
+            torch.from_numpy(value).to(torch.bfloat16).float().numpy(),
+            after[name].astype(np.float32),
+        )
     assert json.loads((tmp_path / "b" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -95,22 +110,34 @@ def test_trap11_meta_there_and_back_is_identical_and_computes_the_same(name, tmp
     tools.save_model(tmp_path / "a", tools.tiny_config(**META[name]), tools.byte_tokenizer())
     convert(str(tmp_path / "a"), tmp_path / "m", to="meta")
     assert (tmp_path / "m" / "consolidated.00.pth").exists()
-    np.testing.assert_array_equal(logits(tmp_path / "m", one_device), logits(tmp_path / "a", one_device))
+    np.testing.assert_array_equal(
+        logits(tmp_path / "m", one_device), logits(tmp_path / "a", one_device)
+    )
     convert(str(tmp_path / "m"), tmp_path / "b", to="hf")
     assert_identical(tmp_path / "a", tmp_path / "b")
     convert(str(tmp_path / "b"), tmp_path / "again", to="meta")
-    one, other = (torch.load(tmp_path / place / "consolidated.00.pth", weights_only=True) for place in ("m", "again"))
+    one, other = (
+        torch.load(tmp_path / place / "consolidated.00.pth", weights_only=True)
+        for place in ("m", "again")
+    )
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
-    assert json_or_text(tmp_path / "m" / "params.json") == json_or_text(tmp_path / "again" / "params.json")
+    assert json_or_text(tmp_path / "m" / "params.json") == json_or_text(
+        tmp_path / "again" / "params.json"
+    )
 
 
 def metas_attention(state, params, ids):
-    """Meta's own forward pass, written from its paper and code: interleaved pairs as complex numbers."""
+    """Meta's own forward pass, written from its paper and code: interleaved pairs as complex
+    numbers.
+    """
     heads, kv = params["n_heads"], params["n_kv_heads"]
     size = params["dim"] // heads
     x = state["tok_embeddings.weight"][torch.as_tensor(ids)]
-    angles = torch.outer(torch.arange(ids.shape[1]).float(), params["rope_theta"] ** (-torch.arange(0, size, 2).float() / size))
+    angles = torch.outer(
+        torch.arange(ids.shape[1]).float(),
+        params["rope_theta"] ** (-torch.arange(0, size, 2).float() / size),
+    )
     turn = torch.polar(torch.ones_like(angles), angles)[None, :, None]
 
     def norm(x, name):
@@ -123,15 +150,27 @@ def metas_attention(state, params, ids):
         part = f"layers.{layer}"
         h = norm(x, f"{part}.attention_norm.weight")
         q, k, v = (
-            torch.nn.functional.linear(h, state[f"{part}.attention.w{kind}.weight"]).unflatten(-1, (-1, size)) for kind in "qkv"
+            torch.nn.functional.linear(h, state[f"{part}.attention.w{kind}.weight"]).unflatten(
+                -1, (-1, size)
+            )
+            for kind in "qkv"
         )
         q, k = rotate(q), rotate(k)
         k, v = (value.repeat_interleave(heads // kv, dim=2) for value in (k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(*(value.transpose(1, 2) for value in (q, k, v)), is_causal=True)
-        x = x + torch.nn.functional.linear(out.transpose(1, 2).flatten(2), state[f"{part}.attention.wo.weight"])
+        out = torch.nn.functional.scaled_dot_product_attention(
+            *(value.transpose(1, 2) for value in (q, k, v)), is_causal=True
+        )
+        x = x + torch.nn.functional.linear(
+            out.transpose(1, 2).flatten(2), state[f"{part}.attention.wo.weight"]
+        )
         h = norm(x, f"{part}.ffn_norm.weight")
-        gate, up = (torch.nn.functional.linear(h, state[f"{part}.feed_forward.w{kind}.weight"]) for kind in "13")
-        x = x + torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, state[f"{part}.feed_forward.w2.weight"])
+        gate, up = (
+            torch.nn.functional.linear(h, state[f"{part}.feed_forward.w{kind}.weight"])
+            for kind in "13"
+        )
+        x = x + torch.nn.functional.linear(
+            torch.nn.functional.silu(gate) * up, state[f"{part}.feed_forward.w2.weight"]
+        )
     return torch.nn.functional.linear(norm(x, "norm.weight"), state["output.weight"])
 
 
@@ -153,18 +192,29 @@ def test_meta_files_of_any_model_parallel_count(ways, generation, tmp_path, one_
     for rank in range(ways):
         part = {}
         for name, value in whole.items():
-            axis = 1 if ".wo." in name or ".w2." in name or ("tok_" in name and generation == "by width") else 0
+            axis = (
+                1
+                if ".wo." in name or ".w2." in name or ("tok_" in name and generation == "by width")
+                else 0
+            )
             part[name] = value if value.dim() == 1 else value.chunk(ways, axis)[rank].clone()
-        torch.save(part | {"rope.freqs": torch.ones(4)}, tmp_path / "m" / f"consolidated.{rank:02}.pth")
-    np.testing.assert_array_equal(logits(tmp_path / "m", one_device), logits(tmp_path / "a", one_device))
-    (tmp_path / "m" / f"consolidated.{ways - 1:02}.pth").rename(tmp_path / "m" / "consolidated.09.pth")
+        torch.save(
+            part | {"rope.freqs": torch.ones(4)}, tmp_path / "m" / f"consolidated.{rank:02}.pth"
+        )
+    np.testing.assert_array_equal(
+        logits(tmp_path / "m", one_device), logits(tmp_path / "a", one_device)
+    )
+    (tmp_path / "m" / f"consolidated.{ways - 1:02}.pth").rename(
+        tmp_path / "m" / "consolidated.09.pth"
+    )
     with pytest.raises(UserError, match="some are missing"):
         resolve(str(tmp_path / "m")).tensors()
 
 
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o")]
-# transformers' reader takes some numbers from its defaults for the family, whatever the file says: these are those defaults. It
-# does not read frequency scaling, and no OLMo 2, SmolLM3, Granite or Mixtral of this kind.
+# transformers' reader takes some numbers from its defaults for the family, whatever the file says:
+# these are those defaults. It does not read frequency scaling, and no OLMo 2, SmolLM3, Granite or
+# Mixtral of this kind.
 READ_BY_TRANSFORMERS = {
     "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
     "mistral_without_window": {},
@@ -172,17 +222,29 @@ READ_BY_TRANSFORMERS = {
     "qwen3": {"head_dim": 128},
     "qwen3_moe": {"head_dim": 128, "moe_intermediate_size": 768},
     "phi3": {"sliding_window": None},
-    "gemma2": {"query_pre_attn_scalar": 256, "head_dim": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-    "gemma3_pattern": {"query_pre_attn_scalar": 256, "head_dim": 256, "final_logit_softcapping": None},
+    "gemma2": {
+        "query_pre_attn_scalar": 256,
+        "head_dim": 256,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "gemma3_pattern": {
+        "query_pre_attn_scalar": 256,
+        "head_dim": 256,
+        "final_logit_softcapping": None,
+    },
 }
 READ_HERE = {
-    "llama": {}, "olmo2": {}, "smollm3": {}, "granite": {}, "phi3_long": {"hidden_size": 32, "intermediate_size": 64}, "phi3": {}, "qwen3_moe": {}, "gemma2": {"query_pre_attn_scalar": 16},
+    "llama": {}, "olmo2": {}, "smollm3": {}, "granite": {},
+    "phi3_long": {"hidden_size": 32, "intermediate_size": 64}, "phi3": {}, "qwen3_moe": {},
+    "gemma2": {"query_pre_attn_scalar": 16},
     "mixtral": {"sliding_window": None},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("name", "reader"), [(name, "theirs") for name in READ_BY_TRANSFORMERS] + [(name, "ours") for name in READ_HERE]
+    ("name", "reader"),
+    [(name, "theirs") for name in READ_BY_TRANSFORMERS] + [(name, "ours") for name in READ_HERE],
 )
 def test_gguf_out_computes_the_same(name, reader, tmp_path, one_device):
     changes = (READ_BY_TRANSFORMERS if reader == "theirs" else READ_HERE)[name]
@@ -205,7 +267,9 @@ def test_gguf_dtypes_and_tokenizer(dtype, tmp_path, one_device):
     tools.save_model(tmp_path / "a", config, tools.byte_tokenizer(merges=MERGES))
     convert(str(tmp_path / "a"), tmp_path / "out", to="gguf", dtype=dtype)
     (path,) = (tmp_path / "out").glob("*.gguf")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file=path.name, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", gguf_file=path.name, dtype=torch.float32
+    )
     expected = logits(tmp_path / "a", one_device)
     found = logits(path, one_device)
     np.testing.assert_allclose(tools.torch_logits(theirs, IDS), found, atol=2e-4)
@@ -213,7 +277,10 @@ def test_gguf_dtypes_and_tokenizer(dtype, tmp_path, one_device):
     assert path.stat().st_size < 0.7 * (tmp_path / "a" / "model.safetensors").stat().st_size
     text = "Hello, it's 1969!\n\n  <|im_start|>user äöü 日本"
     before = AutoTokenizer.from_pretrained(tmp_path / "a")
-    for after in (resolve(str(path)).tokenizer(), AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file=path.name)):
+    for after in (
+        resolve(str(path)).tokenizer(),
+        AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file=path.name),
+    ):
         assert after(text)["input_ids"] == before(text)["input_ids"]
         assert after.chat_template == before.chat_template
         assert (after.eos_token, after.bos_token) == (before.eos_token, before.bos_token)
@@ -223,13 +290,17 @@ def test_the_real_model_in_gguf_becomes_hugging_face_and_is_the_same(smollm2, tm
     convert(str(smollm2), tmp_path / "hf", dtype="bfloat16")
     text = tools.chat("What is 2 + 2?", "4")["messages"]
     ours, theirs = resolve(str(smollm2)).tokenizer(), AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert ours.apply_chat_template(text)["input_ids"] == theirs.apply_chat_template(text)["input_ids"]
+    assert (
+        ours.apply_chat_template(text)["input_ids"] == theirs.apply_chat_template(text)["input_ids"]
+    )
     assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == 2
 
 
 def test_orbax_there_and_back(chat_model, tmp_path, one_device):
     convert(str(chat_model), tmp_path / "o", to="orbax")
-    np.testing.assert_array_equal(logits(tmp_path / "o", one_device), logits(chat_model, one_device))
+    np.testing.assert_array_equal(
+        logits(tmp_path / "o", one_device), logits(chat_model, one_device)
+    )
     convert(str(tmp_path / "o"), tmp_path / "b", to="hf")
     assert_identical(chat_model, tmp_path / "b")
 
@@ -237,7 +308,11 @@ def test_orbax_there_and_back(chat_model, tmp_path, one_device):
 MERGED = {
     "lora": {"rank_pattern": {"q_proj": 2}},
     "dora": {"use_dora": True},
-    "everything": {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "bias": "all", "modules_to_save": ["norm"]},
+    "everything": {
+        "target_modules": ["q_proj", "embed_tokens", "lm_head"],
+        "bias": "all",
+        "modules_to_save": ["norm"],
+    },
 }
 
 
@@ -245,7 +320,9 @@ MERGED = {
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", MERGED)
 def test_trap14_trap15_trap19_merged_equals_unmerged(name, tied, tmp_path):
-    """In float32, stored in the base's dtype, tied matrices untied only where the adapter tells them apart."""
+    """In float32, stored in the base's dtype, tied matrices untied only where the adapter tells
+    them apart.
+    """
     config = tools.tiny_config(attention_bias=True, tie_word_embeddings=tied)
     tools.save_model(tmp_path / "base", config)
     reference = peft_side.lora(tools.random_model(config), b_std=0.05, **MERGED[name])
@@ -254,8 +331,12 @@ def test_trap14_trap15_trap19_merged_equals_unmerged(name, tied, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     theirs = tools.torch_logits(reference.eval(), IDS)
     np.testing.assert_allclose(tools.torch_logits(merged, IDS), theirs, atol=3e-4)
-    assert {value.dtype for value in tensors_of(tmp_path / "merged").values()} == {np.dtype("float32")}
-    assert json_or_text(tmp_path / "merged" / "config.json")["tie_word_embeddings"] == (tied and name != "everything")
+    assert {value.dtype for value in tensors_of(tmp_path / "merged").values()} == {
+        np.dtype("float32")
+    }
+    assert json_or_text(tmp_path / "merged" / "config.json")["tie_word_embeddings"] == (
+        tied and name != "everything"
+    )
 
 
 def test_trap14_merging_into_bfloat16_rounds_once(tmp_path, one_device):
@@ -268,20 +349,36 @@ def test_trap14_merging_into_bfloat16_rounds_once(tmp_path, one_device):
     for name, value in tensors_of(tmp_path / "merged").items():
         wanted = expected[name].to(torch.bfloat16).float().numpy()
         assert value.dtype.name == "bfloat16"
-        assert np.mean(value.astype(np.float32) != wanted) < 0.01  # the last bit, where the sums round differently
+        assert (
+            np.mean(value.astype(np.float32) != wanted) < 0.01
+        )  # the last bit, where the sums round differently
 
 
 def test_what_is_not_the_same_is_not_written(chat_model, tmp_path, one_device, monkeypatch):
     from jaxtune.weights import merge
 
     real = merge._adapted
-    monkeypatch.setattr(merge, "_adapted", lambda weight, a, b, scale, magnitude: real(weight, a, b, scale * 1.1, magnitude))
+    monkeypatch.setattr(
+        merge,
+        "_adapted",
+        lambda weight, a, b, scale, magnitude: real(weight, a, b, scale * 1.1, magnitude),
+    )
     reference = peft_side.lora(tools.random_model(tools.tiny_config()), b_std=0.1)
     reference.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(RunFailure, match="merged weights compute something else"):
-        convert_model(tmp_path / "out", resolve(str(chat_model)), "hf", one_device, adapter=open_adapter(tmp_path / "adapter"))
-    monkeypatch.setattr(hf_directory, "write_directory", wrong_by_one_bit(hf_directory.write_directory))
-    with pytest.raises(RunFailure, match=r"model\.layers\.1\.mlp\.up_proj\.weight are not what was to be written"):
+    with pytest.raises(RunError, match="merged weights compute something else"):
+        convert_model(
+            tmp_path / "out",
+            resolve(str(chat_model)),
+            "hf",
+            one_device,
+            adapter=open_adapter(tmp_path / "adapter"),
+        )
+    monkeypatch.setattr(
+        hf_directory, "write_directory", wrong_by_one_bit(hf_directory.write_directory)
+    )
+    with pytest.raises(
+        RunError, match=r"model\.layers\.1\.mlp\.up_proj\.weight are not what was to be written"
+    ):
         convert_model(tmp_path / "out", resolve(str(chat_model)), "hf", one_device)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
@@ -301,7 +398,11 @@ def wrong_by_one_bit(write):
 
 REFUSED = {
     "windows in gguf": ("mistral", "gguf", "no place for the sliding window"),
-    "windows of qwen in gguf": ("qwen2_windows", "gguf", "no place for this model; read again it would have layers"),
+    "windows of qwen in gguf": (
+        "qwen2_windows",
+        "gguf",
+        "no place for this model; read again it would have layers",
+    ),
     "another family in meta": ("qwen2", "meta", "Meta's format has a place for Llama only"),
 }
 

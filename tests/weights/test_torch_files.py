@@ -28,7 +28,9 @@ def bare(chat_model, tmp_path):
 
 def assert_loads(directory, mesh):
     ours = np.asarray(load_model(resolve(str(directory)), mesh)(IDS))
-    np.testing.assert_allclose(ours, tools.torch_logits(tools.random_model(tools.tiny_config()), IDS), atol=1e-4)
+    np.testing.assert_allclose(
+        ours, tools.torch_logits(tools.random_model(tools.tiny_config()), IDS), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("form", ["one", "sharded", "old"])
@@ -36,13 +38,20 @@ def test_every_form_gives_the_same_logits(form, bare, one_device):
     directory, tensors = bare
     if form == "sharded":
         names = sorted(tensors)
-        parts = {f"pytorch_model-{number:05}-of-00003.bin": names[number - 1 :: 3] for number in (1, 2, 3)}
+        parts = {
+            f"pytorch_model-{number:05}-of-00003.bin": names[number - 1 :: 3]
+            for number in (1, 2, 3)
+        }
         for file, chosen in parts.items():
             torch.save({name: tensors[name] for name in chosen}, directory / file)
         where = {name: file for file, chosen in parts.items() for name in chosen}
-        (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        (directory / "pytorch_model.bin.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": where})
+        )
     else:
-        torch.save(tensors, directory / "pytorch_model.bin", _use_new_zipfile_serialization=form == "one")
+        torch.save(
+            tensors, directory / "pytorch_model.bin", _use_new_zipfile_serialization=form == "one"
+        )
     assert_loads(directory, one_device)
 
 
@@ -64,7 +73,9 @@ class Dangerous:
 def test_a_pickle_with_code_is_refused_and_not_run(bare):
     directory, tensors = bare
     torch.save(tensors | {"x": Dangerous()}, directory / "pytorch_model.bin")
-    with pytest.raises(UserError, match="holds more than tensors, which could run code and is not loaded"):
+    with pytest.raises(
+        UserError, match="holds more than tensors, which could run code and is not loaded"
+    ):
         resolve(str(directory)).tensors()
     assert not os.path.exists("/tmp/jaxtune-was-here")
 

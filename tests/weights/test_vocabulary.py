@@ -30,12 +30,18 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def base(directory, vocab=KNOWN, **changes):
-    return str(tools.save_model(directory, tools.tiny_config(vocab_size=vocab, **changes), tools.byte_tokenizer()))
+    return str(
+        tools.save_model(
+            directory, tools.tiny_config(vocab_size=vocab, **changes), tools.byte_tokenizer()
+        )
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_trap17_new_rows_are_the_mean_of_the_trained_ones(tied, tmp_path, one_device):
-    source = with_tokens(resolve(base(tmp_path, tie_word_embeddings=tied)), [*NEW, "<|im_end|>", NEW[0]])
+    source = with_tokens(
+        resolve(base(tmp_path, tie_word_embeddings=tied)), [*NEW, "<|im_end|>", NEW[0]]
+    )
     assert source.tokenizer().convert_tokens_to_ids(NEW) == [KNOWN, KNOWN + 1, KNOWN + 2]
     assert source.tokenizer()("a<|tool|>b")["input_ids"][1:-1] == [KNOWN + 1]
     assert source.tokenizer().decode([97 - 33, KNOWN], skip_special_tokens=True) == "a"
@@ -53,15 +59,21 @@ def test_new_tokens_take_unused_rows_first(tmp_path, one_device):
     old = load_file(tmp_path / "model.safetensors")[EMBEDDING]
     found = np.asarray(load_model(source, one_device).model.embed_tokens.weight[...])
     assert found.shape == (270, 32)
-    np.testing.assert_allclose(found[KNOWN : KNOWN + 3], np.broadcast_to(old[:KNOWN].mean(0), (3, 32)), atol=1e-7)
-    np.testing.assert_array_equal(np.delete(found, range(KNOWN, KNOWN + 3), 0), np.delete(old, range(KNOWN, KNOWN + 3), 0))
+    np.testing.assert_allclose(
+        found[KNOWN : KNOWN + 3], np.broadcast_to(old[:KNOWN].mean(0), (3, 32)), atol=1e-7
+    )
+    np.testing.assert_array_equal(
+        np.delete(found, range(KNOWN, KNOWN + 3), 0), np.delete(old, range(KNOWN, KNOWN + 3), 0)
+    )
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_found_out(tmp_path):
     directory = base(tmp_path, vocab=259)
     assert with_tokens(resolve(directory), ["<|im_start|>"]).config_json()["vocab_size"] == 259
     assert with_tokens(resolve(directory), ["<|end_header_id|>"]).fresh == (259, 260, 261)
-    with pytest.raises(UserError, match=r"gives token 259, and the model has 259 tokens.*model\.new_tokens"):
+    with pytest.raises(
+        UserError, match=r"gives token 259, and the model has 259 tokens.*model\.new_tokens"
+    ):
         trained(tmp_path, directory, "model.new_tokens=[]")
     rows = tools.write_rows(tmp_path / "rows.jsonl", tools.sums(4))
     with pytest.raises(UserError, match=r"gives token 259, and the model has 259"):
@@ -94,22 +106,39 @@ def trained(directory, model, *overrides):
 
 
 def delta(path, module="model.embed_tokens"):
-    return load_file(path / "adapter_model.safetensors")[f"base_model.model.{module}.token_adapter.trainable_tokens_delta"]
+    return load_file(path / "adapter_model.safetensors")[
+        f"base_model.model.{module}.token_adapter.trainable_tokens_delta"
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|save_embedding_layers):UserWarning")
-@pytest.mark.parametrize(("train", "tied"), [("none", True), ("new", False), ("new", True), ("all", True)])
+@pytest.mark.parametrize(
+    ("train", "tied"), [("none", True), ("new", False), ("new", True), ("all", True)]
+)
 def test_trap17_new_tokens_from_training_to_every_export(train, tied, tmp_path, capsys, one_device):
     model = base(tmp_path / "base", tie_word_embeddings=tied)
-    result = trained(tmp_path, model, f"adapter.train_tokens={train}", "mesh.data=-1", "mesh.fsdp=1")
+    result = trained(
+        tmp_path, model, f"adapter.train_tokens={train}", "mesh.data=-1", "mesh.fsdp=1"
+    )
     said = " ".join(capsys.readouterr().err.split())
-    assert "3 new tokens ('<|think|>', '<|tool|>', '<|end_tool|>'): their rows begin at the mean" in said
+    assert (
+        "3 new tokens ('<|think|>', '<|tool|>', '<|end_tool|>'): their rows begin at the mean"
+        in said
+    )
     assert ("do NOT train" in said) == (train == "none")
-    assert result.verification.torch_difference is not None  # PEFT read the adapter on the resized base
-    keys = [key for key in load_file(result.adapter / "adapter_model.safetensors") if ".layers." not in key]
+    assert (
+        result.verification.torch_difference is not None
+    )  # PEFT read the adapter on the resized base
+    keys = [
+        key
+        for key in load_file(result.adapter / "adapter_model.safetensors")
+        if ".layers." not in key
+    ]
     assert len(keys) == (2 if train == "all" or not tied else 1)
     if train != "all":
-        head = "lm_head" if not tied else "model.embed_tokens"  # the input's row of a token that no text has gets no gradient
+        head = (
+            "lm_head" if not tied else "model.embed_tokens"
+        )  # the input's row of a token that no text has gets no gradient
         mean = load_file(tmp_path / "base" / "model.safetensors")[f"{head}.weight"].mean(0)
         moved = np.abs(delta(result.adapter, head) - mean).max(axis=1) > 1e-4
         assert moved.tolist() == ([False] * 3 if train == "none" else [True] * 3)
@@ -146,28 +175,41 @@ def test_trap17_new_tokens_from_training_to_every_export(train, tied, tmp_path, 
 
 @pytest.mark.parametrize("train", ["new", "all"])
 def test_a_vocabulary_that_does_not_divide_is_padded_on_the_mesh_and_nowhere_else(train, tmp_path):
-    """266 tokens over four devices: the tables are cut into parts of 67, and all that is computed and written is the same."""
+    """266 tokens over four devices: the tables are cut into parts of 67, and all that is
+    computed and written is the same.
+    """
     model, mesh = base(tmp_path / "base"), make_mesh(1, 2, 4)
     whole = trained(tmp_path, model, f"adapter.train_tokens={train}", "mesh.fsdp=8")
-    cut = trained(tmp_path / "base", model, f"adapter.train_tokens={train}", "mesh.fsdp=2", "mesh.tensor=4")
-    first, second = (load_file(result.adapter / "adapter_model.safetensors") for result in (whole, cut))
+    cut = trained(
+        tmp_path / "base", model, f"adapter.train_tokens={train}", "mesh.fsdp=2", "mesh.tensor=4"
+    )
+    first, second = (
+        load_file(result.adapter / "adapter_model.safetensors") for result in (whole, cut)
+    )
     assert first.keys() == second.keys()
     for key, value in first.items():
         np.testing.assert_allclose(second[key], value, atol=1e-4, err_msg=key)
     network, _ = jaxtune.load(model, adapter=str(cut.adapter), mesh=mesh)
     assert network.model.embed_tokens.weight[...].sharding.shard_shape((268, 32)) == (67, 16)
     ids = np.arange(40)[None] + 226
-    one, _ = jaxtune.load(model, adapter=str(cut.adapter), mesh=make_mesh(devices=jax.devices()[:1]))
+    one, _ = jaxtune.load(
+        model, adapter=str(cut.adapter), mesh=make_mesh(devices=jax.devices()[:1])
+    )
     np.testing.assert_allclose(network(ids), one(ids), atol=1e-4)
     assert network(ids).shape == (1, 40, KNOWN + 3)
 
 
 @pytest.mark.filterwarnings("ignore:.*save_embedding_layers:UserWarning")
-@pytest.mark.parametrize(("targets", "dora"), [("lm_head", False), ("lm_head", True), ("embed_tokens", False)])
+@pytest.mark.parametrize(
+    ("targets", "dora"), [("lm_head", False), ("lm_head", True), ("embed_tokens", False)]
+)
 def test_adapters_on_a_padded_table_have_no_padding_in_their_files(targets, dora, tmp_path):
     model, mesh = base(tmp_path / "base"), make_mesh(1, 2, 4)
     reference = peft_side.lora(
-        tools.random_model(tools.tiny_config(vocab_size=KNOWN)), b_std=0.1, target_modules=[targets], use_dora=dora
+        tools.random_model(tools.tiny_config(vocab_size=KNOWN)),
+        b_std=0.1,
+        target_modules=[targets],
+        use_dora=dora,
     )
     reference.save_pretrained(tmp_path / "adapter")
     network, _ = jaxtune.load(model, adapter=str(tmp_path / "adapter"), mesh=mesh)
@@ -175,8 +217,12 @@ def test_adapters_on_a_padded_table_have_no_padding_in_their_files(targets, dora
     np.testing.assert_allclose(network(ids), tools.torch_logits(reference, ids), atol=2e-4)
     (tmp_path / "back").mkdir()
     write_adapter(tmp_path / "back", network, model)
-    before, after = (load_file(tmp_path / place / "adapter_model.safetensors") for place in ("adapter", "back"))
-    assert {key: value.tobytes() for key, value in before.items()} == {key: value.tobytes() for key, value in after.items()}
+    before, after = (
+        load_file(tmp_path / place / "adapter_model.safetensors") for place in ("adapter", "back")
+    )
+    assert {key: value.tobytes() for key, value in before.items()} == {
+        key: value.tobytes() for key, value in after.items()
+    }
 
 
 @pytest.mark.parametrize(

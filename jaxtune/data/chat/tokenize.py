@@ -1,7 +1,8 @@
 """From conversations to the tokens that are fed and the ones that are supervised.
 
-Tokens are what the tokenizer's own chat template gives, here, in evaluation and in generation. The mask is made by position: the
-characters of the answers are known from the rendering, and mapped to tokens by the tokenizer's own offsets.
+Tokens are what the tokenizer's own chat template gives, here, in evaluation and in generation. The
+mask is made by position: the characters of the answers are known from the rendering, and mapped to
+tokens by the tokenizer's own offsets.
 """
 
 from array import array
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtune.data.chat.template import ChatTemplate, Rendering, Span, plain_template
 from jaxtune.data.formats.conversation import Conversation
 from jaxtune.data.sources.readers import is_text
-from jaxtune.data.sources.row import BadRow
+from jaxtune.data.sources.row import RowError
 
 _NEAR_END = 4
 
@@ -41,7 +42,7 @@ class Example:
 
 
 class Document(NamedTuple):
-    """A tokenised row, or one answer's part of it, uncut.
+    """A tokenized row, or one answer's part of it, uncut.
 
     Attributes:
         conversation: what it says.
@@ -64,12 +65,13 @@ class Document(NamedTuple):
         return Example(self.ids, weights)
 
 
-class Tokeniser:
-    """Tokenises rows for training, many at a time.
+class ConversationTokenizer:
+    """Tokenizes rows for training, many at a time.
 
     Args:
         tokenizer: a fast transformers tokenizer.
-        train_on: `responses`, `last` (the last response only) or `all` tokens. Of a text all tokens are trained.
+        train_on: `responses`, `last` (the last response only) or `all` tokens. Of a text all tokens
+            are trained.
         day: the date for templates that print one; today's by default.
 
     """
@@ -82,58 +84,87 @@ class Tokeniser:
         self._backend.no_truncation()
         self._backend.no_padding()
 
-    def __call__(self, conversations: Sequence[Conversation]) -> list[list[Document] | BadRow]:
+    def __call__(self, conversations: Sequence[Conversation]) -> list[list[Document] | RowError]:
         """The documents of each conversation; bad ones as errors."""
         return self.encode(self.render(conversations))
 
-    def render(self, conversations: Sequence[Conversation]) -> list[list[Rendering] | BadRow]:
+    def render(self, conversations: Sequence[Conversation]) -> list[list[Rendering] | RowError]:
         """The texts to encode; for what goes through no template, the conversation as it is."""
-        found: list[list[Rendering] | BadRow] = [[] for _ in conversations]
+        found: list[list[Rendering] | RowError] = [[] for _ in conversations]
         chats = []
         for number, conversation in enumerate(conversations):
             if not all(is_text(message["content"]) for message in conversation.messages):
-                found[number] = BadRow(conversation.place, "a text has half of a surrogate pair, which is no character.")
+                found[number] = RowError(
+                    conversation.place,
+                    "a text has half of a surrogate pair, which is no character.",
+                )
             elif self._templated(conversation):
                 chats.append(number)
             elif not self._has_own and self._eos is None:
-                found[number] = BadRow(
+                found[number] = RowError(
                     conversation.place,
-                    "the tokenizer has neither a chat template nor an EOS token, so an answer could not be ended.",
+                    "the tokenizer has neither a chat template nor an EOS token, so an answer "
+                    "could not be ended.",
                 )
             else:
                 found[number] = [Rendering(conversation, "", ())]
-        texts = self._template.renderings([conversations[number] for number in chats], self.train_on)
+        texts = self._template.renderings(
+            [conversations[number] for number in chats], self.train_on
+        )
         for number, text in zip(chats, texts, strict=True):
             found[number] = text
         return found
 
-    def encode(self, rendered: Sequence[list[Rendering] | BadRow]) -> list[list[Document] | BadRow]:
+    def encode(
+        self, rendered: Sequence[list[Rendering] | RowError]
+    ) -> list[list[Document] | RowError]:
         """The tokens of what was rendered. Runs without Python's lock for most of its time."""
-        flat = [part for parts in rendered if not isinstance(parts, BadRow) for part in parts]
+        flat = [part for parts in rendered if not isinstance(parts, RowError) for part in parts]
         documents = iter(self._documents(flat))
-        return [parts if isinstance(parts, BadRow) else [next(documents) for _ in parts] for parts in rendered]
+        return [
+            parts if isinstance(parts, RowError) else [next(documents) for _ in parts]
+            for parts in rendered
+        ]
 
     def _documents(self, parts: list[Rendering]) -> list[Document]:
         found: list[Document | None] = [None] * len(parts)
         chats = [number for number, part in enumerate(parts) if self._templated(part.conversation)]
-        for number, encoding in zip(chats, self._encode([parts[n].text for n in chats], False), strict=True):
+        for number, encoding in zip(
+            chats, self._encode([parts[n].text for n in chats], False), strict=True
+        ):
             part = parts[number]
             spans = tuple(_tokens_of(encoding, span, len(part.text)) for span in part.spans)
             found[number] = Document(part.conversation, _int32(encoding.ids), spans, part.rewritten)
-        plain = [number for number, part in enumerate(parts) if not self._templated(part.conversation)]
+        plain = [
+            number for number, part in enumerate(parts) if not self._templated(part.conversation)
+        ]
         prompts = self._encode([_opening(parts[n].conversation) for n in plain], True)
-        answers = self._encode(["" if parts[n].conversation.text else parts[n].conversation.answer or "" for n in plain], False)
+        answers = self._encode(
+            [
+                "" if parts[n].conversation.text else parts[n].conversation.answer or ""
+                for n in plain
+            ],
+            False,
+        )
         for number, prompt, answer in zip(plain, prompts, answers, strict=True):
             found[number] = self._plain(parts[number].conversation, prompt.ids, answer.ids)
         return [document for document in found if document is not None]
 
     def _plain(self, conversation: Conversation, prompt: list[int], answer: list[int]) -> Document:
-        """Prompt, completion and EOS, which is also how generation begins: with the prompt's own tokens."""
+        """Prompt, completion and EOS, which is also how generation begins: with the prompt's own
+        tokens.
+        """
         ids = _int32([*prompt, *answer])
-        if self._eos is not None and (len(ids) == 0 or ids[-1] != self._eos) and conversation.answer is not None:
+        if (
+            self._eos is not None
+            and (len(ids) == 0 or ids[-1] != self._eos)
+            and conversation.answer is not None
+        ):
             ids = np.append(ids, np.int32(self._eos))
         begin = 0 if conversation.text or self.train_on == "all" else len(prompt)
-        return Document(conversation, ids, (Span(begin, len(ids), 1.0),) if begin < len(ids) else ())
+        return Document(
+            conversation, ids, (Span(begin, len(ids), 1.0),) if begin < len(ids) else ()
+        )
 
     def _encode(self, texts: list[str], special: bool) -> list[Any]:
         return self._backend.encode_batch(texts, add_special_tokens=special) if texts else []
@@ -150,14 +181,14 @@ def prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
     """The ids that generation starts from, the answer not begun; of a text, those of the text.
 
     Raises:
-        BadRow: the chat template refuses the conversation.
+        RowError: the chat template refuses the conversation.
 
     """
     if conversation.text or (conversation.plain and not tokenizer.chat_template):
         return tokenizer(_opening(conversation))["input_ids"]
     asked = Conversation(conversation.place, conversation.prompt, options=conversation.options)
     (text,) = template_of(tokenizer).render([(asked, True)])
-    if isinstance(text, BadRow):
+    if isinstance(text, RowError):
         raise text
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -168,7 +199,9 @@ def template_of(tokenizer: Any, day: date | None = None) -> ChatTemplate:
 
 
 def _int32(ids: list[int]) -> np.ndarray:
-    return np.frombuffer(array("i", ids), np.int32)  # twice as fast as np.array, which looks at every number's type
+    return np.frombuffer(
+        array("i", ids), np.int32
+    )  # twice as fast as np.array, which looks at every number's type
 
 
 def _opening(conversation: Conversation) -> str:
@@ -178,11 +211,15 @@ def _opening(conversation: Conversation) -> str:
 
 def _tokens_of(encoding: Any, span: Span, length: int) -> Span:
     """The tokens that overlap a span of characters."""
-    return Span(_token_at(encoding, span.begin, length), _end_token(encoding, span.end, length), span.weight)
+    return Span(
+        _token_at(encoding, span.begin, length), _end_token(encoding, span.end, length), span.weight
+    )
 
 
 def _end_token(encoding: Any, char: int, length: int) -> int:
-    """The first token that begins at or after `char`; an answer's end is sought from the end of the row, where it mostly is."""
+    """The first token that begins at or after `char`; an answer's end is sought from the end of
+    the row, where it mostly is.
+    """
     end = len(encoding)
     for token in range(end - 1, max(end - _NEAR_END, -1), -1):
         begin, stop = encoding.token_to_chars(token) or (0, 0)
@@ -193,7 +230,9 @@ def _end_token(encoding: Any, char: int, length: int) -> int:
 
 
 def _token_at(encoding: Any, char: int, length: int) -> int:
-    """The first token that has `char` or, where no token has it, the next character that one has."""
+    """The first token that has `char` or, where no token has it, the next character that one
+    has.
+    """
     while char < length:
         token = encoding.char_to_token(char)
         if token is not None:

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 from jaxtune.core.errors import UserError
 
 
-class Place(NamedTuple):
-    """File and line, from 1; of what has no lines, the number of the row. Line 0 means the file as a whole."""
+class RowLocation(NamedTuple):
+    """File and line, from 1; of what has no lines, the number of the row. Line 0 means the file
+    as a whole.
+    """
 
     file: str
     line: int
@@ -26,18 +28,20 @@ class Row:
 
     """
 
-    place: Place
+    place: RowLocation
     value: dict[str, Any]
 
 
-class BadRow(UserError):
-    """A row that cannot be trained on; `data.on_error` says whether it ends the run or is left out and listed."""
+class RowError(UserError):
+    """A row that cannot be trained on; `data.on_error` says whether it ends the run or is left
+    out and listed.
+    """
 
-    def __init__(self, place: Place | str, reason: str) -> None:
+    def __init__(self, place: RowLocation | str, reason: str) -> None:
         super().__init__(f"{place}: {reason}")
 
 
-class Problems:
+class RowErrors:
     """What becomes of bad rows.
 
     Args:

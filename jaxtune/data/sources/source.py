@@ -1,4 +1,6 @@
-"""Where rows come from: files, directories, globs, data sets of the hub; each row with the place it stands at."""
+"""Where rows come from: files, directories, globs, data sets of the hub; each row with the place
+it stands at.
+"""
 
 import glob
 import hashlib
@@ -18,8 +20,8 @@ from zstandard import ZstdError
 
 from jaxtune.config.schema import DataSource
 from jaxtune.core.errors import UserError, listed
-from jaxtune.data.sources.readers import READERS, Reader, reader_of
-from jaxtune.data.sources.row import BadRow, Place, Row
+from jaxtune.data.sources.readers import READERS, FileReader, reader_of
+from jaxtune.data.sources.row import Row, RowError, RowLocation
 
 TRAIN, EVAL = "train", "eval"
 _WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
@@ -30,25 +32,29 @@ _GLOB = re.compile(r"[*?\[]")
 _DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, ZstdError)
 
 
-class Source(Protocol):
+class RowSource(Protocol):
     """Rows that can be read again and again in the same order."""
 
     name: str
 
-    def rows(self) -> Iterator[Row | BadRow]:
-        """All rows in order, those that cannot be read as `BadRow`."""
+    def rows(self) -> Iterator[Row | RowError]:
+        """All rows in order, those that cannot be read as `RowError`."""
         ...
 
     def identity(self) -> str | None:
-        """What changes when the rows change, found without parsing them; None where only reading tells."""
+        """What changes when the rows change, found without parsing them; None where only reading
+        tells.
+        """
         ...
 
     def progress(self) -> tuple[int, int]:
-        """`(done, all)` of the rows being read, in bytes or rows; all is 0 where it is not known."""
+        """`(done, all)` of the rows being read, in bytes or rows; all is 0 where it is not
+        known.
+        """
         ...
 
 
-def open_source(entry: DataSource, part: str) -> Source:
+def open_source(entry: DataSource, part: str) -> RowSource:
     """The rows that an entry of `data.train` or `data.eval` names.
 
     Args:
@@ -65,7 +71,8 @@ def open_source(entry: DataSource, part: str) -> Source:
     if path.is_file():
         if entry.split:
             raise UserError(
-                f"{entry.source} is a single file and has no split '{entry.split}'. Remove split, or name the directory."
+                f"{entry.source} is a single file and has no split '{entry.split}'. Remove split, "
+                "or name the directory."
             )
         return Files(entry.source, [str(path)], entry.rows)
     if path.is_dir():
@@ -73,13 +80,18 @@ def open_source(entry: DataSource, part: str) -> Source:
             return DataSet(entry, part, saved=True)
         return Files(entry.source, _directory(path, entry.split, part), entry.rows)
     if _GLOB.search(entry.source):
-        found = sorted(name for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+        found = sorted(
+            name for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)
+        )
         if not found:
             raise UserError(f"{entry.source}: no file matches.")
         return Files(entry.source, found, entry.rows)
     if _HUB_NAME.fullmatch(entry.source) and reader_of(entry.source) is None:
         return DataSet(entry, part)
-    raise UserError(f"{entry.source} is not a file. Give a file, a directory, a glob or the hub's name of a data set.")
+    raise UserError(
+        f"{entry.source} is not a file. Give a file, a directory, a glob or the hub's name of a "
+        "data set."
+    )
 
 
 class Files:
@@ -97,11 +109,11 @@ class Files:
         self._done, self._open, self._size = 0, None, 0
         self._readers = [_reader(path) for path in paths]
 
-    def rows(self) -> Iterator[Row | BadRow]:
+    def rows(self) -> Iterator[Row | RowError]:
         """All rows in order; that there are none is reported like a bad row."""
         yield from islice(self._rows(), self.limit)
 
-    def _rows(self) -> Iterator[Row | BadRow]:
+    def _rows(self) -> Iterator[Row | RowError]:
         self._done, empty = 0, True
         self._size = sum(os.path.getsize(path) for path in self.paths if "://" not in path)
         for path, reader in zip(self.paths, self._readers, strict=True):
@@ -113,19 +125,21 @@ class Files:
                             empty = False
                             yield row
                 except _DAMAGED as error:
-                    yield BadRow(Place(path, 0), f"cannot be read to its end: {error}")
+                    yield RowError(RowLocation(path, 0), f"cannot be read to its end: {error}")
                     empty = False
             self._done += os.path.getsize(path) if "://" not in path else 0
             self._open = None
         if empty:
-            yield BadRow(Place(self.name, 0), "there are no rows")
+            yield RowError(RowLocation(self.name, 0), "there are no rows")
 
     def identity(self) -> str | None:
         """SHA-256 of names and contents."""
         digest = hashlib.sha256(repr(self.limit).encode())
         for path in self.paths:
             digest.update(f"\0{path}\0".encode())
-            if "://" in path:  # what the store says of the object, its time or tag, instead of loading it twice
+            if (
+                "://" in path
+            ):  # what the store says of the object, its time or tag, instead of loading it twice
                 digest.update(_system(path)[0].ukey(path).encode())
                 continue
             with _opened(path) as file:
@@ -139,12 +153,13 @@ class Files:
         return self._done + inside, self._size
 
 
-def _reader(path: str) -> Reader:
+def _reader(path: str) -> FileReader:
     found = reader_of(path)
     if found is None:
         kinds = listed(sorted(READERS))
         raise UserError(
-            f"{path}: files of this kind are not read. Known are {kinds}, each also compressed (.gz, .bz2, .xz, .zst, .zip)."
+            f"{path}: files of this kind are not read. Known are {kinds}, each also compressed "
+            "(.gz, .bz2, .xz, .zst, .zip)."
         )
     return found
 
@@ -161,12 +176,12 @@ class DataSet:
             self._data, split = _load_saved(entry, part) if saved else _load_from_hub(entry, part)
         self.name = f"{entry.source}[{split}]" if split else entry.source
 
-    def rows(self) -> Iterator[Row | BadRow]:
+    def rows(self) -> Iterator[Row | RowError]:
         """All rows in order, numbered from 1."""
         with _explained(self.entry):
             for number, value in enumerate(islice(iter(self._data), self.entry.rows), 1):
                 self._done = number
-                yield Row(Place(self.name, number), dict(value))
+                yield Row(RowLocation(self.name, number), dict(value))
 
     def identity(self) -> str | None:
         """The library's fingerprint; none for a stream."""
@@ -196,7 +211,9 @@ def _load_from_hub(entry: DataSource, part: str) -> tuple[Any, str]:
     disable_progress_bar()
     name, _, revision = entry.source.partition("@")
     options: dict[str, Any] = {"revision": revision or None}
-    split = entry.split or _chosen(entry, part, get_dataset_split_names(name, entry.name, revision=revision or None))
+    split = entry.split or _chosen(
+        entry, part, get_dataset_split_names(name, entry.name, revision=revision or None)
+    )
     options["streaming"] = entry.rows is not None
     return load_dataset(name, entry.name, split=split, **options), split
 
@@ -210,7 +227,10 @@ def _explained(entry: DataSource) -> Iterator[None]:
         raise
     except Exception as error:
         reason = f"{error}".strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"{entry.source} is neither a file here nor a data set that can be read from the hub: {reason}") from None
+        raise UserError(
+            f"{entry.source} is neither a file here nor a data set that can be read from the hub: "
+            f"{reason}"
+        ) from None
 
 
 def _chosen(entry: DataSource, part: str, names: list[str]) -> str:
@@ -225,16 +245,21 @@ def _chosen(entry: DataSource, part: str, names: list[str]) -> str:
     if len(names) == 1 and part == TRAIN:
         return names[0]
     raise UserError(
-        f"{entry.source} has the splits {listed(names)}. Say which: data.{part}=[{{source: {entry.source}, split: {names[0]}}}]"
+        f"{entry.source} has the splits {listed(names)}. Say which: "
+        f"data.{part}=[{{source: {entry.source}, split: {names[0]}}}]"
     )
 
 
 def _directory(root: Path, split: str | None, part: str) -> list[str]:
-    """A directory's data files, in order of their names; text files count only where there are no others."""
+    """A directory's data files, in order of their names; text files count only where there are
+    no others.
+    """
     files = [
         file
         for file in sorted(root.rglob("*"))
-        if file.is_file() and reader_of(file.name) and not any(p.startswith((".", "_")) for p in file.relative_to(root).parts)
+        if file.is_file()
+        and reader_of(file.name)
+        and not any(p.startswith((".", "_")) for p in file.relative_to(root).parts)
     ]
     files = [file for file in files if file.name not in ("dataset_info.json", "dataset_infos.json")]
     files = [file for file in files if not _is_text(file)] or files
@@ -244,12 +269,15 @@ def _directory(root: Path, split: str | None, part: str) -> list[str]:
     names = sorted({name for name in splits.values() if name})
     if split is None and not names:
         return [str(file) for file in files]
-    wanted = _WORDS.get(split or "", split) or next((name for name in _WANTED[part] if name in names), None)
+    wanted = _WORDS.get(split or "", split) or next(
+        (name for name in _WANTED[part] if name in names), None
+    )
     found = [str(file) for file in files if splits[file] == wanted]
     if not found or wanted is None:
         advice = f"Say which: data.{part}=[{{source: {root}, split: {(names or ['train'])[0]}}}]"
         raise UserError(
-            f"{root} has no files of the split '{wanted or _WANTED[part][0]}'; there are {listed(names) or 'none'}. {advice}"
+            f"{root} has no files of the split '{wanted or _WANTED[part][0]}'; there are "
+            f"{listed(names) or 'none'}. {advice}"
         )
     return found
 

@@ -1,74 +1,69 @@
-"""The families of models: how each one's `config.json`, in either dialect, declares its variations of the decoder."""
+"""From a `config.json`, in either dialect, to the architecture that it describes."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from jaxtune.core.errors import UserError, listed
-from jaxtune.models.config import ExpertsConfig, LayerConfig, ModelConfig, NormConfig
-from jaxtune.models.families.config_reader import FULL, SLIDING, Reader, layer_types, rope
+from jaxtune.models.config import LayerConfig, ModelConfig, NormConfig
+from jaxtune.models.families.config_reader import HFConfigReader, rope
+from jaxtune.models.families.table import DEFAULTS, FAMILIES, Family
 from jaxtune.models.layers import ACTIVATIONS
 
 # Keys of config.json that do not change what a model computes.
 _NEUTRAL = {
-    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "model_type", "pad_token_id", "pretraining_tp",
-    "torch_dtype", "transformers_version", "transformers.js_config", "use_cache", "_attn_implementation_autoset", "cache_implementation",
-    "is_llama_config", "unsloth_fixed", "unsloth_version", "torchscript", "_commit_hash", "output_attentions", "output_hidden_states",
-    "return_dict", "id2label", "label2id", "problem_type", "chunk_size_feed_forward", "is_encoder_decoder", "tokenizer_class",
-    "task_specific_params", "name_or_path", "auto_map", "unk_token_id", "_attn_implementation", "attn_implementation",
+    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "model_type",
+    "pad_token_id", "pretraining_tp",
+    "torch_dtype", "transformers_version", "transformers.js_config", "use_cache",
+    "_attn_implementation_autoset", "cache_implementation",
+    "is_llama_config", "unsloth_fixed", "unsloth_version", "torchscript", "_commit_hash",
+    "output_attentions", "output_hidden_states",
+    "return_dict", "id2label", "label2id", "problem_type", "chunk_size_feed_forward",
+    "is_encoder_decoder", "tokenizer_class",
+    "task_specific_params", "name_or_path", "auto_map", "unk_token_id", "_attn_implementation",
+    "attn_implementation",
     "max_sequence_length",
 }  # fmt: skip
 # Keys that shape training from scratch and have no part in fine-tuning here.
 _PRETRAINING = {
-    "initializer_range", "attention_dropout", "resid_pdrop", "embd_pdrop", "router_aux_loss_coef", "router_jitter_noise",
+    "initializer_range", "attention_dropout", "resid_pdrop", "embd_pdrop", "router_aux_loss_coef",
+    "router_jitter_noise",
 }  # fmt: skip
 # Keys of published files that change nothing as long as they have these values.
 _INERT = {"full_attn_mod": 1, "interpolate_factor": 1}
-
-
-def _plain(read: Reader) -> dict[str, Any]:
-    return {}
-
-
-@dataclass(frozen=True)
-class Family:
-    """A family of models.
-
-    Attributes:
-        architecture: the class of transformers that computes it.
-        vary: the fields of `ModelConfig` in which it differs from a plain Llama, from its `config.json`.
-        defaults: values that transformers assumes where `config.json` is silent and a plain Llama would differ.
-        renames: parts of our paths and what they are called in files.
-
-    """
-
-    architecture: str
-    vary: Callable[[Reader], dict[str, Any]] = _plain
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    renames: tuple[tuple[str, str], ...] = ()
 
 
 def from_hf(raw: dict[str, Any], where: str) -> ModelConfig:
     """The architecture that a `config.json` describes.
 
     Args:
-        raw: the parsed file, in the dialect of `rope_theta` + `rope_scaling` or of `rope_parameters`.
+        raw: the parsed file, in the dialect of `rope_theta` + `rope_scaling` or of
+            `rope_parameters`.
         where: the file, for messages.
 
     Raises:
-        UserError: another architecture, or a key or value whose meaning this code does not implement.
+        UserError: another architecture, or a key or value whose meaning this code does not
+            implement.
 
     """
     family = family_of(raw, where)
-    read = Reader(raw, where, _DEFAULTS | dict(family.defaults))
-    if missing := [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if key not in raw]:
+    read = HFConfigReader(raw, where, DEFAULTS | dict(family.defaults))
+    if missing := [
+        key
+        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        if key not in raw
+    ]:
         raise UserError(f"{where}: the keys {listed(missing)} are missing.")
     if read("quantization_config"):
         raise UserError(
-            f"{where}: quantization_config: weights quantised by other tools cannot be read. Use the unquantised model."
+            f"{where}: quantization_config: weights quantized by other tools cannot be read. Use "
+            "the unquantized model."
         )
-    heads, hidden, count = read("num_attention_heads"), read("hidden_size"), read("num_hidden_layers")
+    heads, hidden, count = (
+        read("num_attention_heads"),
+        read("hidden_size"),
+        read("num_hidden_layers"),
+    )
     head_dim = read("head_dim") or hidden // heads
     plain = ModelConfig(
         vocab_size=read("vocab_size"),
@@ -85,7 +80,7 @@ def from_hf(raw: dict[str, Any], where: str) -> ModelConfig:
         attention_scale=1 / math.sqrt(head_dim),
         raw=dict(raw),
     )
-    varied = family.vary(read)
+    varied = family.overrides(read)
     config = replace(plain, **varied)
     if not config.ropes:
         config = replace(config, ropes=(rope(read),))
@@ -97,7 +92,9 @@ def from_hf(raw: dict[str, Any], where: str) -> ModelConfig:
 
 def setting(raw: dict[str, Any], key: str) -> Any:
     """What a `config.json` says of `key`, or what its family assumes where it is silent."""
-    return Reader(raw, "config.json", _DEFAULTS | dict(family_of(raw, "config.json").defaults))(key)
+    return HFConfigReader(
+        raw, "config.json", DEFAULTS | dict(family_of(raw, "config.json").defaults)
+    )(key)
 
 
 def family_of(raw: dict[str, Any], where: str) -> Family:
@@ -112,284 +109,46 @@ def family_of(raw: dict[str, Any], where: str) -> Family:
     if family is None or any(name != family.architecture for name in names):
         supported = listed(sorted(known.architecture for known in FAMILIES.values()), 20)
         raise UserError(
-            f"{where}: architecture {listed(names) or '(none named)'} (model_type {kind!r}) is not supported; supported are {supported}."
+            f"{where}: architecture {listed(names) or '(none named)'} (model_type {kind!r}) is "
+            f"not supported; supported are {supported}."
         )
     return family
 
 
-def _check(config: ModelConfig, read: Reader) -> None:
+def _check(config: ModelConfig, read: HFConfigReader) -> None:
     """What no family may have, and no key left that nothing asked for."""
     where = read.where
-    known = _NEUTRAL | _PRETRAINING | read.read | {key for key, value in _INERT.items() if read.raw.get(key) == value}
-    unknown = [key for key, value in read.raw.items() if key not in known and value not in (None, False, 0, [], {})]
+    known = (
+        _NEUTRAL
+        | _PRETRAINING
+        | read.read
+        | {key for key, value in _INERT.items() if read.raw.get(key) == value}
+    )
+    unknown = [
+        key
+        for key, value in read.raw.items()
+        if key not in known and value not in (None, False, 0, [], {})
+    ]
     if unknown:
         raise UserError(
-            f"{where}: keys that jaxtune does not understand: {listed(unknown)}. Remove what does not change the model."
+            f"{where}: keys that jaxtune does not understand: {listed(unknown)}. Remove what does "
+            "not change the model."
         )
     if config.activation not in ACTIVATIONS:
-        raise UserError(f"{where}: the activation {config.activation!r} is not supported; supported are {listed(ACTIVATIONS)}.")
+        raise UserError(
+            f"{where}: the activation {config.activation!r} is not supported; supported are "
+            f"{listed(ACTIVATIONS)}."
+        )
     if config.num_heads % config.num_kv_heads:
         raise UserError(
-            f"{where}: num_key_value_heads ({config.num_kv_heads}) must divide num_attention_heads ({config.num_heads})."
+            f"{where}: num_key_value_heads ({config.num_kv_heads}) must divide "
+            f"num_attention_heads ({config.num_heads})."
         )
     for kind in config.ropes:
         if int(config.head_dim * kind.partial) % 2:
-            raise UserError(f"{where}: rotary embeddings over an odd number of dimensions (of head_dim {config.head_dim}).")
+            raise UserError(
+                f"{where}: rotary embeddings over an odd number of dimensions (of head_dim "
+                f"{config.head_dim})."
+            )
     if any(layer.window is not None and layer.window < 1 for layer in config.layers):
         raise UserError(f"{where}: sliding_window must be at least 1.")
-
-
-def _by_type(read: Reader, otherwise: Callable[[int], str]) -> list[LayerConfig]:
-    window = read("sliding_window")
-    return [LayerConfig(window=window if kind == SLIDING else None) for kind in layer_types(read, otherwise)]
-
-
-def _full(read: Reader) -> tuple[LayerConfig, ...]:
-    kinds = layer_types(read, lambda layer: FULL)
-    if SLIDING in kinds:
-        raise UserError(f"{read.where}: layer_types with {SLIDING} are not supported for {read('model_type')}.")
-    return (LayerConfig(),) * len(kinds)
-
-
-def _whole_rope(read: Reader) -> None:
-    found = rope(read)
-    if found.partial != 1.0:
-        raise UserError(f"{read.where}: partial_rotary_factor {found.partial} is not supported for {read('model_type')}.")
-
-
-def _llama(read: Reader) -> dict[str, Any]:
-    _whole_rope(read)
-    bias = read("attention_bias")
-    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": read("mlp_bias"), "layers": _full(read)}
-
-
-def _windowed(read: Reader) -> dict[str, Any]:
-    """Mistral and Mixtral: one window for all layers."""
-    _whole_rope(read)
-    window = read("sliding_window")
-    layer_types(read, lambda layer: SLIDING)
-    if window is None:
-        return {"layers": _full(read)}
-    if FULL in (read("layer_types") or []):
-        raise UserError(
-            f"{read.where}: layer_types with {FULL} beside a sliding_window are not supported for {read('model_type')}."
-        )
-    return {"layers": (LayerConfig(window=window),) * read("num_hidden_layers")}
-
-
-def _mixtral(read: Reader) -> dict[str, Any]:
-    read.refuse("output_router_logits", False)
-    varied = _windowed(read)
-    experts = ExpertsConfig(read("num_local_experts"), read("num_experts_per_tok"), read("intermediate_size"), normalise=True)
-    return varied | {"layers": tuple(replace(layer, sparse=True) for layer in varied["layers"]), "experts": experts}
-
-
-def _window(read: Reader) -> int | None:
-    """The window, which the file may name without its being used."""
-    window = read("sliding_window")
-    return window if read("use_sliding_window") else None
-
-
-def _qwen_layers(read: Reader) -> tuple[LayerConfig, ...]:
-    window = _window(read)
-    first = read("max_window_layers")
-    kinds = layer_types(read, lambda layer: SLIDING if window is not None and layer >= first else FULL)
-    return tuple(LayerConfig(window=window if kind == SLIDING else None) for kind in kinds)
-
-
-def _qwen2(read: Reader) -> dict[str, Any]:
-    _whole_rope(read)
-    return {"qkv_bias": True, "layers": _qwen_layers(read)}
-
-
-def _qwen3(read: Reader) -> dict[str, Any]:
-    _whole_rope(read)
-    bias = read("attention_bias")
-    return {"qk_norm": "head", "qkv_bias": bias, "o_bias": bias, "layers": _qwen_layers(read)}
-
-
-def _qwen3_moe(read: Reader) -> dict[str, Any]:
-    _whole_rope(read)
-    read.refuse("output_router_logits", False)
-    read("max_window_layers")  # transformers gives every layer the window, or none
-    _full(read)
-    window = _window(read)
-    count, step = read("num_local_experts") or read("num_experts"), read("decoder_sparse_step")  # two names for one number
-    dense = set(read("mlp_only_layers") or [])
-    sparse = [count > 0 and layer not in dense and (layer + 1) % step == 0 for layer in range(read("num_hidden_layers"))]
-    experts = ExpertsConfig(count, read("num_experts_per_tok"), read("moe_intermediate_size"), normalise=read("norm_topk_prob"))
-    bias = read("attention_bias")
-    layers = tuple(LayerConfig(window=window, sparse=kind) for kind in sparse)
-    return {"qk_norm": "head", "qkv_bias": bias, "o_bias": bias, "layers": layers, "experts": experts}
-
-
-def _gemma(read: Reader) -> dict[str, Any]:
-    """What Gemma 2 and 3 share."""
-    read.refuse("use_bidirectional_attention", False)
-    read("hidden_act")  # an old name that transformers does not read for this family
-    bias, hidden = read("attention_bias"), read("hidden_size")
-    return {
-        "norm": NormConfig(read("rms_norm_eps"), offset=1.0, wide=True),
-        "norms": "sandwich",
-        "activation": read("hidden_activation"),
-        "embedding_scale": math.sqrt(hidden),
-        "attention_scale": read("query_pre_attn_scalar") ** -0.5,
-        "logit_softcap": read("final_logit_softcapping"),
-        "qkv_bias": bias,
-        "o_bias": bias,
-    }
-
-
-def _gemma2(read: Reader) -> dict[str, Any]:
-    _whole_rope(read)
-    read.refuse("sliding_window_size", read("sliding_window"))  # an old second name
-    layers = tuple(_by_type(read, lambda layer: FULL if layer % 2 else SLIDING))
-    return _gemma(read) | {"layers": layers, "attention_softcap": read("attn_logit_softcapping")}
-
-
-def _gemma3(read: Reader) -> dict[str, Any]:
-    """Local layers with a window and their own RoPE, global ones with another, stretched."""
-    read.refuse("attn_logit_softcapping", None, " for gemma3_text, as in transformers")
-    pattern = read("sliding_window_pattern") or read("_sliding_window_pattern")
-    kinds = _by_type(read, lambda layer: SLIDING if (layer + 1) % pattern else FULL)
-    nested, scaling = read("rope_parameters") or {}, read("rope_scaling") or {}
-    if nested and not nested.keys() <= {SLIDING, FULL}:
-        raise UserError(f"{read.where}: rope_parameters of gemma3_text must be given for {SLIDING} and {FULL}.")
-    local_theta = read("rope_local_base_freq")
-    globally = rope(read, {**scaling, **(nested.get(FULL) or {})})
-    locally = rope(read, {"rope_theta": local_theta, **(nested.get(SLIDING) or {})})
-    layers = tuple(replace(layer, rope=0 if layer.window is None else 1) for layer in kinds)
-    return _gemma(read) | {"qk_norm": "head", "ropes": (globally, locally), "layers": layers}
-
-
-def _phi3(read: Reader) -> dict[str, Any]:
-    found = rope(read)
-    read("original_max_position_embeddings")  # written by every model of the family, of use to longrope only
-    if found.kind not in ("default", "longrope", "yarn"):
-        raise UserError(f"{read.where}: rope_type {found.kind!r} is not supported for phi3; supported are default and longrope.")
-    window = read("sliding_window")
-    layer_types(read, lambda layer: FULL)
-    layers = (LayerConfig(window=window),) * read("num_hidden_layers")
-    return {"fused": True, "ropes": (found,), "layers": layers}
-
-
-def _olmo2(read: Reader) -> dict[str, Any]:
-    _whole_rope(read)
-    bias = read("attention_bias")
-    norm = NormConfig(read("rms_norm_eps"), wide=True)
-    return {"norms": "post", "qk_norm": "full", "norm": norm, "qkv_bias": bias, "o_bias": bias, "layers": _full(read)}
-
-
-def _smollm3(read: Reader) -> dict[str, Any]:
-    """Some layers have no rotary embedding (NoPE)."""
-    _whole_rope(read)
-    count, every = read("num_hidden_layers"), read("no_rope_layer_interval")
-    rotary = read("no_rope_layers") or [int((layer + 1) % every != 0) for layer in range(count)]
-    window = _window(read)
-    read("max_window_layers")  # of Qwen's configuration, which transformers does not read here
-    kinds = layer_types(read, lambda layer: SLIDING if window is not None and not rotary[layer] else FULL)
-    bias = read("attention_bias")
-    layers = tuple(
-        LayerConfig(window=window if kind == SLIDING else None, rope=0 if turns else None)
-        for kind, turns in zip(kinds, rotary, strict=False)
-    )
-    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": read("mlp_bias"), "layers": layers}
-
-
-def _granite(read: Reader) -> dict[str, Any]:
-    return _llama(read) | {
-        "embedding_scale": read("embedding_multiplier"),
-        "attention_scale": read("attention_multiplier"),
-        "residual_scale": read("residual_multiplier"),
-        "logit_scale": 1 / read("logits_scaling"),
-    }
-
-
-# What transformers assumes of a Llama, and of most others.
-_DEFAULTS = {
-    "intermediate_size": 11008, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": 10000.0, "hidden_act": "silu",
-    "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
-}  # fmt: skip
-_MISTRAL = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
-_QWEN = {
-    "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768, "use_sliding_window": False,
-    "sliding_window": 4096, "max_window_layers": 28,
-}  # fmt: skip
-_GEMMA = {
-    "intermediate_size": 9216, "num_key_value_heads": 4, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
-    "max_position_embeddings": 8192, "tie_word_embeddings": True, "query_pre_attn_scalar": 256, "sliding_window": 4096,
-}  # fmt: skip
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", _llama),
-    "mistral": Family("MistralForCausalLM", _windowed, _MISTRAL | {"sliding_window": 4096}),
-    "qwen2": Family("Qwen2ForCausalLM", _qwen2, _QWEN),
-    "qwen3": Family("Qwen3ForCausalLM", _qwen3, _QWEN | {"head_dim": 128}),
-    "gemma2": Family("Gemma2ForCausalLM", _gemma2, _GEMMA | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}),
-    "gemma3_text": Family(
-        "Gemma3ForCausalLM",
-        _gemma3,
-        _GEMMA
-        | {
-            "max_position_embeddings": 131072,
-            "rope_theta": 1e6,
-            "rope_local_base_freq": 10000.0,
-            "_sliding_window_pattern": 6,
-        },
-    ),
-    "phi3": Family(
-        "Phi3ForCausalLM",
-        _phi3,
-        {
-            "intermediate_size": 8192,
-            "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 4096,
-            "original_max_position_embeddings": 4096,
-        },
-    ),
-    "olmo2": Family("Olmo2ForCausalLM", _olmo2, {"rms_norm_eps": 1e-5}),
-    "smollm3": Family(
-        "SmolLM3ForCausalLM",
-        _smollm3,
-        {
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 32768,
-            "rope_theta": 2e6,
-            "use_sliding_window": False,
-            "no_rope_layer_interval": 4,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "granite": Family(
-        "GraniteForCausalLM",
-        _granite,
-        {"embedding_multiplier": 1.0, "attention_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0},
-    ),
-    "mixtral": Family(
-        "MixtralForCausalLM",
-        _mixtral,
-        _MISTRAL | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts_per_tok": 2, "num_local_experts": 8},
-        renames=(
-            ("mlp.experts.gate_proj", "block_sparse_moe.experts.w1"),
-            ("mlp.experts.up_proj", "block_sparse_moe.experts.w3"),
-            ("mlp.experts.down_proj", "block_sparse_moe.experts.w2"),
-            ("mlp.gate.", "block_sparse_moe.gate."),
-        ),
-    ),
-    "qwen3_moe": Family(
-        "Qwen3MoeForCausalLM",
-        _qwen3_moe,
-        {
-            "intermediate_size": 6144,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 32768,
-            "use_sliding_window": False,
-            "sliding_window": 4096,
-            "decoder_sparse_step": 1,
-            "moe_intermediate_size": 768,
-            "num_experts_per_tok": 8,
-            "num_experts": 128,
-            "norm_topk_prob": False,
-        },
-    ),
-}

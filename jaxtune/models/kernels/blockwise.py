@@ -1,7 +1,7 @@
 """Attention a block of scores at a time, in plain XLA, for every platform, mask and cache.
 
-Shape letters: B batch, T queries, S keys, K key/value heads, G query heads per key/value head, H head size; n, m number of blocks of
-queries and of keys, whose T and S are those of a block.
+Shape letters: B batch, T queries, S keys, K key/value heads, G query heads per key/value head, H
+head size; n, m number of blocks of queries and of keys, whose T and S are those of a block.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +23,9 @@ _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 class _Form(NamedTuple):
-    """What of the computation is no array: the cap on scores, and whether blocks that nobody sees are passed over."""
+    """What of the computation is no array: the cap on scores, and whether blocks that nobody
+    sees are passed over.
+    """
 
     cap: float | None
     passes_over: bool
@@ -45,21 +47,34 @@ def blockwise(
     scale: float,
     cap: float | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(cap(scale q k^T) + mask) v with a running maximum and sum (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1).
+    """softmax(cap(scale q k^T) + mask) v with a running maximum and sum (Milakov & Gimelshein 2018;
+    Dao et al. 2022, algorithm 1).
 
-    Scores exist for one block of queries and keys at a time, forward and backward; keys and values are not repeated: the G query
-    heads of a key/value head are rows of one product. Blocks in which no query sees a key are passed over, whether they lie in the
-    future, beyond the window or in other segments. The softmax is in float32. What a query sees nothing with is undefined but finite.
+    Scores exist for one block of queries and keys at a time, forward and backward; keys and values
+    are not repeated: the G query heads of a key/value head are rows of one product. Blocks in which
+    no query sees a key are passed over, whether they lie in the future, beyond the window or in
+    other segments. The softmax is in float32. What a query sees nothing with is undefined but
+    finite.
     """
     batch, queries, heads, size = q_BTNH.shape
     keys, kv_heads = k_BSKH.shape[1:3]
     rows, columns = min(BLOCK, queries), keys if queries <= _FEW else min(BLOCK, keys)
-    q_BTKGH = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).reshape(batch, queries, kv_heads, -1, size)
+    q_BTKGH = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).reshape(
+        batch, queries, kv_heads, -1, size
+    )
     q_nBKGTH = _blocks(q_BTKGH, rows).transpose(0, 1, 3, 4, 2, 5)
-    k_mBKSH, v_mBKSH = (_blocks(part, columns).transpose(0, 1, 3, 2, 4) for part in (k_BSKH, v_BSKH))
-    here = _Places(*(_blocks(part, rows, _NOWHERE) for part in (mask.query_positions, mask.query_segments)))
-    there = _Places(*(_blocks(part, columns, _NOWHERE + 1) for part in (mask.key_positions, mask.key_segments)))
-    form = _Form(cap, k_mBKSH.shape[0] > 1 and platform() != "gpu")  # on a GPU the host would wait for each condition
+    k_mBKSH, v_mBKSH = (
+        _blocks(part, columns).transpose(0, 1, 3, 2, 4) for part in (k_BSKH, v_BSKH)
+    )
+    here = _Places(
+        *(_blocks(part, rows, _NOWHERE) for part in (mask.query_positions, mask.query_segments))
+    )
+    there = _Places(
+        *(_blocks(part, columns, _NOWHERE + 1) for part in (mask.key_positions, mask.key_segments))
+    )
+    form = _Form(
+        cap, k_mBKSH.shape[0] > 1 and platform() != "gpu"
+    )  # on a GPU the host would wait for each condition
     out_nBKGTH = _attention(form, q_nBKGTH, k_mBKSH, v_mBKSH, here, there, mask.window)
     out_nBTKGH = out_nBKGTH.transpose(0, 1, 4, 2, 3, 5)
     return jnp.moveaxis(out_nBTKGH, 0, 1).reshape(batch, -1, heads, size)[:, :queries]
@@ -69,7 +84,9 @@ def _blocks(part: Any, size: int, fill: int = 0) -> Any:
     """[B, T, ...] cut into blocks along T, the last one filled: [n, B, T, ...]."""
     missing = -part.shape[1] % size
     if missing:
-        part = jnp.pad(part, ((0, 0), (0, missing), *((0, 0) for _ in part.shape[2:])), constant_values=fill)
+        part = jnp.pad(
+            part, ((0, 0), (0, missing), *((0, 0) for _ in part.shape[2:])), constant_values=fill
+        )
     return jnp.moveaxis(part.reshape(part.shape[0], -1, size, *part.shape[2:]), 1, 0)
 
 
@@ -83,38 +100,51 @@ def _forward(form: _Form, q_nBKGTH, k_mBKSH, v_mBKSH, here: _Places, there: _Pla
 
         def turn(carry, inputs):
             k_BKSH, v_BKSH, of = inputs
-            allowed_BTS = _tied(Mask(at.positions, of.positions, at.segments, of.segments, window).allowed(), k_BKSH)
+            allowed_BTS = _tied(
+                Mask(at.positions, of.positions, at.segments, of.segments, window).allowed(), k_BKSH
+            )
 
             def look(carry):
                 acc, top, total = carry
                 scores = softcap(_product("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH), form.cap)
                 scores = jnp.where(allowed_BTS[:, None, None], scores, _LOWEST)
                 new = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
-                # One exponential for the sum and the product: fused into the sum it would be computed twice.
+                # One exponential for the sum and the product: fused into the sum it would be
+                # computed twice.
                 exps = jax.lax.optimization_barrier(jnp.exp(scores - new))
                 shrink = jnp.exp(top - new)
                 product = _product("BKGTS,BKSH->BKGTH", exps.astype(q_BKGTH.dtype), v_BKSH)
-                return acc * shrink + product, new, total * shrink + jnp.sum(exps, axis=-1, keepdims=True)
+                return (
+                    acc * shrink + product,
+                    new,
+                    total * shrink + jnp.sum(exps, axis=-1, keepdims=True),
+                )
 
             return _unless_masked(form, allowed_BTS, look, carry), None
 
         thin = (*q_BKGTH.shape[:-1], 1)
-        start = jnp.zeros(q_BKGTH.shape, jnp.float32), jnp.full(thin, _LOWEST), jnp.zeros(thin, jnp.float32)
+        start = (
+            jnp.zeros(q_BKGTH.shape, jnp.float32),
+            jnp.full(thin, _LOWEST),
+            jnp.zeros(thin, jnp.float32),
+        )
         (acc, top, total), _ = jax.lax.scan(turn, start, (k_mBKSH, v_mBKSH, there))
         total = jnp.where(total == 0, 1.0, total)
         return None, ((acc / total).astype(q_BKGTH.dtype), (top + jnp.log(total))[..., 0])
 
-    _, (out, normaliser) = jax.lax.scan(rows, None, (q_nBKGTH, here))
-    out, normaliser = named_in_rule(out, ATTENTION), named_in_rule(normaliser, ATTENTION)
-    return out, (q_nBKGTH, k_mBKSH, v_mBKSH, here, there, window, out, normaliser)
+    _, (out, normalizer) = jax.lax.scan(rows, None, (q_nBKGTH, here))
+    out, normalizer = named_in_rule(out, ATTENTION), named_in_rule(normalizer, ATTENTION)
+    return out, (q_nBKGTH, k_mBKSH, v_mBKSH, here, there, window, out, normalizer)
 
 
 def _backward(form: _Form, residuals, dout_nBKGTH):
-    """Gradients from recomputed probabilities P: dV = P^T dO, dS = P (dO V^T - rowsum(dO O)) (Dao et al. 2022, appendix B).
+    """Gradients from recomputed probabilities P: dV = P^T dO, dS = P (dO V^T - rowsum(dO O)) (Dao
+    et al. 2022, appendix B).
 
-    Scores are made with the keys first: of the three products that use them, two have then the form that XLA is fastest at on CPU.
+    Scores are made with the keys first: of the three products that use them, two have then the form
+    that XLA is fastest at on CPU.
     """
-    q_nBKGTH, k_mBKSH, v_mBKSH, here, there, window, out_nBKGTH, normaliser_nBKGT = residuals
+    q_nBKGTH, k_mBKSH, v_mBKSH, here, there, window, out_nBKGTH, normalizer_nBKGT = residuals
     mean_nBKGT = jnp.sum(dout_nBKGTH.astype(jnp.float32) * out_nBKGTH.astype(jnp.float32), axis=-1)
 
     def rows(sums, inputs):
@@ -122,7 +152,9 @@ def _backward(form: _Form, residuals, dout_nBKGTH):
 
         def turn(dq_BKHGT, inputs):
             k_BKSH, v_BKSH, of, dk, dv = inputs
-            allowed_BTS = Mask(at.positions, of.positions, at.segments, of.segments, window).allowed()
+            allowed_BTS = Mask(
+                at.positions, of.positions, at.segments, of.segments, window
+            ).allowed()
             allowed_BST = _tied(jnp.swapaxes(allowed_BTS, 1, 2), k_BKSH)
 
             def look(carry):
@@ -130,7 +162,9 @@ def _backward(form: _Form, residuals, dout_nBKGTH):
                 scores = softcap(_product("BKSH,BKGTH->BKSGT", k_BKSH, q_BKGTH), form.cap)
                 masked = jnp.where(allowed_BST[:, None, :, None], scores, _LOWEST)
                 probs = jnp.exp(masked - norm_BKGT[:, :, None])
-                dscores = probs * (_product("BKSH,BKGTH->BKSGT", v_BKSH, dout_BKGTH) - mean_BKGT[:, :, None])
+                dscores = probs * (
+                    _product("BKSH,BKGTH->BKSGT", v_BKSH, dout_BKGTH) - mean_BKGT[:, :, None]
+                )
                 if form.cap is not None:
                     dscores *= 1 - jnp.square(scores / form.cap)
                 dscores = dscores.astype(q_BKGTH.dtype)
@@ -144,10 +178,14 @@ def _backward(form: _Form, residuals, dout_nBKGTH):
         start = jnp.zeros_like(jnp.moveaxis(q_BKGTH, -1, 2), jnp.float32)
         dq_BKHGT, sums = jax.lax.scan(turn, start, (k_mBKSH, v_mBKSH, there, *sums))
         # Were the transposition made part of the product, it would have the slow form after all.
-        return sums, jnp.moveaxis(jax.lax.optimization_barrier(dq_BKHGT), 2, -1).astype(q_BKGTH.dtype)
+        return sums, jnp.moveaxis(jax.lax.optimization_barrier(dq_BKHGT), 2, -1).astype(
+            q_BKGTH.dtype
+        )
 
     start = tuple(jnp.zeros(part.shape, jnp.float32) for part in (k_mBKSH, v_mBKSH))
-    (dk, dv), dq = jax.lax.scan(rows, start, (q_nBKGTH, dout_nBKGTH, here, normaliser_nBKGT, mean_nBKGT))
+    (dk, dv), dq = jax.lax.scan(
+        rows, start, (q_nBKGTH, dout_nBKGTH, here, normalizer_nBKGT, mean_nBKGT)
+    )
     return dq, dk.astype(k_mBKSH.dtype), dv.astype(v_mBKSH.dtype), None, None, None
 
 
@@ -156,22 +194,41 @@ _attention.defvjp(_forward, _backward)
 
 
 def _unless_masked(form: _Form, allowed: jax.Array, look: Any, carry: Any) -> Any:
-    return jax.lax.cond(jnp.any(allowed), look, lambda carry: carry, carry) if form.passes_over else look(carry)
+    return (
+        jax.lax.cond(jnp.any(allowed), look, lambda carry: carry, carry)
+        if form.passes_over
+        else look(carry)
+    )
 
 
 def _tied(allowed: Bool[Array, "B _ _"], k_BKSH: jax.Array) -> Bool[Array, "B _ _"]:
-    """The mask, bound to what a layer computes: else it would be spread over the heads once for all layers, and read so by each."""
+    """The mask, bound to what a layer computes: else it would be spread over the heads once for
+    all layers, and read so by each.
+    """
     return jax.lax.optimization_barrier((allowed, k_BKSH))[0]
 
 
 def _product(equation: str, left: jax.Array, right: jax.Array) -> Float[Array, "B K ..."]:
-    """An einsum in float32. For the product itself G and T are one axis, R: with two, XLA has no fast code for it."""
+    """An einsum in float32. For the product itself G and T are one axis, R: with two, XLA has no
+    fast code for it.
+    """
     first, second, out = equation.replace("->", ",").split(",")
     split = (left if "GT" in first else right).shape[max(first.find("GT"), second.find("GT")) :][:2]
-    parts = (part.reshape(_merged(term, part.shape)) for term, part in ((first, left), (second, right)))
-    product = jnp.einsum(equation.replace("GT", "R"), *parts, precision=precision(left.dtype), preferred_element_type=jnp.float32)
+    parts = (
+        part.reshape(_merged(term, part.shape)) for term, part in ((first, left), (second, right))
+    )
+    product = jnp.einsum(
+        equation.replace("GT", "R"),
+        *parts,
+        precision=precision(left.dtype),
+        preferred_element_type=jnp.float32,
+    )
     at = out.find("GT")
-    return product if at < 0 else product.reshape(*product.shape[:at], *split, *product.shape[at + 1 :])
+    return (
+        product
+        if at < 0
+        else product.reshape(*product.shape[:at], *split, *product.shape[at + 1 :])
+    )
 
 
 def _merged(term: str, shape: tuple[int, ...]) -> tuple[int, ...]:

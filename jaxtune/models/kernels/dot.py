@@ -1,4 +1,6 @@
-"""The matrix products of layers, forward and backward, with the precision and the accumulation that each platform does best."""
+"""The matrix products of layers, forward and backward, with the precision and the accumulation
+that each platform does best.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,25 +8,39 @@ from jaxtyping import Array, Float
 
 from jaxtune.core.dtypes import precision
 from jaxtune.core.hardware import platform
-from jaxtune.core.sharding import spread
+from jaxtune.core.sharding import is_multi_device
 
 
-def contract(x: Float[Array, "*batch inner"], matrix: Float[Array, "..."], axis: int) -> Float[Array, "*batch outer"]:
-    """The product over x's last axis and the matrix's `axis`, in x's dtype; float32 means float32 on every platform.
+def dot(
+    x: Float[Array, "*batch inner"], matrix: Float[Array, "..."], axis: int
+) -> Float[Array, "*batch outer"]:
+    """The product over x's last axis and the matrix's `axis`, in x's dtype; float32 means float32
+    on every platform.
 
-    On CPU a bfloat16 product leaves in float32 and is rounded then, as it is within accelerators: that form alone has fast code.
+    On CPU a bfloat16 product leaves in float32 and is rounded then, as it is within accelerators:
+    that form alone has fast code.
     """
     dims = (((x.ndim - 1,), (axis,)), ((), ()))
     wide = jnp.float32 if x.dtype == jnp.bfloat16 and platform() == "cpu" else None
-    product = jax.lax.dot_general(x, matrix.astype(x.dtype), dims, precision=precision(x.dtype), preferred_element_type=wide)
+    product = jax.lax.dot_general(
+        x, matrix.astype(x.dtype), dims, precision=precision(x.dtype), preferred_element_type=wide
+    )
     return product.astype(x.dtype)
 
 
-def over_tokens(left: Float[Array, "*batch outer"], right: Float[Array, "*batch inner"]) -> Float[Array, "outer inner"]:
+def weight_grad(
+    left: Float[Array, "*batch outer"], right: Float[Array, "*batch inner"]
+) -> Float[Array, "outer inner"]:
     """The sum over all tokens of their outer products, float32: a gradient of a matrix."""
-    if not spread():
+    if not is_multi_device():
         left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
-    tokens = tuple(range(left.ndim - 1))  # on a mesh not made one axis: rows and tokens may lie on different axes of it
+    tokens = tuple(
+        range(left.ndim - 1)
+    )  # on a mesh not made one axis: rows and tokens may lie on different axes of it
     return jax.lax.dot_general(
-        left, right, ((tokens, tokens), ((), ())), precision=precision(left.dtype), preferred_element_type=jnp.float32
+        left,
+        right,
+        ((tokens, tokens), ((), ())),
+        precision=precision(left.dtype),
+        preferred_element_type=jnp.float32,
     )

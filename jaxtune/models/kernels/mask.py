@@ -6,9 +6,11 @@ from jaxtyping import Array, Bool, Int
 
 
 class Mask(NamedTuple):
-    """Which key a query may see: one of its own segment at its own position or before, within the window where there is one.
+    """Which key a query may see: one of its own segment at its own position or before, within the
+    window where there is one.
 
-    Rotary positions serve as the order, so a packed row needs no other information than its segments and positions.
+    Rotary positions serve as the order, so a packed row needs no other information than its
+    segments and positions.
     """
 
     query_positions: Int[Array, "B T"]

@@ -1,7 +1,7 @@
 """Frozen matrices of few bits: how they lie in memory, what they stand for, and products with them.
 
-They are de-quantised where they are used, a layer at a time within the scan; the backward pass de-quantises again instead of keeping
-the wide matrix.
+They are de-quantized where they are used, a layer at a time within the scan; the backward pass
+de-quantizes again instead of keeping the wide matrix.
 """
 
 from abc import abstractmethod
@@ -16,17 +16,23 @@ from jaxtyping import Array, Float, Float32, Int8, UInt8
 
 from jaxtune.core.hardware import platform
 from jaxtune.core.sharding import RULES, constrain
-from jaxtune.models.kernels.dot import contract
+from jaxtune.models.kernels.dot import dot
 
 BLOCK, SCALES = 64, 256
-"""Numbers that share a scale in NF4, and scales that share one of their own (Dettmers et al. 2023, section 3)."""
+"""Numbers that share a scale in NF4, and scales that share one of their own (Dettmers et al.
+2023, section 3).
+"""
 
 NF4_CODES = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+    0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-"""The quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (Dettmers et al. 2023, appendix E)."""
+"""The quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (Dettmers et al.
+2023, appendix E).
+"""
 
 _DECADES = 7
 
@@ -35,8 +41,10 @@ GATHERED = replace(RULES, embed=None)
 """Where a matrix lies while it is used."""
 
 
-class Quantised:
-    """A frozen matrix [..., out, in] of few bits. It passes for an array where one asks for its shape or for another dtype."""
+class QuantizedTensor:
+    """A frozen matrix [..., out, in] of few bits. It passes for an array where one asks for its
+    shape or for another dtype.
+    """
 
     shape: Any
 
@@ -50,29 +58,35 @@ class Quantised:
         """Numbers that it stands for."""
         return int(np.prod(self.shape, dtype=np.int64))
 
-    def __getitem__(self, index: Any) -> "Quantised":
+    def __getitem__(self, index: Any) -> "QuantizedTensor":
         if index is not Ellipsis:
-            raise TypeError("A quantised matrix is only used whole.")
+            raise TypeError("A quantized matrix is only used whole.")
         return self
 
     @abstractmethod
     def astype(self, dtype: Any) -> Float[Array, "*stack out in"]:
-        """De-quantised."""
+        """De-quantized."""
 
     @abstractmethod
     def gathered(self, axes: Axes) -> Self:
-        """The matrix with its codes gathered over the axes that only store it apart, by the logical names of out and in."""
+        """The matrix with its codes gathered over the axes that only store it apart, by the
+        logical names of out and in.
+        """
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class NF4(Quantised):
-    """Four bits a number: W = code * scale of its block of 64 in the row; the scales in eight bits, 4.127 bits in all.
+class NF4(QuantizedTensor):
+    """Four bits a number: W = code * scale of its block of 64 in the row; the scales in eight bits,
+    4.127 bits in all.
 
     Attributes:
-        codes: two numbers a byte; of each block the first half in the upper bits, the second in the lower.
-        scales: a block's largest absolute number, as the place in the dynamic map of `dynamic_value`.
-        wide: what the map's values are multiplied with, for every 256 scales of a matrix in the order of its rows.
+        codes: two numbers a byte; of each block the first half in the upper bits, the second in the
+            lower.
+        scales: a block's largest absolute number, as the place in the dynamic map of
+            `dynamic_value`.
+        wide: what the map's values are multiplied with, for every 256 scales of a matrix in the
+            order of its rows.
         offset: what is added to the scales of a matrix.
 
     """
@@ -88,36 +102,49 @@ class NF4(Quantised):
         return (*self.codes.shape[:-1], 2 * self.codes.shape[-1])
 
     def astype(self, dtype: Any) -> Float[Array, "*stack out in"]:
-        """See Quantised."""
+        """See QuantizedTensor."""
         return join_columns(*self.halves(dtype))
 
     def gathered(self, axes: Axes) -> "NF4":
-        """See Quantised."""
-        codes, scales = (constrain(part, *axes, rules=GATHERED) for part in (self.codes, self.scales))
+        """See QuantizedTensor."""
+        codes, scales = (
+            constrain(part, *axes, rules=GATHERED) for part in (self.codes, self.scales)
+        )
         return NF4(codes, scales, self.wide, self.offset)
 
-    def halves(self, dtype: Any) -> tuple[Float[Array, "*stack out half"], Float[Array, "*stack out half"]]:
-        """De-quantised, the first numbers of all bytes and the second ones: to interleave them would cost copies of the matrix."""
+    def halves(
+        self, dtype: Any
+    ) -> tuple[Float[Array, "*stack out half"], Float[Array, "*stack out half"]]:
+        """De-quantized, the first numbers of all bytes and the second ones: to interleave them
+        would cost copies of the matrix.
+        """
         blocks, stack = self.scales.shape, self.scales.shape[:-2]
-        groups = jnp.repeat(self.wide, SCALES, axis=-1)[..., : blocks[-2] * blocks[-1]].reshape(blocks)
+        groups = jnp.repeat(self.wide, SCALES, axis=-1)[..., : blocks[-2] * blocks[-1]].reshape(
+            blocks
+        )
         scale = dynamic_value(self.scales) * groups + self.offset.reshape(*stack, 1, 1)
-        # A one that the compiler does not know: else it would keep every number of the code book as an array of the matrix's size.
+        # A one that the compiler does not know: else it would keep every number of the code book as
+        # an array of the matrix's size.
         one = jnp.where(self.offset == self.offset, 1.0, 0.0).reshape(*stack, 1, 1)
         spread = _repeated(scale, BLOCK // 2)
-        first, second = ((nf4_value(part, one) * spread).astype(dtype) for part in (self.codes >> 4, self.codes & 15))
+        first, second = (
+            (nf4_value(part, one) * spread).astype(dtype)
+            for part in (self.codes >> 4, self.codes & 15)
+        )
         return first, second
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Int8Rows(Quantised):
-    """Eight bits a number: W = code * scale of its row, the scale being the row's largest absolute number over 127.
+class Int8Rows(QuantizedTensor):
+    """Eight bits a number: W = code * scale of its row, the scale being the row's largest absolute
+    number over 127.
 
     Attributes:
         codes: the numbers, from -127 to 127.
         scales: of the rows.
-        integer: whether products are taken between integers, the other side rounded to eight bits a token (Dettmers et al. 2022,
-            LLM.int8(), without its outliers).
+        integer: whether products are taken between integers, the other side rounded to eight bits a
+            token (Dettmers et al. 2022, LLM.int8(), without its outliers).
 
     """
 
@@ -131,27 +158,35 @@ class Int8Rows(Quantised):
         return tuple(self.codes.shape)
 
     def astype(self, dtype: Any) -> Float[Array, "*stack out in"]:
-        """See Quantised."""
+        """See QuantizedTensor."""
         return (self.codes.astype(jnp.float32) * self.scales[..., None]).astype(dtype)
 
     def gathered(self, axes: Axes) -> "Int8Rows":
-        """See Quantised."""
-        codes, scales = constrain(self.codes, *axes, rules=GATHERED), constrain(self.scales, axes[0], rules=GATHERED)
+        """See QuantizedTensor."""
+        codes, scales = (
+            constrain(self.codes, *axes, rules=GATHERED),
+            constrain(self.scales, axes[0], rules=GATHERED),
+        )
         return replace(self, codes=codes, scales=scales)
 
     def times(self, x: Float[Array, "*batch size"], axis: int) -> Float[Array, "*batch other"]:
         """X contracted with an axis of the codes, in x's dtype."""
         if not self.integer:
-            return contract(x, self.codes, axis)
+            return dot(x, self.codes, axis)
         step = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True) / 127
-        rounded = jnp.round(x.astype(jnp.float32) / jnp.where(step == 0, 1.0, step)).astype(jnp.int8)
+        rounded = jnp.round(x.astype(jnp.float32) / jnp.where(step == 0, 1.0, step)).astype(
+            jnp.int8
+        )
         dims = (((x.ndim - 1,), (axis,)), ((), ()))
         product = jax.lax.dot_general(rounded, self.codes, dims, preferred_element_type=jnp.int32)
         return (product.astype(jnp.float32) * step).astype(x.dtype)
 
 
-def nf4_value(codes: UInt8[Array, "*shape"], one: float | Float[Array, "..."] = 1.0) -> Float32[Array, "*shape"]:
-    """The number that each code stands for, by a tree of selects over its bits: on TPU a table look-up moves 280 times the bytes.
+def nf4_value(
+    codes: UInt8[Array, "*shape"], one: float | Float[Array, "..."] = 1.0
+) -> Float32[Array, "*shape"]:
+    """The number that each code stands for, by a tree of selects over its bits: on TPU a table
+    look-up moves 280 times the bytes.
 
     Args:
         codes: 0 to 15.
@@ -161,24 +196,34 @@ def nf4_value(codes: UInt8[Array, "*shape"], one: float | Float[Array, "..."] = 
     level = [jnp.float32(value) * one for value in NF4_CODES]
     for bit in range(4):
         upper = (codes & (1 << bit)) != 0
-        level = [jnp.where(upper, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
+        level = [
+            jnp.where(upper, high, low) for low, high in zip(level[::2], level[1::2], strict=True)
+        ]
     return level[0]
 
 
-def split_columns(x: Float[Array, "*batch in"]) -> tuple[Float[Array, "*batch half"], Float[Array, "*batch half"]]:
+def split_columns(
+    x: Float[Array, "*batch in"],
+) -> tuple[Float[Array, "*batch half"], Float[Array, "*batch half"]]:
     """The columns that meet the first numbers of the bytes, and those that meet the second."""
     first, second = jnp.moveaxis(x.reshape(*x.shape[:-1], -1, 2, BLOCK // 2), -2, 0)
     return first.reshape(*x.shape[:-1], -1), second.reshape(*x.shape[:-1], -1)
 
 
-def join_columns(first: Float[Array, "*batch half"], second: Float[Array, "*batch half"]) -> Float[Array, "*batch in"]:
+def join_columns(
+    first: Float[Array, "*batch half"], second: Float[Array, "*batch half"]
+) -> Float[Array, "*batch in"]:
     """The inverse of `split_columns`."""
     parts = [part.reshape(*part.shape[:-1], -1, BLOCK // 2) for part in (first, second)]
     return jnp.stack(parts, axis=-2).reshape(*first.shape[:-1], 2 * first.shape[-1])
 
 
-def _repeated(scale: Float32[Array, "*stack out blocks"], times: int) -> Float32[Array, "*stack out half"]:
-    """Each scale so many times. On TPU by a product with zeros and ones: a repetition along the lanes would have the codes transposed."""
+def _repeated(
+    scale: Float32[Array, "*stack out blocks"], times: int
+) -> Float32[Array, "*stack out half"]:
+    """Each scale so many times. On TPU by a product with zeros and ones: a repetition along the
+    lanes would have the codes transposed.
+    """
     if platform() != "tpu":
         return jnp.repeat(scale, times, axis=-1)
     places = jnp.repeat(jnp.eye(scale.shape[-1], dtype=jnp.float32), times, axis=-1)
@@ -186,9 +231,11 @@ def _repeated(scale: Float32[Array, "*stack out blocks"], times: int) -> Float32
 
 
 def dynamic_value(codes: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
-    """The value at a place of the sorted dynamic map (Dettmers et al. 2022, 8-bit optimizers, section 2.1).
+    """The value at a place of the sorted dynamic map (Dettmers et al. 2022, 8-bit optimizers,
+    section 2.1).
 
-    Place 127 is zero and 255 is one; at a distance j of 127 lies 10^(d - 6) (0.1 + 0.9 (j - 2^d + 1/2) / 2^d) with d = floor(log2 j).
+    Place 127 is zero and 255 is one; at a distance j of 127 lies 10^(d - 6) (0.1 + 0.9 (j - 2^d +
+    1/2) / 2^d) with d = floor(log2 j).
     """
     signed = codes.astype(jnp.int32) - 127
     distance = jnp.abs(signed)
@@ -210,37 +257,49 @@ def with_integer_products(tree: Any) -> Any:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product(x: Float[Array, "*batch in"], weight: Quantised, axes: Axes) -> Float[Array, "*batch out"]:
+def product(
+    x: Float[Array, "*batch in"], weight: QuantizedTensor, axes: Axes
+) -> Float[Array, "*batch out"]:
     """X W^T in x's dtype; `axes` are the logical names of W's out and in."""
     return _forward(x, weight, axes)[0]
 
 
-def product_back(dy: Float[Array, "*batch out"], stored: Quantised, axes: Axes) -> Float[Array, "*batch in"]:
+def product_back(
+    dy: Float[Array, "*batch out"], stored: QuantizedTensor, axes: Axes
+) -> Float[Array, "*batch in"]:
     """Dy W, the gradient of `product` with respect to x."""
     weight = stored.gathered(axes)
     if isinstance(weight, Int8Rows):
         return weight.times(dy * weight.scales.astype(dy.dtype), 0)
-    return contract(_laid(dy, axes[0]), weight.astype(dy.dtype), 0)
+    return dot(_laid(dy, axes[0]), weight.astype(dy.dtype), 0)
 
 
-def _forward(x: jax.Array, stored: Quantised, axes: Axes) -> tuple[jax.Array, Quantised]:
+def _forward(
+    x: jax.Array, stored: QuantizedTensor, axes: Axes
+) -> tuple[jax.Array, QuantizedTensor]:
     weight = stored.gathered(axes)
     if isinstance(weight, Int8Rows):
         return weight.times(x, 1) * weight.scales.astype(x.dtype), stored
     if isinstance(weight, NF4):
         first, second = weight.halves(x.dtype)
         low, high = (_laid(half, axes[1]) for half in split_columns(x))
-        return contract(low, first, 1) + contract(high, second, 1), stored
-    return contract(x, weight.astype(x.dtype), 1), stored
+        return dot(low, first, 1) + dot(high, second, 1), stored
+    return dot(x, weight.astype(x.dtype), 1), stored
 
 
-def _backward(axes: Axes, stored: Quantised, dy: jax.Array) -> tuple[jax.Array, None]:
+def _backward(axes: Axes, stored: QuantizedTensor, dy: jax.Array) -> tuple[jax.Array, None]:
     return product_back(dy, stored, axes), None
 
 
 def _laid(x: Float[Array, "batch seq size"], axis: str | None) -> Float[Array, "batch seq size"]:
-    """An activation where the side of the matrix that it meets lies; left to itself the compiler gathers the matrix instead."""
-    return constrain(x, "batch", "seq", axis, rules=GATHERED) if x.ndim == len(("batch", "seq", axis)) else x
+    """An activation where the side of the matrix that it meets lies; left to itself the compiler
+    gathers the matrix instead.
+    """
+    return (
+        constrain(x, "batch", "seq", axis, rules=GATHERED)
+        if x.ndim == len(("batch", "seq", axis))
+        else x
+    )
 
 
 product.defvjp(_forward, _backward)

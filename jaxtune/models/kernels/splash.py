@@ -1,4 +1,5 @@
-"""Splash attention: JAX's Pallas kernel for TPUs, over packed segments, one key/value head for its group of query heads.
+"""Splash attention: JAX's Pallas kernel for TPUs, over packed segments, one key/value head for its
+group of query heads.
 
 Shape letters as in `models.kernels.attention`.
 """
@@ -20,7 +21,9 @@ BLOCK = 512
 
 
 def splashes(q_BTNH: jax.Array, shards: int) -> bool:
-    """Whether the kernel takes such queries: bfloat16, since its products have no other precision, and whole lanes of tokens a shard."""
+    """Whether the kernel takes such queries: bfloat16, since its products have no other
+    precision, and whole lanes of tokens a shard.
+    """
     return q_BTNH.dtype == jnp.bfloat16 and q_BTNH.shape[1] % (LANES * shards) == 0
 
 
@@ -53,14 +56,30 @@ class Splash:
         self.kernels = []
         for window in windows:
             shape = (tokens, tokens)
-            mask = pallas.CausalMask(shape) if window is None else pallas.LocalMask(shape, (window - 1, 0), 0)
-            make = partial(pallas.make_splash_mqa, block_sizes=sizes, attn_logits_soft_cap=cap, interpret=interpret)
+            mask = (
+                pallas.CausalMask(shape)
+                if window is None
+                else pallas.LocalMask(shape, (window - 1, 0), 0)
+            )
+            make = partial(
+                pallas.make_splash_mqa,
+                block_sizes=sizes,
+                attn_logits_soft_cap=cap,
+                interpret=interpret,
+            )
             heads = pallas.MultiHeadMask([mask] * groups)
-            self.kernels.append(make(heads, head_shards=1, q_seq_shards=shards, residual_checkpoint_name=ATTENTION))
+            self.kernels.append(
+                make(heads, head_shards=1, q_seq_shards=shards, residual_checkpoint_name=ATTENTION)
+            )
 
     def specs(self, mesh: AbstractMesh, seq: Any) -> list[Any]:
-        """Partitions of the kernels' own arrays where the queries are cut over the mesh axes `seq`."""
-        return [kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, seq))) for kernel in self.kernels]
+        """Partitions of the kernels' own arrays where the queries are cut over the mesh axes
+        `seq`.
+        """
+        return [
+            kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, seq)))
+            for kernel in self.kernels
+        ]
 
     def __call__(
         self,
@@ -72,10 +91,14 @@ class Splash:
         *,
         scale: float,
     ) -> Float[Array, "B T N H"]:
-        """As `blockwise`, on one device; `kernels` are the own ones, as this device has them: each knows its part of the mask."""
+        """As `blockwise`, on one device; `kernels` are the own ones, as this device has them:
+        each knows its part of the mask.
+        """
         batch, queries, heads, size = q_BTNH.shape
         kv_heads = k_BSKH.shape[2]
-        q_BTKGH = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).reshape(batch, queries, kv_heads, -1, size)
+        q_BTKGH = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).reshape(
+            batch, queries, kv_heads, -1, size
+        )
         q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
         k_BKSH, v_BKSH = (part.transpose(0, 2, 1, 3) for part in (k_BSKH, v_BSKH))
         segments = pallas.SegmentIds(mask.query_segments, mask.key_segments)
@@ -83,12 +106,16 @@ class Splash:
         if len(branches) == 1:
             out_BKGTH = branches[0](q_BKGTH, k_BKSH, v_BKSH, segments)
         else:
-            out_BKGTH = jax.lax.switch(self._which(mask.window), branches, q_BKGTH, k_BKSH, v_BKSH, segments)
+            out_BKGTH = jax.lax.switch(
+                self._which(mask.window), branches, q_BKGTH, k_BKSH, v_BKSH, segments
+            )
         return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, size)
 
     def _which(self, window: Int[Array, ""] | None) -> Int[Array, ""]:
         everything = jnp.iinfo(jnp.int32).max
-        sizes = jnp.asarray([everything if size is None else size for size in self.windows], jnp.int32)
+        sizes = jnp.asarray(
+            [everything if size is None else size for size in self.windows], jnp.int32
+        )
         return jnp.argmax(sizes == window)
 
 

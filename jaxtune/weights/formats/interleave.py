@@ -1,4 +1,6 @@
-"""The two row orders of rotary q and k: pairs side by side (Meta, llama.cpp) and halves (Hugging Face)."""
+"""The two row orders of rotary q and k: pairs side by side (Meta, llama.cpp) and halves (Hugging
+Face).
+"""
 
 import numpy as np
 
@@ -7,16 +9,20 @@ from jaxtune.weights.tensors import Index, LazyTensor
 
 def half_split(tensor: LazyTensor, heads: int) -> LazyTensor:
     """Rows from interleaved rotary pairs to halves."""
-    return _reordered(tensor, np.arange(tensor.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1))
+    return _reordered(
+        tensor, np.arange(tensor.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    )
 
 
 def interleaved(tensor: LazyTensor, heads: int) -> LazyTensor:
     """Rows from halves to interleaved rotary pairs."""
-    return _reordered(tensor, np.arange(tensor.shape[0]).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1))
+    return _reordered(
+        tensor, np.arange(tensor.shape[0]).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+    )
 
 
 def _reordered(tensor: LazyTensor, rows: np.ndarray) -> LazyTensor:
     def read(index: Index) -> np.ndarray:
         return tensor.all()[rows][index]
 
-    return LazyTensor(tensor.shape, tensor.dtype, read, tensor.quantised)
+    return LazyTensor(tensor.shape, tensor.dtype, read, tensor.quantized)

@@ -1,4 +1,6 @@
-"""Meta's own files of Llama: `params.json` and `consolidated.NN.pth`, one file for every part of a model-parallel training."""
+"""Meta's own files of Llama: `params.json` and `consolidated.NN.pth`, one file for every part of
+a model-parallel training.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,11 +31,18 @@ _LAYER = {
     "ffn_norm": "post_attention_layernorm",
 }
 _READ = {
-    "dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps", "vocab_size", "rope_theta",
-    "use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor", "max_seq_len", "max_batch_size",
+    "dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps",
+    "vocab_size", "rope_theta",
+    "use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor", "max_seq_len",
+    "max_batch_size",
 }  # fmt: skip
-# Llama 3.1's scaling of frequencies, which Meta's code holds as constants and `use_scaled_rope` switches on.
-_SCALED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# Llama 3.1's scaling of frequencies, which Meta's code holds as constants and `use_scaled_rope`
+# switches on.
+_SCALED = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def config_json(path: Path) -> dict[str, Any]:
@@ -51,12 +60,17 @@ def config_json(path: Path) -> dict[str, Any]:
     found = tensors(path)
     gate, embedding = "model.layers.0.mlp.gate_proj.weight", "model.embed_tokens.weight"
     if gate not in found or embedding not in found:
-        raise UserError(f"{path}: the files hold no {listed(name for name in (gate, embedding) if name not in found)} of Llama.")
+        raise UserError(
+            f"{path}: the files hold no "
+            f"{listed(name for name in (gate, embedding) if name not in found)} of Llama."
+        )
     theta = float(params.get("rope_theta") or 10000.0)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     if params.get("use_scaled_rope"):
         rope = {"rope_type": "llama3", "rope_theta": theta, "factor": _factor(params), **_SCALED}
-        rope["high_freq_factor"] = float(params.get("rope_high_freq_factor") or rope["high_freq_factor"])
+        rope["high_freq_factor"] = float(
+            params.get("rope_high_freq_factor") or rope["high_freq_factor"]
+        )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -81,11 +95,16 @@ def _tied(found: Tensors) -> bool:
     head, embedding = found.get("lm_head.weight"), found["model.embed_tokens.weight"]
     if head is None or head.shape != embedding.shape:
         return False
-    return all((ours == theirs).all() for ours, theirs in zip(head.blocks(), embedding.blocks(), strict=True))
+    return all(
+        (ours == theirs).all()
+        for ours, theirs in zip(head.blocks(), embedding.blocks(), strict=True)
+    )
 
 
 def _factor(params: dict[str, Any]) -> float:
-    """By how much Llama 3.1 (8) and the small models of 3.2 (32, known by their width) stretch the longest wavelengths."""
+    """By how much Llama 3.1 (8) and the small models of 3.2 (32, known by their width) stretch
+    the longest wavelengths.
+    """
     return float(params.get("rope_scaling_factor") or (32.0 if params["dim"] <= 3072 else 8.0))
 
 
@@ -99,10 +118,12 @@ def _context(params: dict[str, Any], theta: float) -> int:
 
 
 def tensors(path: Path) -> Tensors:
-    """The tensors under Hugging Face's names and in its row order, the parts joined as they are read.
+    """The tensors under Hugging Face's names and in its row order, the parts joined as they are
+    read.
 
     Raises:
-        UserError: no files, a part that disagrees with the others, or tensors that a Llama does not have.
+        UserError: no files, a part that disagrees with the others, or tensors that a Llama does not
+            have.
 
     """
     files = sorted(path.glob(_PART))
@@ -110,11 +131,16 @@ def tensors(path: Path) -> Tensors:
         raise UserError(f"{path} holds {PARAMS} and no consolidated.NN.pth.")
     numbers = [file.name.split(".")[1] for file in files]
     if numbers != [f"{number:02}" for number in range(len(files))]:
-        raise UserError(f"{path}: of the parts consolidated.NN.pth there are {listed(numbers, 20)}; some are missing.")
+        raise UserError(
+            f"{path}: of the parts consolidated.NN.pth there are {listed(numbers, 20)}; some are "
+            "missing."
+        )
     parts = [torch_files.open_file(file) for file in files]
     for file, part in zip(files, parts, strict=True):
         if odd := sorted(part.keys() ^ parts[0].keys()):
-            raise UserError(f"{file} and {files[0].name} do not hold the same tensors: {listed(odd)}.")
+            raise UserError(
+                f"{file} and {files[0].name} do not hold the same tensors: {listed(odd)}."
+            )
     params = read_json(path / PARAMS)
     heads, width = params["n_heads"], params["dim"]
     kv_heads = params.get("n_kv_heads") or heads
@@ -123,7 +149,9 @@ def tensors(path: Path) -> Tensors:
         if name == "rope.freqs":
             continue  # follows from the parameters
         stem, _, suffix = name.rpartition(".")
-        joined = _joined([part[name] for part in parts], _axis(stem, parts[0][name], width, len(parts)))
+        joined = _joined(
+            [part[name] for part in parts], _axis(stem, parts[0][name], width, len(parts))
+        )
         if stem.startswith("layers.") and stem.split(".", 2)[2] in _LAYER:
             _, layer, kind = stem.split(".", 2)
             if kind in ("attention.wq", "attention.wk"):
@@ -169,7 +197,8 @@ def _joined(parts: Sequence[LazyTensor], axis: int | None) -> LazyTensor:
 def write_directory(directory: Path, tensors: Tensors, config_json: dict[str, Any]) -> None:
     """Write `params.json` and `consolidated.00.pth`, in Meta's names and row order.
 
-    The tensors are gathered in a scratch file that is mapped to memory, since PyTorch writes a file from tensors that are all there.
+    The tensors are gathered in a scratch file that is mapped to memory, since PyTorch writes a file
+    from tensors that are all there.
 
     Raises:
         UserError: a model that Meta's code does not compute.
@@ -179,16 +208,21 @@ def write_directory(directory: Path, tensors: Tensors, config_json: dict[str, An
     write_json(directory / PARAMS, _params(config))
     scratch = directory / ".scratch"
     try:
-        torch_files.write_file(directory / "consolidated.00.pth", _named_by_meta(tensors, config), scratch)
+        torch_files.write_file(
+            directory / "consolidated.00.pth", _named_by_meta(tensors, config), scratch
+        )
     finally:
         scratch.unlink(missing_ok=True)
 
 
 def _named_by_meta(tensors: Tensors, config: ModelConfig) -> Tensors:
-    layer_names, top_names = ({theirs: ours for ours, theirs in table.items()} for table in (_LAYER, _TOP))
+    layer_names, top_names = (
+        {theirs: ours for ours, theirs in table.items()} for table in (_LAYER, _TOP)
+    )
     found: Tensors = {}
     for name, tensor in (
-        tensors | {"lm_head.weight": tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])}
+        tensors
+        | {"lm_head.weight": tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])}
     ).items():
         stem = name.removesuffix(".weight")
         if not stem.startswith("model.layers."):
@@ -196,7 +230,9 @@ def _named_by_meta(tensors: Tensors, config: ModelConfig) -> Tensors:
             continue
         _, _, layer, kind = stem.split(".", 3)
         if kind in ("self_attn.q_proj", "self_attn.k_proj"):
-            tensor = interleaved(tensor, config.num_heads if kind == "self_attn.q_proj" else config.num_kv_heads)
+            tensor = interleaved(
+                tensor, config.num_heads if kind == "self_attn.q_proj" else config.num_kv_heads
+            )
         found[f"layers.{layer}.{layer_names[kind]}.weight"] = tensor
     return found
 
@@ -204,11 +240,21 @@ def _named_by_meta(tensors: Tensors, config: ModelConfig) -> Tensors:
 def _params(config: ModelConfig) -> dict[str, Any]:
     rope = config.ropes[0]
     scaled = rope.kind == "llama3"
-    known = dict(_SCALED) == {key: rope.get(key) for key in _SCALED} if scaled else rope.kind == "default"
+    known = (
+        dict(_SCALED) == {key: rope.get(key) for key in _SCALED}
+        if scaled
+        else rope.kind == "default"
+    )
     extras = config.qkv_bias or config.o_bias or config.mlp_bias
-    if config.raw["model_type"] != "llama" or extras or not known or config.head_dim * config.num_heads != config.hidden_size:
+    if (
+        config.raw["model_type"] != "llama"
+        or extras
+        or not known
+        or config.head_dim * config.num_heads != config.hidden_size
+    ):
         raise UserError(
-            "Meta's format has a place for Llama only: no biases, heads that fill the width, plain or Llama 3's rotary embedding. "
+            "Meta's format has a place for Llama only: no biases, heads that fill the width, "
+            "plain or Llama 3's rotary embedding. "
             "Convert to hf instead."
         )
     params = {
@@ -222,15 +268,28 @@ def _params(config: ModelConfig) -> dict[str, Any]:
         "max_seq_len": config.max_positions,
         **_feed_forward(config),
     }
-    return params | ({"use_scaled_rope": True, "rope_scaling_factor": rope.get("factor")} if scaled else {})
+    return params | (
+        {"use_scaled_rope": True, "rope_scaling_factor": rope.get("factor")} if scaled else {}
+    )
 
 
 def _feed_forward(config: ModelConfig) -> dict[str, Any]:
     """The two numbers from which Meta's code computes the width of the feed-forward part."""
     base = int(2 * 4 * config.hidden_size / 3)
     for multiple in (4096, 1024, 256, 1):
-        for factor in (None, 1.2, 1.3, 1.4, 1.5, config.intermediate_size / base, (config.intermediate_size + 0.5) / base):
+        for factor in (
+            None,
+            1.2,
+            1.3,
+            1.4,
+            1.5,
+            config.intermediate_size / base,
+            (config.intermediate_size + 0.5) / base,
+        ):
             width = base if factor is None else int(factor * base)
             if -(-width // multiple) * multiple == config.intermediate_size:
-                return {"multiple_of": multiple, **({} if factor is None else {"ffn_dim_multiplier": factor})}
+                return {
+                    "multiple_of": multiple,
+                    **({} if factor is None else {"ffn_dim_multiplier": factor}),
+                }
     raise AssertionError(config.intermediate_size)

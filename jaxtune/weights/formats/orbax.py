@@ -17,7 +17,10 @@ def write_directory(directory: Path, tensors: Tensors) -> None:
     import orbax.checkpoint as ocp
 
     with ocp.PyTreeCheckpointer() as writer:
-        writer.save((directory / FOLDER).absolute(), {name: tensor.all() for name, tensor in tensors.items()})
+        writer.save(
+            (directory / FOLDER).absolute(),
+            {name: tensor.all() for name, tensor in tensors.items()},
+        )
 
 
 def open_directory(path: Path) -> Tensors:
@@ -33,11 +36,19 @@ def open_directory(path: Path) -> Tensors:
     with ocp.PyTreeCheckpointer() as reader:
         try:
             found: Any = reader.metadata(folder).item_metadata
-            shapes = {name: (tuple(entry.shape), np.dtype(entry.dtype)) for name, entry in found.tree.items()}
+            shapes = {
+                name: (tuple(entry.shape), np.dtype(entry.dtype))
+                for name, entry in found.tree.items()
+            }
         except (OSError, ValueError, KeyError, AttributeError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"{folder} is not a whole orbax checkpoint ({reason}). Convert the model again.") from None
-    return {name: LazyTensor(shape, dtype, _reader(folder, name, shape, dtype)) for name, (shape, dtype) in shapes.items()}
+            raise UserError(
+                f"{folder} is not a whole orbax checkpoint ({reason}). Convert the model again."
+            ) from None
+    return {
+        name: LazyTensor(shape, dtype, _reader(folder, name, shape, dtype))
+        for name, (shape, dtype) in shapes.items()
+    }
 
 
 def _reader(folder: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Any:

@@ -13,28 +13,40 @@ from safetensors import SafetensorError, safe_open
 from jaxtune.core.errors import UserError, listed
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
 
-_DTYPES = {"F64": np.dtype("float64"), "F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": jnp.dtype(jnp.bfloat16)}
+_DTYPES = {
+    "F64": np.dtype("float64"),
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": jnp.dtype(jnp.bfloat16),
+}
 
 
 def open_file(path: Path) -> Tensors:
     """The tensors of one safetensors file, none of them read yet.
 
     Raises:
-        UserError: the file is cut short or not safetensors, or holds a dtype other than a float of 16 bits or more.
+        UserError: the file is cut short or not safetensors, or holds a dtype other than a float of
+            16 bits or more.
 
     """
     try:
-        file = safe_open(path, framework="np")  # checks that the header is sound and the file as long as it says
+        file = safe_open(
+            path, framework="np"
+        )  # checks that the header is sound and the file as long as it says
         kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a mapping)
         with path.open("rb") as raw:
             size = struct.unpack("<Q", raw.read(8))[0]
             header = json.loads(raw.read(size), object_pairs_hook=_without_duplicates)
             data = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}). Download or save it again.") from None
+        raise UserError(
+            f"{path} is not a whole safetensors file ({error}). Download or save it again."
+        ) from None
     for name, kind in kinds.items():
         if kind not in _DTYPES:
-            raise UserError(f"{path}: tensor {name} has dtype {kind}; supported are {listed(_DTYPES)}.")
+            raise UserError(
+                f"{path}: tensor {name} has dtype {kind}; supported are {listed(_DTYPES)}."
+            )
     return {name: _lazy(data, 8 + size, header[name]) for name in kinds}
 
 
@@ -42,7 +54,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"its header has {listed(sorted({name for name in names if names.count(name) > 1}))} twice")
+        raise ValueError(
+            f"its header has {listed(sorted({name for name in names if names.count(name) > 1}))} "
+            "twice"
+        )
     return found
 
 
@@ -51,19 +66,27 @@ def _lazy(data: mmap.mmap, start: int, entry: dict[str, Any]) -> LazyTensor:
 
     def read(index: Index) -> np.ndarray:  # a view of the file, which whoever keeps it copies
         count = int(np.prod(shape, dtype=np.int64))
-        return np.frombuffer(data, dtype, count, start + entry["data_offsets"][0]).reshape(shape)[index]
+        return np.frombuffer(data, dtype, count, start + entry["data_offsets"][0]).reshape(shape)[
+            index
+        ]
 
     return LazyTensor(shape, dtype, read)
 
 
 def write_file(path: Path, tensors: Tensors) -> None:
-    """Write tensors as they are read, so that no more than a part of one is in memory; the package's own writer wants all of them."""
+    """Write tensors as they are read, so that no more than a part of one is in memory; the
+    package's own writer wants all of them.
+    """
     names = {dtype: name for name, dtype in _DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + nbytes(tensor)
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

@@ -1,4 +1,6 @@
-"""Weights in PyTorch's own files (`.bin`, `.pth`): memory-mapped, and never a pickle that runs code; written from a scratch file."""
+"""Weights in PyTorch's own files (`.bin`, `.pth`): memory-mapped, and never a pickle that runs
+code; written from a scratch file.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,8 @@ def open_file(path: Path) -> Tensors:
     """The tensors of one file of PyTorch, none of them read yet.
 
     Raises:
-        UserError: PyTorch is not installed, the file is cut short, or it holds anything other than tensors by name.
+        UserError: PyTorch is not installed, the file is cut short, or it holds anything other than
+            tensors by name.
 
     """
     from pickle import UnpicklingError
@@ -32,10 +35,14 @@ def open_file(path: Path) -> Tensors:
         found = _load(torch, path)
     except UnpicklingError as error:
         reason = _first_line(error)
-        raise UserError(f"{path} holds more than tensors, which could run code and is not loaded ({reason}).") from None
+        raise UserError(
+            f"{path} holds more than tensors, which could run code and is not loaded ({reason})."
+        ) from None
     except (RuntimeError, EOFError, OSError) as error:
         reason = _first_line(error)
-        raise UserError(f"{path} is not a whole file of PyTorch ({reason}). Download it again.") from None
+        raise UserError(
+            f"{path} is not a whole file of PyTorch ({reason}). Download it again."
+        ) from None
     if not isinstance(found, dict) or not all(torch.is_tensor(value) for value in found.values()):
         raise UserError(f"{path} does not hold tensors by name. Save the model's state_dict.")
     return {name: _lazy(tensor, name, path) for name, tensor in found.items()}
@@ -51,15 +58,27 @@ def _load(torch: Any, path: Path) -> Any:
     except RuntimeError as error:
         if "mmap" not in str(error):
             raise
-        return torch.load(path, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6 cannot be mapped
+        return torch.load(
+            path, map_location="cpu", weights_only=True
+        )  # the format before PyTorch 1.6 cannot be mapped
 
 
 def _lazy(tensor: Any, name: str, path: Path) -> LazyTensor:
     if str(tensor.dtype) not in _DTYPES:
-        if not tensor.is_floating_point():  # a buffer; whether it may be there is for the table of names to say
-            return LazyTensor(tuple(tensor.shape), np.dtype("int64"), lambda index: tensor[index].numpy().astype(np.int64))
-        raise UserError(f"{path}: tensor {name} has dtype {tensor.dtype}; supported are {listed(_DTYPES)}.")
-    return LazyTensor(tuple(tensor.shape), _DTYPES[str(tensor.dtype)], _reader(tensor, _DTYPES[str(tensor.dtype)]))
+        if (
+            not tensor.is_floating_point()
+        ):  # a buffer; whether it may be there is for the table of names to say
+            return LazyTensor(
+                tuple(tensor.shape),
+                np.dtype("int64"),
+                lambda index: tensor[index].numpy().astype(np.int64),
+            )
+        raise UserError(
+            f"{path}: tensor {name} has dtype {tensor.dtype}; supported are {listed(_DTYPES)}."
+        )
+    return LazyTensor(
+        tuple(tensor.shape), _DTYPES[str(tensor.dtype)], _reader(tensor, _DTYPES[str(tensor.dtype)])
+    )
 
 
 def _reader(tensor: Any, dtype: np.dtype) -> Callable[[Index], np.ndarray]:
@@ -84,7 +103,10 @@ def write_file(path: Path, tensors: Tensors, scratch: Path) -> None:
 
     """
     torch = _torch(path)
-    sizes = [int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize for tensor in tensors.values()]
+    sizes = [
+        int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize
+        for tensor in tensors.values()
+    ]
     starts = np.concatenate([[0], np.cumsum([-(-size // 64) * 64 for size in sizes])])
     whole = np.memmap(scratch, np.uint8, "w+", shape=(int(starts[-1]),))
     found = {}
@@ -95,7 +117,11 @@ def write_file(path: Path, tensors: Tensors, scratch: Path) -> None:
             at += block.nbytes
         dtype = getattr(torch, tensor.dtype.name)
         # A storage of its own for each tensor, else every one of them would be saved with all.
-        found[name] = torch.from_numpy(whole[int(start) : int(start) + size]).view(dtype).reshape(tensor.shape)
+        found[name] = (
+            torch.from_numpy(whole[int(start) : int(start) + size])
+            .view(dtype)
+            .reshape(tensor.shape)
+        )
     torch.save(found, path)
 
 
@@ -103,5 +129,7 @@ def _torch(path: Path) -> Any:
     try:
         import torch
     except ModuleNotFoundError:
-        raise UserError(f"{path}: PyTorch's files need PyTorch: pip install 'jaxtune[torch]'.") from None
+        raise UserError(
+            f"{path}: PyTorch's files need PyTorch: pip install 'jaxtune[torch]'."
+        ) from None
     return torch

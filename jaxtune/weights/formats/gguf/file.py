@@ -1,6 +1,7 @@
 """A GGUF file: its header, and its tensors under Hugging Face's names.
 
-The header is read here because the `gguf` package takes seconds for a vocabulary; block formats are that package's.
+The header is read here because the `gguf` package takes seconds for a vocabulary; block formats are
+that package's.
 """
 
 import mmap
@@ -14,7 +15,19 @@ import numpy as np
 from jaxtune.core.errors import UserError, listed
 from jaxtune.weights.tensors import Index, LazyTensor
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 _STRING, _ARRAY = 8, 9
 
 
@@ -64,7 +77,8 @@ def open_gguf(path: Path) -> GGUF:
     """The header of a GGUF file (version 2 or 3, little endian); tensor data stays on disk.
 
     Raises:
-        UserError: the file is not GGUF, is cut short, or holds a block format that cannot be de-quantised.
+        UserError: the file is not GGUF, is cut short, or holds a block format that cannot be
+            de-quantized.
 
     """
     try:
@@ -99,21 +113,31 @@ def _parse(path: Path, cursor: _Cursor) -> GGUF:
         raise ValueError(f"tensors {listed(twice)} stand twice")
     alignment = metadata.get("general.alignment", 32)
     start = -(-cursor.at // alignment) * alignment
-    tensors = {name: _lazy(path, cursor.data, name, shape, kind, start + offset) for name, shape, kind, offset in infos}
+    tensors = {
+        name: _lazy(path, cursor.data, name, shape, kind, start + offset)
+        for name, shape, kind, offset in infos
+    }
     return GGUF(path, metadata, tensors)
 
 
-def _lazy(path: Path, data: mmap.mmap, name: str, shape: tuple[int, ...], kind: int, offset: int) -> LazyTensor:
+def _lazy(
+    path: Path, data: mmap.mmap, name: str, shape: tuple[int, ...], kind: int, offset: int
+) -> LazyTensor:
     try:
         import gguf
     except ModuleNotFoundError:
-        raise UserError(f"{path}: reading GGUF needs the package gguf: pip install 'jaxtune[gguf]'.") from None
+        raise UserError(
+            f"{path}: reading GGUF needs the package gguf: pip install 'jaxtune[gguf]'."
+        ) from None
     try:
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
     except ValueError:
         raise UserError(f"{path}: tensor {name} has the unknown block format {kind}.") from None
     if not shape or shape[-1] % block:
-        raise ValueError(f"tensor {name} has the shape {list(shape)}, which is no whole number of blocks of {block}")
+        raise ValueError(
+            f"tensor {name} has the shape {list(shape)}, which is no whole number of blocks of "
+            f"{block}"
+        )
     rows = int(np.prod(shape[:-1], dtype=np.int64))
     row_bytes = shape[-1] // block * size
     if offset + rows * row_bytes > len(data):
@@ -121,10 +145,18 @@ def _lazy(path: Path, data: mmap.mmap, name: str, shape: tuple[int, ...], kind: 
     plain = {0: np.dtype("float32"), 1: np.dtype("float16")}.get(kind)
 
     def read(index: Index) -> np.ndarray:
-        raw = np.frombuffer(data, np.uint8, rows * row_bytes, offset).reshape(*shape[:-1], row_bytes)
+        raw = np.frombuffer(data, np.uint8, rows * row_bytes, offset).reshape(
+            *shape[:-1], row_bytes
+        )
         if index and len(shape) > 1:
-            raw = raw[index[0]]  # blocks lie along the last axis, so rows can be chosen before they are de-quantised
-        values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(kind)) if plain is None else raw.view(plain)
+            raw = raw[
+                index[0]
+            ]  # blocks lie along the last axis, so rows can be chosen before they are de-quantized
+        values = (
+            gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(kind))
+            if plain is None
+            else raw.view(plain)
+        )
         return values[(slice(None), *index[1:])] if len(shape) > 1 else values[index]
 
-    return LazyTensor(shape, plain or np.dtype("float32"), read, quantised=plain is None)
+    return LazyTensor(shape, plain or np.dtype("float32"), read, quantized=plain is None)

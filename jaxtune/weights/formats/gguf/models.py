@@ -1,4 +1,6 @@
-"""The families in GGUF: llama.cpp's names and metadata, and what it changes in the weights, undone."""
+"""The families in GGUF: llama.cpp's names and metadata, and what it changes in the weights,
+undone.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,18 +13,23 @@ from flax import nnx
 from jaxtune.core.errors import UserError, listed
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import abstract_model
-from jaxtune.models.families.from_hf import FAMILIES, from_hf
+from jaxtune.models.families.from_hf import from_hf
+from jaxtune.models.families.table import FAMILIES
 from jaxtune.weights.formats.gguf.file import GGUF
 from jaxtune.weights.formats.interleave import half_split, interleaved
-from jaxtune.weights.mapping import rows
+from jaxtune.weights.mapping import leaf_mappings
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
 
 _READ = {
-    "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
-    "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "attention.key_length", "attention.value_length",
+    "block_count", "context_length", "embedding_length", "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "attention.key_length",
+    "attention.value_length",
     "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor",
-    "rope.scaling.original_context_length", "rope.scaling.attn_factor", "rope.scaling.finetuned", "vocab_size",
-    "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_log_multiplier",
+    "rope.scaling.original_context_length", "rope.scaling.attn_factor", "rope.scaling.finetuned",
+    "vocab_size",
+    "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+    "rope.scaling.yarn_log_multiplier",
 }  # fmt: skip
 
 
@@ -47,7 +54,9 @@ class Meaning:
 
 
 def _gemma(config: dict[str, Any]) -> dict[str, Any]:
-    """Scores are scaled by the head's size, in the 27B models by the width of a head's share of the embedding."""
+    """Scores are scaled by the head's size, in the 27B models by the width of a head's share of
+    the embedding.
+    """
     large = {("gemma2", 46), ("gemma3_text", 62)}
     share = config["hidden_size"] // config["num_attention_heads"]
     by_share = (config["model_type"], config["num_hidden_layers"]) in large
@@ -58,9 +67,13 @@ def _gemma(config: dict[str, Any]) -> dict[str, Any]:
 
 
 _WINDOW = {"attention.sliding_window": "sliding_window"}
-_CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
+_CAPS = {
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
 _GRANITE = {
-    "attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier",
+    "attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
 }  # fmt: skip
 _EXPERTS = {
@@ -77,7 +90,9 @@ MEANINGS: dict[str, Meaning] = {
     "mixtral": Meaning("LLAMA", interleaved=True, keys=_MIXTRAL),
     "qwen2": Meaning("QWEN2"),
     "qwen3": Meaning("QWEN3"),
-    "qwen3_moe": Meaning("QWEN3MOE", keys=_EXPERTS, implied=lambda config: {"norm_topk_prob": True}),
+    "qwen3_moe": Meaning(
+        "QWEN3MOE", keys=_EXPERTS, implied=lambda config: {"norm_topk_prob": True}
+    ),
     "gemma2": Meaning("GEMMA2", norm_offset=1.0, keys=_WINDOW | _CAPS, implied=_gemma),
     "gemma3_text": Meaning("GEMMA3", norm_offset=1.0, keys=_WINDOW, implied=_gemma),
     "phi3": Meaning("PHI3", keys=_WINDOW),
@@ -96,9 +111,18 @@ def config_json(file: GGUF) -> dict[str, Any]:
     """
     kind = _model_type(file)
     meaning, prefix = MEANINGS[kind], str(file.metadata["general.architecture"]) + "."
-    found = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
-    if unknown := [key for key, value in found.items() if key not in _READ | meaning.keys.keys() and value]:
-        raise UserError(f"{file.path}: metadata that jaxtune does not understand: {listed(prefix + key for key in unknown)}.")
+    found = {
+        key.removeprefix(prefix): value
+        for key, value in file.metadata.items()
+        if key.startswith(prefix)
+    }
+    if unknown := [
+        key for key, value in found.items() if key not in _READ | meaning.keys.keys() and value
+    ]:
+        raise UserError(
+            f"{file.path}: metadata that jaxtune does not understand: "
+            f"{listed(prefix + key for key in unknown)}."
+        )
     required = (
         "block_count",
         "embedding_length",
@@ -106,19 +130,32 @@ def config_json(file: GGUF) -> dict[str, Any]:
         *([] if kind == "qwen3_moe" else ["feed_forward_length"]),
     )
     if missing := [key for key in required if key not in found]:
-        raise UserError(f"{file.path}: the metadata {listed(prefix + key for key in missing)} is missing.")
-    counts = [key for key in (*required, "attention.head_count_kv", "attention.key_length") if key in found]
+        raise UserError(
+            f"{file.path}: the metadata {listed(prefix + key for key in missing)} is missing."
+        )
+    counts = [
+        key
+        for key in (*required, "attention.head_count_kv", "attention.key_length")
+        if key in found
+    ]
     if wrong := [key for key in counts if not isinstance(found[key], int) or found[key] < 1]:
         raise UserError(
-            f"{file.path}: the metadata {listed(f'{prefix}{key} = {found[key]!r}' for key in wrong)} is no positive whole number."
+            f"{file.path}: the metadata "
+            f"{listed(f'{prefix}{key} = {found[key]!r}' for key in wrong)} is no positive whole "
+            "number."
         )
     heads = found["attention.head_count"]
     head_dim = found.get("attention.key_length") or found["embedding_length"] // heads
-    tokenizer = {name: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")}
+    tokenizer = {
+        name: file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        for name in ("bos", "eos", "padding")
+    }
     config = {
         "architectures": [FAMILIES[kind].architecture],
         "model_type": kind,
-        "vocab_size": file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 0,
+        "vocab_size": file.tensors["token_embd.weight"].shape[0]
+        if "token_embd.weight" in file.tensors
+        else 0,
         "hidden_size": found["embedding_length"],
         "intermediate_size": found.get("feed_forward_length", 0),
         "num_hidden_layers": found["block_count"],
@@ -134,7 +171,9 @@ def config_json(file: GGUF) -> dict[str, Any]:
         "eos_token_id": tokenizer["eos"],
         "pad_token_id": tokenizer["padding"],
     }
-    config |= {ours: _number(found[theirs]) for theirs, ours in meaning.keys.items() if theirs in found}
+    config |= {
+        ours: _number(found[theirs]) for theirs, ours in meaning.keys.items() if theirs in found
+    }
     config |= meaning.implied(config)
     return config | _rope(file, found, config)
 
@@ -143,19 +182,32 @@ def _model_type(file: GGUF) -> str:
     architecture = file.metadata.get("general.architecture")
     if architecture == "llama":
         return "mixtral" if file.metadata.get("llama.expert_count") else "llama"
-    kind = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}.get(str(architecture), str(architecture))
+    kind = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}.get(
+        str(architecture), str(architecture)
+    )
     if kind not in MEANINGS:
-        supported = listed(sorted({meaning.architecture.lower() for meaning in MEANINGS.values()}), 20)
-        raise UserError(f"{file.path}: GGUF architecture {architecture!r} is not supported; supported are {supported}.")
+        supported = listed(
+            sorted({meaning.architecture.lower() for meaning in MEANINGS.values()}), 20
+        )
+        raise UserError(
+            f"{file.path}: GGUF architecture {architecture!r} is not supported; supported are "
+            f"{supported}."
+        )
     return kind
 
 
 def tensors(file: GGUF) -> Tensors:
-    """The tensors under Hugging Face's names and in its layout; those that no name belongs to are kept, to be refused by name."""
+    """The tensors under Hugging Face's names and in its layout; those that no name belongs to
+    are kept, to be refused by name.
+    """
     config = from_hf(config_json(file), str(file.path))
     meaning = MEANINGS[config.raw["model_type"]]
     named: Tensors = {}
-    used = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}  # read as part of the configuration
+    used = {
+        "rope_freqs.weight",
+        "rope_factors_long.weight",
+        "rope_factors_short.weight",
+    }  # read as part of the configuration
     for name, place in places(config).items():
         if place.name in file.tensors:
             used.add(place.name)
@@ -164,14 +216,16 @@ def tensors(file: GGUF) -> Tensors:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor of Hugging Face's lies in a GGUF file; `expert`: which part of a tensor that holds all experts of a layer."""
+class TensorLocation:
+    """Where a tensor of Hugging Face's lies in a GGUF file; `expert`: which part of a tensor
+    that holds all experts of a layer.
+    """
 
     name: str
     expert: int | None = None
 
 
-def places(config: ModelConfig) -> dict[str, Place]:
+def places(config: ModelConfig) -> dict[str, TensorLocation]:
     """The place of every tensor of a model, by Hugging Face's name."""
     import gguf
 
@@ -179,19 +233,23 @@ def places(config: ModelConfig) -> dict[str, Place]:
     names = gguf.get_tensor_name_map(architecture, config.num_layers)
     found = {}
     state = nnx.split(abstract_model(config, jnp.dtype(jnp.float32), jnp.dtype(jnp.float32)))[1]
-    for row in rows(state, config):
+    for row in leaf_mappings(state, config):
         generic = [str(part) for part in row.path if not isinstance(part, int)]
         for number, name in enumerate(row.names):
             layer = name.split(".")[2] if row.stack else None
-            stem = ".".join(generic[:-1] if layer is None else [*generic[:2], layer, *generic[2:-1]])
+            stem = ".".join(
+                generic[:-1] if layer is None else [*generic[:2], layer, *generic[2:-1]]
+            )
             theirs = names.get_name(stem)
             assert theirs is not None, stem
             expert = number % row.stack[1] if len(row.stack) == 2 else None
-            found[name] = Place(f"{theirs}.{generic[-1]}", expert)
+            found[name] = TensorLocation(f"{theirs}.{generic[-1]}", expert)
     return found
 
 
-def _undone(tensor: LazyTensor, name: str, place: Place, meaning: Meaning, config: ModelConfig) -> LazyTensor:
+def _undone(
+    tensor: LazyTensor, name: str, place: TensorLocation, meaning: Meaning, config: ModelConfig
+) -> LazyTensor:
     """The tensor as Hugging Face stores it."""
     if place.expert is not None:
         return _part(tensor, place.expert)
@@ -200,7 +258,11 @@ def _undone(tensor: LazyTensor, name: str, place: Place, meaning: Meaning, confi
     if meaning.interleaved and ".k_proj." in name:
         return half_split(tensor, config.num_kv_heads)
     if meaning.norm_offset and name.endswith("norm.weight"):
-        return LazyTensor(tensor.shape, tensor.dtype, lambda index: tensor.read(index) - tensor.dtype.type(meaning.norm_offset))
+        return LazyTensor(
+            tensor.shape,
+            tensor.dtype,
+            lambda index: tensor.read(index) - tensor.dtype.type(meaning.norm_offset),
+        )
     return tensor
 
 
@@ -213,16 +275,22 @@ def done(tensor: LazyTensor, name: str, config: ModelConfig) -> LazyTensor:
         return interleaved(tensor, config.num_kv_heads)
     if meaning.norm_offset and name.endswith("norm.weight"):
         wide = tensor.astype(np.dtype("float32"))
-        return LazyTensor(wide.shape, wide.dtype, lambda index: wide.read(index) + np.float32(meaning.norm_offset))
+        return LazyTensor(
+            wide.shape, wide.dtype, lambda index: wide.read(index) + np.float32(meaning.norm_offset)
+        )
     return tensor
 
 
-def round_trip(tensors: Tensors, config: ModelConfig, stored: Callable[[LazyTensor, str], LazyTensor]) -> Tensors:
-    """What `tensors` would read from a file with these tensors, `stored` being the rounding to what each is kept in."""
+def round_trip(
+    tensors: Tensors, config: ModelConfig, stored: Callable[[LazyTensor, str], LazyTensor]
+) -> Tensors:
+    """What `tensors` would read from a file with these tensors, `stored` being the rounding to
+    what each is kept in.
+    """
     meaning, found = MEANINGS[config.raw["model_type"]], {}
     for name, tensor in tensors.items():
         kept = stored(done(tensor, name, config), name)
-        found[name] = _undone(kept, name, Place(name), meaning, config)
+        found[name] = _undone(kept, name, TensorLocation(name), meaning, config)
     return found
 
 
@@ -231,7 +299,7 @@ def _part(tensor: LazyTensor, expert: int) -> LazyTensor:
         inner = index or tuple(slice(None) for _ in tensor.shape[1:])
         return tensor.read((slice(expert, expert + 1), *inner))[0]
 
-    return LazyTensor(tensor.shape[1:], tensor.dtype, read, tensor.quantised)
+    return LazyTensor(tensor.shape[1:], tensor.dtype, read, tensor.quantized)
 
 
 def _rope(file: GGUF, found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -242,21 +310,34 @@ def _rope(file: GGUF, found: dict[str, Any], config: dict[str, Any]) -> dict[str
         return {"rope_theta": theta, "rope_local_base_freq": 10000.0, "rope_scaling": options}
     if config["model_type"] == "phi3":
         share = found.get("rope.dimension_count", config["head_dim"]) / config["head_dim"]
-        context = found.get("rope.scaling.original_context_length", config["max_position_embeddings"])
+        context = found.get(
+            "rope.scaling.original_context_length", config["max_position_embeddings"]
+        )
         return {
             "rope_parameters": {"rope_theta": theta, "partial_rotary_factor": share, **options},
             "original_max_position_embeddings": context,
         }
     if found.get("rope.dimension_count", config["head_dim"]) != config["head_dim"]:
-        raise UserError(f"{file.path}: rotary embeddings over a part of a head are not supported for {config['model_type']}.")
+        raise UserError(
+            f"{file.path}: rotary embeddings over a part of a head are not supported for "
+            f"{config['model_type']}."
+        )
     return {"rope_parameters": {"rope_theta": theta, **options}}
 
 
-def _scaling(file: GGUF, found: dict[str, Any], config: dict[str, Any], theta: float) -> dict[str, Any]:
+def _scaling(
+    file: GGUF, found: dict[str, Any], config: dict[str, Any], theta: float
+) -> dict[str, Any]:
     kind = found.get("rope.scaling.type", "none")
     if "rope_factors_long.weight" in file.tensors:
-        long, short = (file.tensors[f"rope_factors_{size}.weight"].all().tolist() for size in ("long", "short"))
-        options = {"rope_type": "longrope", "long_factor": [_short(x) for x in long], "short_factor": [_short(x) for x in short]}
+        long, short = (
+            file.tensors[f"rope_factors_{size}.weight"].all().tolist() for size in ("long", "short")
+        )
+        options = {
+            "rope_type": "longrope",
+            "long_factor": [_short(x) for x in long],
+            "short_factor": [_short(x) for x in short],
+        }
         factor = found.get("rope.scaling.attn_factor")
         return options | ({} if factor is None else {"attention_factor": _short(factor)})
     if "rope_freqs.weight" in file.tensors:
@@ -274,7 +355,9 @@ def _scaling(file: GGUF, found: dict[str, Any], config: dict[str, Any], theta: f
 
 
 def _llama3(file: GGUF, head_dim: int, theta: float) -> dict[str, Any]:
-    """Llama 3's numbers from the divisors of every frequency, which is all that the format keeps of them."""
+    """Llama 3's numbers from the divisors of every frequency, which is all that the format keeps
+    of them.
+    """
     divisors = file.tensors["rope_freqs.weight"].all().astype(np.float64)
     plain = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     factor = _short(float(divisors.max()))
@@ -290,7 +373,8 @@ def _llama3(file: GGUF, head_dim: int, theta: float) -> dict[str, Any]:
                 "original_max_position_embeddings": context,
             }
     raise UserError(
-        f"{file.path}: rope_freqs.weight is not Llama 3's frequency scaling (from 1 to 4 turns), the only one that is supported."
+        f"{file.path}: rope_freqs.weight is not Llama 3's frequency scaling (from 1 to 4 turns), "
+        "the only one that is supported."
     )
 
 

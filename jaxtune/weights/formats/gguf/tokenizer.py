@@ -18,7 +18,8 @@ _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _CONTRACTIONS + r"|\p{N}{1,3}" + _TAIL
 _QWEN2 = _CONTRACTIONS + r"|\p{N}" + _TAIL
 
-# How text is cut into words before byte-level BPE, by `tokenizer.ggml.pre` (llama.cpp, src/llama-vocab.cpp).
+# How text is cut into words before byte-level BPE, by `tokenizer.ggml.pre` (llama.cpp,
+# src/llama-vocab.cpp).
 _SPLITS: dict[str, tuple[str, ...]] = {
     "default": (_GPT2,),
     "gpt-2": (_GPT2,),
@@ -41,16 +42,24 @@ def tokenizer(file: GGUF) -> Any:
     """
     from transformers import PreTrainedTokenizerFast
 
-    meta = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items() if key.startswith("tokenizer.")}
+    meta = {
+        key.removeprefix("tokenizer.ggml."): value
+        for key, value in file.metadata.items()
+        if key.startswith("tokenizer.")
+    }
     kind = meta.get("model")
     if kind not in ("gpt2", "llama"):
-        raise UserError(f"{file.path}: tokenizer {kind!r} is not supported; supported are gpt2 and llama.")
+        raise UserError(
+            f"{file.path}: tokenizer {kind!r} is not supported; supported are gpt2 and llama."
+        )
     backend = _byte_level(file, meta) if kind == "gpt2" else _sentencepiece(meta)
     tokens = meta["tokens"]
     _add_special(backend, tokens, meta.get("token_type", []))
     bos, eos = (_token(tokens, meta.get(f"{name}_token_id")) for name in ("bos", "eos"))
     _add_bos_and_eos(
-        backend, bos if meta.get("add_bos_token", kind == "llama") else None, eos if meta.get("add_eos_token") else None
+        backend,
+        bos if meta.get("add_bos_token", kind == "llama") else None,
+        eos if meta.get("add_eos_token") else None,
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -66,18 +75,27 @@ def tokenizer(file: GGUF) -> Any:
 def _byte_level(file: GGUF, meta: dict[str, Any]) -> Tokenizer:
     kind = meta.get("pre", "default")
     if kind not in _SPLITS:
-        raise UserError(f"{file.path}: pre-tokenizer {kind!r} is not supported; supported are {listed(_SPLITS, 20)}.")
+        raise UserError(
+            f"{file.path}: pre-tokenizer {kind!r} is not supported; supported are "
+            f"{listed(_SPLITS, 20)}."
+        )
     vocab = {token: index for index, token in enumerate(meta["tokens"])}
     merges = [tuple(merge.split(" ", 1)) for merge in meta.get("merges", [])]
     backend = Tokenizer(BPE(vocab=vocab, merges=merges))
-    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _SPLITS[kind]]
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    splits = [
+        pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _SPLITS[kind]
+    ]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
 def _sentencepiece(meta: dict[str, Any]) -> Tokenizer:
-    """Sentencepiece's BPE: merges are recovered from the scores, the best pair that forms a token first."""
+    """Sentencepiece's BPE: merges are recovered from the scores, the best pair that forms a
+    token first.
+    """
     tokens = meta["tokens"]
     vocab = {token: index for index, token in enumerate(tokens)}
     pairs = []
@@ -87,19 +105,29 @@ def _sentencepiece(meta: dict[str, Any]) -> Tokenizer:
         pairs += [(-score, vocab[left], vocab[right], left, right) for left, right in found]
     merges = [(left, right) for *_, left, right in sorted(pairs)]
     backend = Tokenizer(
-        BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, unk_token=tokens[meta.get("unknown_token_id", 0)])
+        BPE(
+            vocab=vocab,
+            merges=merges,
+            fuse_unk=True,
+            byte_fallback=True,
+            unk_token=tokens[meta.get("unknown_token_id", 0)],
+        )
     )
     prefix = [normalizers.Prepend("\u2581")] if meta.get("add_space_prefix", True) else []
     backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "\u2581")])
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
     return backend
 
 
 def _add_special(backend: Tokenizer, tokens: list[str], kinds: list[int]) -> None:
     control = [token for token, kind in zip(tokens, kinds, strict=False) if kind == _CONTROL]
     defined = [token for token, kind in zip(tokens, kinds, strict=False) if kind == _USER_DEFINED]
-    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    backend.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in control]
+    )
     backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in defined])
 
 
@@ -132,14 +160,16 @@ def metadata(tokenizer: Any, vocab_size: int, stop_ids: list[int]) -> dict[str, 
     raw = json.loads(tokenizer.backend_tokenizer.to_str())
     model = raw["model"]
     if model["type"] != "BPE":
-        raise UserError(f"A {model['type']} tokenizer cannot be written to GGUF here; supported is BPE.")
+        raise UserError(
+            f"A {model['type']} tokenizer cannot be written to GGUF here; supported is BPE."
+        )
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     tokens, kinds = _tokens(tokenizer, raw, vocab_size)
     if model.get("byte_fallback"):
         found: dict[str, Any] = {"model": "llama", "scores": _scores(tokens, merges)}
-        found["add_space_prefix"] = "Prepend" in json.dumps(raw.get("normalizer")) or "Metaspace" in json.dumps(
-            raw.get("pre_tokenizer")
-        )
+        found["add_space_prefix"] = "Prepend" in json.dumps(
+            raw.get("normalizer")
+        ) or "Metaspace" in json.dumps(raw.get("pre_tokenizer"))
     else:
         found = {"model": "gpt2", "pre": _pre(raw["pre_tokenizer"]), "merges": merges}
     plain = tokenizer("a")["input_ids"]
@@ -153,20 +183,34 @@ def metadata(tokenizer: Any, vocab_size: int, stop_ids: list[int]) -> dict[str, 
     ids |= dict(zip(("eot", "eom"), rest, strict=False))
     found |= {"tokens": tokens, "token_type": kinds}
     found |= {f"{name}_token_id": number for name, number in ids.items() if number is not None}
-    found |= {"add_bos_token": plain[0] == tokenizer.bos_token_id, "add_eos_token": plain[-1] == tokenizer.eos_token_id}
-    template = {"tokenizer.chat_template": tokenizer.chat_template} if isinstance(tokenizer.chat_template, str) else {}
+    found |= {
+        "add_bos_token": plain[0] == tokenizer.bos_token_id,
+        "add_eos_token": plain[-1] == tokenizer.eos_token_id,
+    }
+    template = (
+        {"tokenizer.chat_template": tokenizer.chat_template}
+        if isinstance(tokenizer.chat_template, str)
+        else {}
+    )
     return {f"tokenizer.ggml.{key}": value for key, value in found.items()} | template
 
 
 def _tokens(tokenizer: Any, raw: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
     vocab = tokenizer.get_vocab()
     if max(vocab.values()) >= vocab_size:
-        raise UserError(f"The tokenizer has {max(vocab.values()) + 1} tokens and the model {vocab_size} embeddings.")
+        raise UserError(
+            f"The tokenizer has {max(vocab.values()) + 1} tokens and the model {vocab_size} "
+            "embeddings."
+        )
     tokens = [f"[PAD{number}]" for number in range(vocab_size)]
     kinds = [_UNUSED] * vocab_size
     for token, number in vocab.items():
         tokens[number] = token
-        kinds[number] = _BYTE if raw["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token) else _NORMAL
+        kinds[number] = (
+            _BYTE
+            if raw["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token)
+            else _NORMAL
+        )
     for added in raw["added_tokens"]:
         kinds[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
     if tokenizer.unk_token_id is not None and kinds[tokenizer.unk_token_id] == _NORMAL:
@@ -184,7 +228,9 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
 
 def _pre(pre_tokenizer: dict[str, Any]) -> str:
     """llama.cpp's name of the way in which text is cut into words."""
-    parts = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    parts = (
+        pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    )
     patterns = []
     for part in parts:
         if part["type"] == "Split":
@@ -197,5 +243,6 @@ def _pre(pre_tokenizer: dict[str, Any]) -> str:
         if tuple(patterns) == _SPLITS[name]:
             return name
     raise UserError(
-        f"llama.cpp's name for this tokenizer's way of cutting words is not known here: {listed(patterns)}; known are {listed(_SPLITS, 20)}."
+        "llama.cpp's name for this tokenizer's way of cutting words is not known here: "
+        f"{listed(patterns)}; known are {listed(_SPLITS, 20)}."
     )

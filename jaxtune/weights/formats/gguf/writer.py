@@ -18,7 +18,12 @@ _ROPE_KINDS = ("default", "linear", "yarn", "llama3", "longrope")
 
 
 def write_gguf(
-    path: Path, tensors: Tensors, config_json: dict[str, Any], tokenizer: dict[str, Any], name: str, dtype: str
+    path: Path,
+    tensors: Tensors,
+    config_json: dict[str, Any],
+    tokenizer: dict[str, Any],
+    name: str,
+    dtype: str,
 ) -> None:
     """Write a model as one GGUF file.
 
@@ -28,7 +33,8 @@ def write_gguf(
         config_json: the model's.
         tokenizer: the file's `tokenizer.` metadata; may be empty.
         name: the model's, for people.
-        dtype: of the matrices, a key of FORMATS; vectors and routers are float32, as llama.cpp wants them.
+        dtype: of the matrices, a key of FORMATS; vectors and routers are float32, as llama.cpp
+            wants them.
 
     Raises:
         UserError: the format has no place for something in the model.
@@ -38,7 +44,10 @@ def write_gguf(
 
     config = from_hf(config_json, str(path))
     check_expressible(config)
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[MEANINGS[config.raw["model_type"]].architecture]])
+    writer = gguf.GGUFWriter(
+        path,
+        gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[MEANINGS[config.raw["model_type"]].architecture]],
+    )
     for key, value in {"general.name": name, **_metadata(config, writer.arch), **tokenizer}.items():
         _add(writer, key, value)
     jobs = list(_jobs(tensors, config, dtype))
@@ -47,7 +56,9 @@ def write_gguf(
         nbytes = int(np.prod(shape, dtype=np.int64)) // block * size
         plain = {"F32": np.float32, "F16": np.float16}.get(form.name)
         stored = shape if plain else (*shape[:-1], shape[-1] // block * size)
-        writer.add_tensor_info(target, stored, np.dtype(plain or np.uint8), nbytes, raw_dtype=None if plain else form)
+        writer.add_tensor_info(
+            target, stored, np.dtype(plain or np.uint8), nbytes, raw_dtype=None if plain else form
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -66,7 +77,8 @@ def check_expressible(config: ModelConfig) -> None:
     kind = config.raw["model_type"]
     if MEANINGS[kind].architecture == "LLAMA" and any(layer.window for layer in config.layers):
         raise UserError(
-            f"GGUF has no place for the sliding window of {kind}. If no text is longer than it, set "
+            f"GGUF has no place for the sliding window of {kind}. If no text is longer than it, "
+            "set "
             "sliding_window to null in config.json."
         )
     if odd := [rope.kind for rope in config.ropes if rope.kind not in _ROPE_KINDS]:
@@ -94,7 +106,9 @@ def _format(name: str, shape: tuple[int, ...], dtype: str) -> Any:
     if len(shape) == 1 or name.endswith((".mlp.gate.weight", "block_sparse_moe.gate.weight")):
         return gguf.GGMLQuantizationType.F32
     form = gguf.GGMLQuantizationType[FORMATS[dtype]]
-    return form if shape[-1] % gguf.GGML_QUANT_SIZES[form][0] == 0 else gguf.GGMLQuantizationType.F16
+    return (
+        form if shape[-1] % gguf.GGML_QUANT_SIZES[form][0] == 0 else gguf.GGMLQuantizationType.F16
+    )
 
 
 def _encoded(values: np.ndarray, form: Any) -> np.ndarray:
@@ -105,8 +119,12 @@ def _encoded(values: np.ndarray, form: Any) -> np.ndarray:
     return gguf.quants.quantize(np.ascontiguousarray(values.astype(np.float32)), form)
 
 
-def _jobs(tensors: Tensors, config: ModelConfig, dtype: str) -> Iterator[tuple[str, Any, tuple[int, ...], Any]]:
-    """`(llama.cpp's name, how to read it, shape, format)` of every tensor; a layer's experts are one."""
+def _jobs(
+    tensors: Tensors, config: ModelConfig, dtype: str
+) -> Iterator[tuple[str, Any, tuple[int, ...], Any]]:
+    """`(llama.cpp's name, how to read it, shape, format)` of every tensor; a layer's experts are
+    one.
+    """
     together: dict[str, list[str]] = {}
     experts = set()
     for name, place in places(config).items():
@@ -117,10 +135,19 @@ def _jobs(tensors: Tensors, config: ModelConfig, dtype: str) -> Iterator[tuple[s
         parts = [done(tensors[name], name, config) for name in names]
         shape = (len(parts), *parts[0].shape) if target in experts else parts[0].shape
         form = _format(names[0], parts[0].shape, dtype)
-        whole = (lambda parts=parts: np.stack([part.all() for part in parts])) if target in experts else parts[0].all
+        whole = (
+            (lambda parts=parts: np.stack([part.all() for part in parts]))
+            if target in experts
+            else parts[0].all
+        )
         yield target, whole, shape, form
     for target, values in _rope_tensors(config).items():
-        yield target, lambda values=values: values, values.shape, _format(target, values.shape, dtype)
+        yield (
+            target,
+            lambda values=values: values,
+            values.shape,
+            _format(target, values.shape, dtype),
+        )
 
 
 def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:
@@ -141,7 +168,9 @@ def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:
     }
     if rope.kind in ("linear", "yarn"):
         found |= {"rope.scaling.type": rope.kind, "rope.scaling.factor": float(rope.get("factor"))}
-    if length := rope.get("original_max_position_embeddings") or config.raw.get("original_max_position_embeddings"):
+    if length := rope.get("original_max_position_embeddings") or config.raw.get(
+        "original_max_position_embeddings"
+    ):
         found["rope.scaling.original_context_length"] = length
     if rope.kind == "longrope" and rope.get("attention_factor") is not None:
         found["rope.scaling.attn_factor"] = float(rope.get("attention_factor"))
@@ -154,7 +183,8 @@ def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:
 
 
 _FLOATS = {
-    "attn_logit_softcapping", "final_logit_softcapping", "attention.scale", "embedding_scale", "residual_scale", "logit_scale",
+    "attn_logit_softcapping", "final_logit_softcapping", "attention.scale", "embedding_scale",
+    "residual_scale", "logit_scale",
 }  # fmt: skip
 
 
@@ -162,8 +192,15 @@ def _rope_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
     """The divisors of frequencies, which the format keeps as tensors."""
     rope = config.ropes[0]
     if rope.kind == "longrope":
-        return {f"rope_factors_{size}.weight": np.asarray(rope.get(f"{size}_factor"), np.float32) for size in ("long", "short")}
-    return {"rope_freqs.weight": _llama3_divisors(rope, config.head_dim)} if rope.kind == "llama3" else {}
+        return {
+            f"rope_factors_{size}.weight": np.asarray(rope.get(f"{size}_factor"), np.float32)
+            for size in ("long", "short")
+        }
+    return (
+        {"rope_freqs.weight": _llama3_divisors(rope, config.head_dim)}
+        if rope.kind == "llama3"
+        else {}
+    )
 
 
 def _llama3_divisors(rope: RopeConfig, head_dim: int) -> np.ndarray:

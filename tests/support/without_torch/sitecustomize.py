@@ -17,5 +17,7 @@ class _Hide:
         return
 
 
-importlib.util.find_spec = lambda name, package=None: None if _hidden(name) else _find_spec(name, package)
+importlib.util.find_spec = lambda name, package=None: (
+    None if _hidden(name) else _find_spec(name, package)
+)
 sys.meta_path.insert(0, _Hide())
