@@ -62,7 +62,7 @@ def roles(chat):
     return [message["role"] for message in chat.messages]
 
 
-def test_trap05_a_conversation_is_read_through_the_models_own_template(loaded):
+def test_a_conversation_is_read_through_the_models_own_template(loaded):
     chat, out = talk(loaded, "hello", "and \\", "more", system="be brief")
     assert roles(chat) == ["system", "user", "assistant", "user", "assistant"]
     assert chat.messages[3]["content"] == "and \nmore"

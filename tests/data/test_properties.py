@@ -336,7 +336,7 @@ def test_each_pass_over_a_part_of_a_mixture_is_in_another_order():
     rows=st.integers(1, 3),
     data=st.data(),
 )
-def test_trap28_any_batch_is_known_without_the_ones_before(lengths, packing, shuffle, rows, data):
+def test_any_batch_is_known_without_the_ones_before(lengths, packing, shuffle, rows, data):
     from jaxtune.data.chat.tokenize import Example
 
     def plan():

@@ -71,7 +71,7 @@ def found(chat_model, path, task="auto", batch=32, devices=1):
 
 
 @pytest.mark.parametrize("task", ["classification", "qa", "choice", "lm", "generation"])
-def test_trap24_no_batch_size_and_no_mesh_changes_a_number(chat_model, files, task):
+def test_no_batch_size_and_no_mesh_changes_a_number(chat_model, files, task):
     reference = found(chat_model, files[task], task)
     figures = reference.figures()
     for batch, devices in ((1, 1), (3, 1), (4, 8)):
@@ -88,7 +88,7 @@ def test_trap24_no_batch_size_and_no_mesh_changes_a_number(chat_model, files, ta
         ]
 
 
-def test_trap24_the_loss_is_weighted_by_tokens(chat_model, files):
+def test_the_loss_is_weighted_by_tokens(chat_model, files):
     """Rows of 3 to 19 words: a mean of rows' means, or of batches', is another number."""
     tokenizer = resolve(str(chat_model)).tokenizer()
     model = AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float32)
@@ -211,7 +211,7 @@ def test_what_cannot_be_compared_is_refused(chat_model, files, monkeypatch):
         api.evaluate(str(chat_model), files["qa"], task="quiz")
 
 
-def test_trap24_two_processes_find_what_one_finds(chat_model, files, tmp_path):
+def test_two_processes_find_what_one_finds(chat_model, files, tmp_path):
     """Each has two devices and all rows; answers are generated together, and the lead alone
     prints and writes.
     """

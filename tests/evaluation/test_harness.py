@@ -122,14 +122,14 @@ def test_equal_to_the_harness_own_model(ours, chat_model, tmp_path):
     assert len({str(answer) for answer in found["local_generation"]}) > 1
 
 
-def test_trap05_chats_go_through_the_models_own_template(ours):
+def test_chats_go_through_the_models_own_template(ours):
     chat = [{"role": "user", "content": "hi"}]
     assert ours.apply_chat_template(chat) == ours.tokenizer.apply_chat_template(
         chat, tokenize=False, add_generation_prompt=True
     )
 
 
-def test_trap04_one_bos(tmp_path, one_device):
+def test_one_bos(tmp_path, one_device):
     """The tokenizer adds one to what has none, and a text that brings its own gets no second."""
     path = tools.save_model(
         tmp_path, tools.tiny_config(), tools.byte_tokenizer(tools.LLAMA3, add_bos=True)

@@ -86,7 +86,7 @@ def test_greedy_equals_the_argmax_of_whole_forward_passes(engine, chat_model, on
     assert engine.generate([PROMPTS[2]], 6)[0] == ids[len(PROMPTS[2]) :]
 
 
-def test_trap20_it_ends_at_every_stop_token_and_leaves_it_out(engine, chat_model, one_device):
+def test_it_ends_at_every_stop_token_and_leaves_it_out(engine, chat_model, one_device):
     answer = engine.generate([PROMPTS[2]], 12)[0]
     model = load_model(resolve(str(chat_model)), one_device)
     for stop in dict.fromkeys(answer):

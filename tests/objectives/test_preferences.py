@@ -125,7 +125,7 @@ def labels_of(name):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_trap22_losses_and_gradients_equal_trls_and_the_reference_is_the_adapter_that_training_started_from(
+def test_losses_and_gradients_equal_trls_and_the_reference_is_the_adapter_that_training_started_from(
     case, start, tmp_path, one_device
 ):
     """The leaves that train have moved on from the start by one step, so base, start and present

@@ -69,7 +69,7 @@ def test_shapes(shape, tmp_path, one_device):
 
 
 @pytest.mark.parametrize("kind", ROPES)
-def test_trap10_every_rope_number_is_read(kind, tmp_path, one_device):
+def test_every_rope_number_is_read(kind, tmp_path, one_device):
     """Changing any one number of the RoPE changes the logits, and exactly as in transformers."""
     context = {"max_position_embeddings": 32} if kind in ("dynamic", "yarn", "yarn_mscale") else {}
     base = ROPES[kind]
@@ -95,7 +95,7 @@ def test_trap10_every_rope_number_is_read(kind, tmp_path, one_device):
         before = logits if before is None else before
 
 
-def test_trap10_phases_are_float32_in_bfloat16_models():
+def test_phases_are_float32_in_bfloat16_models():
     from jaxtune.models.config import RopeConfig
     from jaxtune.models.rope import apply_rope, rope_cos_sin
 

@@ -156,7 +156,7 @@ def reloads_and_merges(model, config, directory, tmp_path, ids, mesh):
     [[], ["adapter.rslora=true", "adapter.rank_pattern={q_proj: 2}"]],
     ids=["plain", "rslora"],
 )
-def test_trap19_pissa_begins_as_the_base_trains_as_pefts_and_its_export_is_what_was_trained(
+def test_pissa_begins_as_the_base_trains_as_pefts_and_its_export_is_what_was_trained(
     keys, base, tmp_path, one_device
 ):
     """Singular vectors have no sign, so what is compared of the factors is their product."""
@@ -217,7 +217,7 @@ def products(factors):
     }
 
 
-def test_trap19_the_magnitudes_of_dora_train_and_are_exported(base, tmp_path, one_device):
+def test_the_magnitudes_of_dora_train_and_are_exported(base, tmp_path, one_device):
     run = Steps(base[1], one_device, "adapter.method=dora")
     before = tensors_of(run.model())
     run.train([batch_of(rows) for rows in batches()[:3]])

@@ -78,7 +78,7 @@ def test_gradients_equal_peft(changes, remat, tmp_path, one_device):
 
 
 @pytest.mark.timeout(1500)
-def test_trap27_twenty_steps_of_the_real_model_equal_peft(smollm2, tmp_path):
+def test_twenty_steps_of_the_real_model_equal_peft(smollm2, tmp_path):
     """Same adapter to start from, same rows, same order: loss, gradient norm, learning rate and
     the change of the adapter.
     """

@@ -132,7 +132,7 @@ def runs(model, rows, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])
-def test_trap29_losses_and_adapters_do_not_depend_on_the_mesh(runs, name):
+def test_losses_and_adapters_do_not_depend_on_the_mesh(runs, name):
     one, other = runs["one"], runs[name]
     assert dict(other.parts.mesh.shape) == {axis: MESHES[name].get(axis, 1) for axis in AXES}
     np.testing.assert_allclose(other.losses, one.losses, rtol=1e-5)

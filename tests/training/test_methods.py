@@ -58,7 +58,7 @@ def batches(name, packed):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_trap29_accumulation_packing_and_mesh_change_no_loss(name, base):
+def test_accumulation_packing_and_mesh_change_no_loss(name, base):
     keys = [key.format(base=base) for key in METHODS[name]]
 
     def train(mesh, micro_batches=1, packed=False):
@@ -162,7 +162,7 @@ def test_the_first_layers_have_no_backward_pass_where_only_the_last_train(tmp_pa
     assert few[0] < 0.6 * whole[0]
 
 
-def test_trap16_nothing_frozen_has_a_gradient_or_moments(base, one_device):
+def test_nothing_frozen_has_a_gradient_or_moments(base, one_device):
     run = Steps(base, one_device, "adapter.method=none", "trainable=[norms]")
     assert all("norm" in name for name in leaves(run.trainable))
     assert sum(leaf.size for leaf in jax.tree.leaves(run.state.opt_state)) <= 2 * sum(
@@ -187,7 +187,7 @@ def test_entries_that_mean_nothing_are_refused(entries, message, base, one_devic
 @pytest.mark.parametrize(
     "keys", [["model.dtype=nf4"], ["adapter.method=dora"]], ids=["nf4", "dora"]
 )
-def test_trap21_every_b_learns_under_every_remat_policy(keys, remat, base, one_device):
+def test_every_b_learns_under_every_remat_policy(keys, remat, base, one_device):
     run = Steps(base, one_device, *keys, f"train.remat={remat}")
     run.train([ragged_batch(number) for number in range(2)])
     for name, value in leaves(run.state.trainable).items():

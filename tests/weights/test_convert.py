@@ -106,7 +106,7 @@ META = {
 
 
 @pytest.mark.parametrize("name", META)
-def test_trap11_meta_there_and_back_is_identical_and_computes_the_same(name, tmp_path, one_device):
+def test_meta_there_and_back_is_identical_and_computes_the_same(name, tmp_path, one_device):
     tools.save_model(tmp_path / "a", tools.tiny_config(**META[name]), tools.byte_tokenizer())
     convert(str(tmp_path / "a"), tmp_path / "m", to="meta")
     assert (tmp_path / "m" / "consolidated.00.pth").exists()
@@ -174,7 +174,7 @@ def metas_attention(state, params, ids):
     return torch.nn.functional.linear(norm(x, "norm.weight"), state["output.weight"])
 
 
-def test_trap11_metas_own_arithmetic_on_our_file_gives_our_logits(tmp_path, one_device):
+def test_metas_own_arithmetic_on_our_file_gives_our_logits(tmp_path, one_device):
     tools.save_model(tmp_path / "a", tools.tiny_config(**META["llama2"]))
     convert(str(tmp_path / "a"), tmp_path / "m", to="meta")
     state = torch.load(tmp_path / "m" / "consolidated.00.pth", weights_only=True)
@@ -319,7 +319,7 @@ MERGED = {
 @pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|save_embedding_layers|tied):UserWarning")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", MERGED)
-def test_trap14_trap15_trap19_merged_equals_unmerged(name, tied, tmp_path):
+def test_merged_equals_unmerged(name, tied, tmp_path):
     """In float32, stored in the base's dtype, tied matrices untied only where the adapter tells
     them apart.
     """
@@ -339,7 +339,7 @@ def test_trap14_trap15_trap19_merged_equals_unmerged(name, tied, tmp_path):
     )
 
 
-def test_trap14_merging_into_bfloat16_rounds_once(tmp_path, one_device):
+def test_merging_into_bfloat16_rounds_once(tmp_path, one_device):
     config = tools.tiny_config()
     tools.save_model(tmp_path / "base", config, dtype=torch.bfloat16)
     reference = peft_side.lora(tools.random_model(config).to(torch.bfloat16).float(), b_std=0.05)

@@ -156,7 +156,7 @@ def test_gradients_of_every_variant_equal_pefts(name, tmp_path, one_device):
         assert np.linalg.norm(found[key] - value) <= 1e-3 * np.linalg.norm(value), key
 
 
-def test_trap12_square_factors_are_not_transposed(tmp_path, one_device):
+def test_square_factors_are_not_transposed(tmp_path, one_device):
     """Rank equal to the width: A, B and the layer are all square, so only values can tell."""
     config = tools.tiny_config(num_key_value_heads=4, intermediate_size=32)
     tools.save_model(tmp_path / "base", config)
@@ -203,7 +203,7 @@ def adapter(chat_model, tmp_path, one_device):
     return tmp_path / "adapter"
 
 
-def test_trap16_the_file_holds_the_declared_keys_and_no_other(adapter):
+def test_the_file_holds_the_declared_keys_and_no_other(adapter):
     keys = load_file(adapter / "adapter_model.safetensors").keys()
     names = [
         "self_attn.q_proj",
@@ -231,7 +231,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize("name", KEYS)
-def test_trap18_keys_that_do_not_fit_are_listed(name, adapter, chat_model, one_device):
+def test_keys_that_do_not_fit_are_listed(name, adapter, chat_model, one_device):
     change, expected = KEYS[name]
     path, key = (
         adapter / "adapter_model.safetensors",

@@ -38,7 +38,7 @@ def base(directory, vocab=KNOWN, **changes):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_trap17_new_rows_are_the_mean_of_the_trained_ones(tied, tmp_path, one_device):
+def test_new_rows_are_the_mean_of_the_trained_ones(tied, tmp_path, one_device):
     source = with_tokens(
         resolve(base(tmp_path, tie_word_embeddings=tied)), [*NEW, "<|im_end|>", NEW[0]]
     )
@@ -115,7 +115,7 @@ def delta(path, module="model.embed_tokens"):
 @pytest.mark.parametrize(
     ("train", "tied"), [("none", True), ("new", False), ("new", True), ("all", True)]
 )
-def test_trap17_new_tokens_from_training_to_every_export(train, tied, tmp_path, capsys, one_device):
+def test_new_tokens_from_training_to_every_export(train, tied, tmp_path, capsys, one_device):
     model = base(tmp_path / "base", tie_word_embeddings=tied)
     result = trained(
         tmp_path, model, f"adapter.train_tokens={train}", "mesh.data=-1", "mesh.fsdp=1"

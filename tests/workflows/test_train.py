@@ -132,7 +132,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, chat_model, rows, tmp_path
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_trap01_trap09_cuts_and_packing_change_nothing(chat_model, rows, tmp_path):
+def test_cuts_and_packing_change_nothing(chat_model, rows, tmp_path):
     """Sixteen rows of one length, so that packed (two a row) and unpacked batches can hold the
     same examples.
     """
@@ -212,7 +212,7 @@ def test_a_second_start_trains_nothing_again_and_another_config_is_refused(
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "env.json"}
 
 
-def test_trap28_the_checkpoint_restores_on_another_number_of_devices(chat_model, rows, tmp_path):
+def test_the_checkpoint_restores_on_another_number_of_devices(chat_model, rows, tmp_path):
     keys = {"train__steps": 8, "train__batch_size": 8, "checkpoint__every": 4}
     train(tmp_path / "whole", chat_model, rows, **keys)
     process = start(tmp_path / "moved", chat_model, rows, **keys)

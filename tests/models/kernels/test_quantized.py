@@ -203,7 +203,7 @@ def test_the_base_is_quantized_matrix_by_matrix(wide_model, one_device, monkeypa
     assert 0 < most[0] <= 2
 
 
-def test_trap14_the_merge_is_of_the_original_weights(wide_model, tmp_path, one_device):
+def test_the_merge_is_of_the_original_weights(wide_model, tmp_path, one_device):
     """A small update, lost below the steps of four bits, survives; the merged weights keep the
     base's dtype and size.
     """

@@ -112,7 +112,7 @@ def test_all_weights_train_and_come_back_as_a_model(train, tmp_path, wide):
     )
 
 
-def test_trap14_a_quantized_base_trains_an_adapter_that_fits_the_original(train, tmp_path, wide):
+def test_a_quantized_base_trains_an_adapter_that_fits_the_original(train, tmp_path, wide):
     found = train("model.dtype=nf4", model=wide)
     assert found.after["loss"] < found.before["loss"]
     assert found.verification.reload_difference <= 1e-6 * found.verification.largest_logit
@@ -142,9 +142,7 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_trap22_trap28_a_run_that_was_stopped_ends_as_the_one_that_was_not(
-    name, train, monkeypatch
-):
+def test_a_run_that_was_stopped_ends_as_the_one_that_was_not(name, train, monkeypatch):
     """After a restart the reference is still what training started from, and the averages go on."""
     keys, data = RESUMED[name], "pairs" if name == "dpo" else "chats"
     monkeypatch.setattr(

@@ -130,7 +130,7 @@ def test_columns_and_rows_left_out(train, tmp_path):
     )  # read with the run's columns
 
 
-def test_trap28_a_run_that_goes_on_another_day_sees_the_same_date(train, tmp_path):
+def test_a_run_that_goes_on_another_day_sees_the_same_date(train, tmp_path):
     template = (
         "{{ '<|im_start|>system\n' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + tools.CHATML
     )

@@ -46,7 +46,7 @@ def examples(lengths):
     shuffle=st.booleans(),
     epoch=st.integers(0, 3),
 )
-def test_trap25_every_example_once_an_epoch_and_rows_hold_what_fits(
+def test_every_example_once_an_epoch_and_rows_hold_what_fits(
     lengths, rows, packing, shuffle, epoch
 ):
     layout = Layout(rows, 32, packing, shuffle, seed=3)
@@ -61,7 +61,7 @@ def test_trap25_every_example_once_an_epoch_and_rows_hold_what_fits(
     assert found == [again.batch(number) for number in range(len(again))]
 
 
-def test_trap25_epochs_differ_in_order_and_supervise_the_same_tokens():
+def test_epochs_differ_in_order_and_supervise_the_same_tokens():
     plan = BatchSchedule(examples(range(1, 30)), Layout(3, 32, True, True, 0), epochs=3)
     by_epoch = {}
     for number in range(len(plan)):
@@ -76,7 +76,7 @@ def test_trap25_epochs_differ_in_order_and_supervise_the_same_tokens():
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("start", [1, 4, 9])
-def test_trap28_batches_after_a_resume_are_those_of_the_whole_run(packing, start, one_device):
+def test_batches_after_a_resume_are_those_of_the_whole_run(packing, start, one_device):
     def plan():
         return BatchSchedule(
             examples(np.random.default_rng(0).integers(1, 30, 40)),
@@ -100,7 +100,7 @@ def test_steps_override_epochs():
     assert len(BatchSchedule(examples([3] * 10), Layout(4, 32, False, True, 0), epochs=2)) == 6
 
 
-def test_trap24_evaluation_is_weighted_by_tokens_the_same_at_every_batch_size(
+def test_evaluation_is_weighted_by_tokens_the_same_at_every_batch_size(
     chat_model, one_device, tmp_path
 ):
     import torch
@@ -134,7 +134,7 @@ def test_trap24_evaluation_is_weighted_by_tokens_the_same_at_every_batch_size(
         assert result["perplexity"] == pytest.approx(np.exp(result["loss"]))
 
 
-def test_trap24_evaluation_on_the_way_is_that_of_the_whole_file_at_every_batch_size(
+def test_evaluation_on_the_way_is_that_of_the_whole_file_at_every_batch_size(
     chat_model, one_device, tmp_path
 ):
     rows = [
@@ -162,9 +162,7 @@ def test_trap24_evaluation_on_the_way_is_that_of_the_whole_file_at_every_batch_s
         assert found["loss"] == pytest.approx(whole["loss"], rel=1e-5)
 
 
-def test_trap24_classification_by_cache_equals_the_plain_forward_pass(
-    chat_model, one_device, tmp_path
-):
+def test_classification_by_cache_equals_the_plain_forward_pass(chat_model, one_device, tmp_path):
     """Scores from a shared prefix and a cache give the loss that a whole forward pass gives, at
     every batch size.
     """

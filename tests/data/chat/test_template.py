@@ -56,7 +56,7 @@ def masked(words, pieces):
 
 @pytest.mark.parametrize("kind", ["bytes", "metaspace"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_trap05_trap07_ids_and_mask_of_every_family(name, kind):
+def test_ids_and_mask_of_every_family(name, kind):
     family = FAMILIES[name]
     words = tokenizer(family, kind)
     for title, messages in TALKS.items():
@@ -129,7 +129,7 @@ def test_many_rows_at_once_are_the_same_as_each_alone(name):
 
 
 @pytest.mark.parametrize("title", MARKED)
-def test_trap07_marks_of_the_template_are_transformers_assistant_mask(title):
+def test_marks_of_the_template_are_transformers_assistant_mask(title):
     words = tokenizer(Family(MARKED[title], None, "<|im_end|>", None), "bytes")
     for messages in TALKS.values():
         (documents,) = ConversationTokenizer(words, "responses")([Conversation("row", messages)])

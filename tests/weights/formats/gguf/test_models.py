@@ -17,7 +17,7 @@ from jaxtune.weights.source import resolve
 from tests.support import tools
 
 
-def test_trap11_real_file_logits_equal_transformers(smollm2, one_device):
+def test_real_file_logits_equal_transformers(smollm2, one_device):
     source = resolve(str(smollm2))
     ids = np.asarray(
         [

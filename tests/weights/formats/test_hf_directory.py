@@ -27,7 +27,7 @@ def sharded(tmp_path):
     return tmp_path / "sharded"
 
 
-def test_trap30_shards_with_an_index(sharded, one_device):
+def test_shards_with_an_index(sharded, one_device):
     ids = np.random.default_rng(0).integers(0, 288, (2, 9))
     ours = np.asarray(load_model(resolve(str(sharded)), one_device)(ids))
     np.testing.assert_allclose(
@@ -35,7 +35,7 @@ def test_trap30_shards_with_an_index(sharded, one_device):
     )
 
 
-def test_trap30_mixed_dtypes_in_one_file_lose_nothing(chat_model, tmp_path, one_device):
+def test_mixed_dtypes_in_one_file_lose_nothing(chat_model, tmp_path, one_device):
     directory = shutil.copytree(chat_model, tmp_path / "mixed")
     tensors = load_file(directory / "model.safetensors")
     kinds = {
@@ -133,7 +133,7 @@ def test_a_wrong_index_is_one_clear_error(name, sharded):
         resolve(str(sharded)).tensors()
 
 
-def test_trap15_a_tied_head_is_one_array_and_a_differing_one_is_refused(tmp_path, one_device):
+def test_a_tied_head_is_one_array_and_a_differing_one_is_refused(tmp_path, one_device):
     tools.save_model(tmp_path / "tied", tools.tiny_config(tie_word_embeddings=True))
     model = load_model(resolve(str(tmp_path / "tied")), one_device)
     assert model.lm_head is None
@@ -150,7 +150,7 @@ def test_trap15_a_tied_head_is_one_array_and_a_differing_one_is_refused(tmp_path
         load_model(resolve(str(tmp_path / "tied")), one_device)
 
 
-def test_trap15_a_tied_head_gets_both_gradients(tmp_path, one_device):
+def test_a_tied_head_gets_both_gradients(tmp_path, one_device):
     """Through the embedding and through the head, equal to PyTorch's sum of both."""
     import jax
     from flax import nnx
@@ -187,7 +187,7 @@ def test_trap15_a_tied_head_gets_both_gradients(tmp_path, one_device):
         assert np.linalg.norm(ours - theirs) < 1e-4 * np.linalg.norm(theirs)
 
 
-def test_trap20_every_stop_token_is_read(chat_model, tmp_path):
+def test_every_stop_token_is_read(chat_model, tmp_path):
     directory = shutil.copytree(chat_model, tmp_path / "model")
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 259]}))
     assert resolve(str(directory)).stop_ids() == [257, 259]

@@ -166,7 +166,7 @@ def test_the_best_by_a_figure_of_the_task_is_exported(chat_model, files, tmp_pat
     assert not steps_saved(wrong)
 
 
-def test_trap26_dropout_is_off_in_every_evaluation(chat_model, files, tmp_path):
+def test_dropout_is_off_in_every_evaluation(chat_model, files, tmp_path):
     """On the way, after training, and from the exported adapter the figures are the same, by the
     loss and by what is generated.
     """

@@ -56,7 +56,7 @@ def supervised_texts(tokenizer, example):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_trap03_trap05_trap07_ids_are_the_templates_and_answers_with_their_end_are_supervised(name):
+def test_ids_are_the_templates_and_answers_with_their_end_are_supervised(name):
     template, eos, answers = TEMPLATES[name]
     tokenizer = tools.byte_tokenizer(template, eos)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
@@ -71,7 +71,7 @@ def test_trap03_trap05_trap07_ids_are_the_templates_and_answers_with_their_end_a
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_trap05_the_prompt_of_generation_is_the_template(name):
+def test_the_prompt_of_generation_is_the_template(name):
     template, eos, _ = TEMPLATES[name]
     tokenizer = tools.byte_tokenizer(template, eos)
     expected = tokenizer.apply_chat_template(TALK[:3], add_generation_prompt=True)["input_ids"]
@@ -83,7 +83,7 @@ def build(rows, examples, count, length):
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
-def test_trap04_exactly_one_bos(add_bos):
+def test_exactly_one_bos(add_bos):
     for template, eos in (
         (tools.LLAMA3, "<|eot_id|>"),
         (tools.CHATML, "<|im_end|>"),
@@ -99,7 +99,7 @@ def test_trap04_exactly_one_bos(add_bos):
             assert ids.count(tokenizer.bos_token_id) == expected
 
 
-def test_trap02_the_last_target_is_the_end_of_turn_and_padding_is_never_one():
+def test_the_last_target_is_the_end_of_turn_and_padding_is_never_one():
     tokenizer = tools.byte_tokenizer()
     examples = [
         tools.tokenize(tokenizer, conversation(TALK[:2]), "responses"),
@@ -115,7 +115,7 @@ def test_trap02_the_last_target_is_the_end_of_turn_and_padding_is_never_one():
     assert not batch.weights[2].any()
 
 
-def test_trap06_truncation_that_leaves_nothing_drops_the_row_and_counts_it(tmp_path):
+def test_truncation_that_leaves_nothing_drops_the_row_and_counts_it(tmp_path):
     tokenizer = tools.byte_tokenizer()
     rows = [
         tools.chat("q" * 10, "yes"),
@@ -140,7 +140,7 @@ def test_trap06_truncation_that_leaves_nothing_drops_the_row_and_counts_it(tmp_p
         build_batch([(0,)], [Example(np.arange(5), np.zeros(5))], np.array([3]), (2, 8))
 
 
-def test_trap07_a_template_that_rewrites_answers_is_refused_not_masked_to_zero():
+def test_a_template_that_rewrites_answers_is_refused_not_masked_to_zero():
     shouting = tools.CHATML.replace("m['content']", "m['content'] | upper")
     with pytest.raises(
         UserError, match=r"rows.jsonl:1: the chat template changes the text of messages\[1\]"
@@ -164,7 +164,7 @@ def test_trap07_a_template_that_rewrites_answers_is_refused_not_masked_to_zero()
         assert supervised_texts(tokenizer, example) == [TALK[through - 1]["content"] + "<|im_end|>"]
 
 
-def test_trap08_a_prompt_that_is_no_token_prefix_is_masked_by_characters(smollm2):
+def test_a_prompt_that_is_no_token_prefix_is_masked_by_characters(smollm2):
     """'1' + '23' merges over the border of prompt and answer where the tokenizer has the merge;
     the mask must not shift.
     """
@@ -209,7 +209,7 @@ def packed_losses(model, examples, layout):
     return found
 
 
-def test_trap09_packed_loss_is_the_unpacked_loss_token_by_token(chat_model, one_device):
+def test_packed_loss_is_the_unpacked_loss_token_by_token(chat_model, one_device):
     model = load_model(resolve(str(chat_model)), one_device)
     tokenizer = tools.byte_tokenizer()
     examples = [
@@ -225,7 +225,7 @@ def test_trap09_packed_loss_is_the_unpacked_loss_token_by_token(chat_model, one_
     assert sums.sum() == pytest.approx(sum(alone.values()), rel=1e-5)
 
 
-def test_trap09_no_target_crosses_from_one_example_to_the_next():
+def test_no_target_crosses_from_one_example_to_the_next():
     random = np.random.default_rng(0)
     examples = [
         Example(random.integers(0, 99, size).astype(np.int32), np.arange(size) > 1)

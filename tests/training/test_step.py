@@ -31,20 +31,20 @@ def assert_same(left, right, tolerance):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("micro_batches", [2, 4, 8])
-def test_trap01_accumulation_equals_the_big_batch(micro_batches, dropout, chat_model, one_device):
+def test_accumulation_equals_the_big_batch(micro_batches, dropout, chat_model, one_device):
     run = Steps(chat_model, one_device, f"adapter.dropout={dropout}")
     assert_same(train(run, micro_batches=micro_batches), train(run), 2e-5)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
-def test_trap01_trap26_no_mesh_changes_the_numbers(shape, chat_model, one_device):
+def test_no_mesh_changes_the_numbers(shape, chat_model, one_device):
     """Dropout is on: its draws, too, are the same on every mesh."""
     alone = train(Steps(chat_model, one_device, "adapter.dropout=0.3"))
     assert_same(train(Steps(chat_model, make_mesh(*shape), "adapter.dropout=0.3")), alone, 2e-5)
 
 
 @pytest.mark.parametrize("keys", [[], ["adapter.method=none"]], ids=["adapter", "weights"])
-def test_trap13_trainable_leaves_and_moments_are_float32_and_tiny_updates_last(
+def test_trainable_leaves_and_moments_are_float32_and_tiny_updates_last(
     keys, chat_model, one_device
 ):
     """The base is stored in bfloat16; what trains of it is not."""
@@ -69,7 +69,7 @@ def test_trap13_trainable_leaves_and_moments_are_float32_and_tiny_updates_last(
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full", "offload"])
-def test_trap21_every_b_learns_under_every_remat_policy(remat, chat_model, one_device):
+def test_every_b_learns_under_every_remat_policy(remat, chat_model, one_device):
     run = Steps(chat_model, one_device, f"train.remat={remat}")
     found = train(run)
     for name, value in found[1].items():
@@ -80,7 +80,7 @@ def test_trap21_every_b_learns_under_every_remat_policy(remat, chat_model, one_d
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
 @pytest.mark.parametrize("warmup", [0, 4])
-def test_trap23_schedule_is_transformers_after_an_exact_warmup(kind, warmup):
+def test_schedule_is_transformers_after_an_exact_warmup(kind, warmup):
     import torch
 
     steps = 20
@@ -101,7 +101,7 @@ def test_trap23_schedule_is_transformers_after_an_exact_warmup(kind, warmup):
     assert float(ours(steps - 1)) > 0
 
 
-def test_trap23_wsd_and_constant_and_fraction():
+def test_wsd_and_constant_and_fraction():
     wsd = schedule(OptimizerSection(learning_rate=1.0, schedule="wsd", warmup=0.1), 20)
     assert [round(float(wsd(index)), 3) for index in (0, 1, 2, 15, 16, 17, 19)] == [
         0.5,
@@ -116,12 +116,12 @@ def test_trap23_wsd_and_constant_and_fraction():
     assert {float(constant(index)) for index in range(20)} == {1.0}
 
 
-def test_trap23_the_schedule_counts_optimizer_steps_not_micro_steps(chat_model, one_device):
+def test_the_schedule_counts_optimizer_steps_not_micro_steps(chat_model, one_device):
     run = Steps(chat_model, one_device, "optimizer.schedule=linear")
     assert_same(train(run, steps=4, micro_batches=4), train(run, steps=4), 2e-5)
 
 
-def test_trap26_dropout_differs_by_step_and_row_and_is_off_in_evaluation(chat_model, one_device):
+def test_dropout_differs_by_step_and_row_and_is_off_in_evaluation(chat_model, one_device):
     from jaxtune.models.layers import Dropout
 
     keys = jax.vmap(jax.random.key)(jnp.arange(4))
