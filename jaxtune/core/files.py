@@ -73,14 +73,14 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
+def default_cache_root() -> Path:
+    """Return the user's cache folder: `$XDG_CACHE_HOME/jaxtune`, or `~/.cache/jaxtune`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtune"
+
+
 def cache_root() -> Path:
-    """Where what can be made again is kept: `JAXTUNE_CACHE`, or `~/.cache/jaxtune`."""
-    given = os.environ.get("JAXTUNE_CACHE")
-    return (
-        Path(given)
-        if given
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtune"
-    )
+    """Return where plans and tokenized data are cached: `JAXTUNE_CACHE`, or the default folder."""
+    return Path(os.environ.get("JAXTUNE_CACHE") or default_cache_root())
 
 
 @contextmanager

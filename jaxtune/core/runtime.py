@@ -2,10 +2,10 @@
 
 import logging
 import os
-from pathlib import Path
 
 from jaxtune.core import distributed
 from jaxtune.core.distributed import Cluster
+from jaxtune.core.files import default_cache_root
 
 
 def start(cluster: Cluster | None = None) -> None:
@@ -24,7 +24,7 @@ def start(cluster: Cluster | None = None) -> None:
     if os.environ.get("JAX_PLATFORMS") is None and distributed.only_compiles_for_tpu():
         jax.config.update("jax_platforms", "cpu")
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "jaxtune" / "xla"))
+        # Not cache_root(): compiled programs have a variable of their own, which is JAX's.
+        jax.config.update("jax_compilation_cache_dir", str(default_cache_root() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     distributed.start(cluster)
