@@ -8,7 +8,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxtune.config.load import dump, keys, load_config, schema
+from jaxtune.config.keys import keys
+from jaxtune.config.load import dump, load_config, schema
 from jaxtune.config.schema import Config
 from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
@@ -22,7 +23,7 @@ from jaxtune.weights import export
 from jaxtune.weights.peft import write_adapter
 from jaxtune.workflows.train import run
 from tests.support import tools
-from tests.weights.test_peft import with_adapter
+from tests.support.adapters import with_adapter
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -1,16 +1,10 @@
-"""Whatever the rows, each supervised token is trained once an epoch or its row is named;
-whatever the machine, the batches are the same.
-"""
+"""Whatever the rows, each supervised token is trained once an epoch or its row is named."""
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -18,12 +12,10 @@ from hypothesis import strategies as st
 
 from jaxtune.config.schema import DataSection
 from jaxtune.core.errors import UserError
-from jaxtune.core.mesh import make_mesh
 from jaxtune.data.chat.tokenize import ConversationTokenizer
-from jaxtune.data.examples import SourceShare, in_memory
 from jaxtune.data.formats.conversation import conversation
-from jaxtune.data.loader import BatchSchedule, batches, local_rows
-from jaxtune.data.packing import Layout, plan_epoch
+from jaxtune.data.loader import BatchSchedule
+from jaxtune.data.packing import Layout
 from jaxtune.data.prepare import prepare
 from jaxtune.data.sources.row import Row, RowError, RowLocation
 from tests.support import tools
@@ -292,91 +284,6 @@ def test_a_row_of_a_million_tokens_and_a_line_beyond_the_limit(tmp_path, monkeyp
     assert [message.partition(": ")[0] for message in found.bad] == [f"{path}:1", f"{path}:2"]
 
 
-@settings(max_examples=50, deadline=None)
-@given(
-    counts=st.lists(st.integers(1, 9), min_size=1, max_size=3),
-    weights=st.lists(st.sampled_from([0.25, 0.3, 0.5, 1.0, 1.5, 2.0]), min_size=3, max_size=3),
-    shuffle=st.booleans(),
-)
-def test_weights_of_a_mixture_are_passes(counts, weights, shuffle):
-    """After e epochs each row of a source of weight w was seen e w times, rounded down or up,
-    and none more often than another by two.
-    """
-    parts = [SourceShare(count, weight) for count, weight in zip(counts, weights, strict=False)]
-    lengths, seen = np.full(sum(counts), 3), np.zeros(sum(counts), int)
-    for epoch in range(8):
-        planned = plan_epoch(lengths, Layout(2, 8, True, shuffle, 5), epoch, parts)
-        np.add.at(seen, planned.members, 1)
-        start = 0
-        for part in parts:
-            times = seen[start : start + part.count]
-            assert times.sum() == np.ceil(part.weight * part.count * (epoch + 1))
-            assert times.max() - times.min() <= 1
-            start += part.count
-
-
-def test_each_pass_over_a_part_of_a_mixture_is_in_another_order():
-    parts, lengths = [SourceShare(40, 0.5), SourceShare(3, 1.0)], np.full(43, 3)
-    halves = [
-        plan_epoch(lengths, Layout(2, 8, False, False, 5), epoch, parts).members
-        for epoch in range(4)
-    ]
-    chosen = [set(half[half < 40].tolist()) for half in halves]
-    assert chosen[0] | chosen[1] == chosen[2] | chosen[3] == set(range(40))
-    assert chosen[0] not in (chosen[2], chosen[3])
-    other = plan_epoch(lengths, Layout(2, 8, False, False, 6), 0, parts).members
-    assert set(other.tolist()) != set(halves[0].tolist())
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40),
-    packing=st.booleans(),
-    shuffle=st.booleans(),
-    rows=st.integers(1, 3),
-    data=st.data(),
-)
-def test_any_batch_is_known_without_the_ones_before(lengths, packing, shuffle, rows, data):
-    from jaxtune.data.chat.tokenize import Example
-
-    def plan():
-        items = [
-            Example(np.full(size + 1, number, np.int32), np.arange(size + 1) > 0)
-            for number, size in enumerate(lengths)
-        ]
-        return BatchSchedule(in_memory(items), Layout(rows, 32, packing, shuffle, 2), epochs=3)
-
-    whole = plan()
-    in_order = [whole.batch(index) for index in range(len(whole))]
-    start = data.draw(st.integers(0, len(in_order) - 1))
-    resumed = plan()
-    for index in range(start, len(in_order)):
-        jax.tree.map(np.testing.assert_array_equal, resumed.batch(index), in_order[index])
-        assert resumed.epoch(index) == whole.epoch(index)
-
-
-def test_unpacked_batches_hold_rows_of_like_length_and_few_shapes():
-    from jaxtune.data.chat.tokenize import Example
-
-    random = np.random.default_rng(0)
-    items = [
-        Example(np.zeros(size + 1, np.int32), np.arange(size + 1) > 0)
-        for size in random.integers(1, 500, 2000)
-    ]
-    plan = BatchSchedule(
-        in_memory(items), Layout(8, 512, packing=False, shuffle=True, seed=0), epochs=1
-    )
-    assert plan.efficiency() > 0.8  # in random batches it would be a half
-    assert len({plan.shape(index) for index in range(len(plan))}) <= 11
-    assert plan.shape(0) != plan.shape(1) or plan.shape(1) != plan.shape(
-        2
-    )  # short and long come mixed
-    packed = BatchSchedule(
-        in_memory(items), Layout(8, 512, packing=True, shuffle=True, seed=0), epochs=1
-    )
-    assert packed.efficiency() > 0.97
-
-
 @pytest.mark.parametrize("name", ["qwen3", "mistral"])
 def test_rows_that_the_template_rewrites_are_counted_once(name, tmp_path):
     messages = [
@@ -392,113 +299,6 @@ def test_rows_that_the_template_rewrites_are_counted_once(name, tmp_path):
     path = tools.write_rows(tmp_path / "rows.jsonl", [{"messages": messages}] * 3)
     found = prepare(DataSection(train=path), tokenizer(FAMILIES[name], "bytes"))
     assert (found.rows, len(found.items), found.rewritten) == (3, 6, 3)
-
-
-@pytest.mark.parametrize("axes", [(1, 8, 1), (8, 1, 1), (2, 2, 2), (1, 1, 8)])
-def test_the_batches_are_the_same_on_every_mesh(axes):
-    items = in_memory(
-        [
-            example_of(size, number)
-            for number, size in enumerate(np.random.default_rng(1).integers(1, 30, 90))
-        ]
-    )
-    plan = BatchSchedule(items, Layout(16, 32, True, True, 0), epochs=1)
-    for loaded in batches(plan, 0, 2, make_mesh(*axes)):
-        whole = plan.batch(loaded.index)
-        for ours, theirs in zip(*map(jax.tree.leaves, (loaded.batch, whole)), strict=True):
-            np.testing.assert_array_equal(np.asarray(ours).reshape(theirs.shape), theirs)
-
-
-def example_of(size, number):
-    from jaxtune.data.chat.tokenize import Example
-
-    return Example(np.arange(number, number + size + 1, dtype=np.int32), np.arange(size + 1) > 0)
-
-
-PROCESS = """
-import sys
-import jax
-count, number, port, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-jax.config.update("jax_num_cpu_devices", 4 // count)
-if count > 1:
-    jax.distributed.initialize(f"localhost:{port}", count, number)
-import numpy as np
-from jaxtune.core.mesh import make_mesh
-from jaxtune.data.examples import in_memory
-from jaxtune.data.loader import BatchSchedule, batches, local_rows
-from jaxtune.data.packing import Layout
-from jaxtune.data.chat.tokenize import Example
-def example_of(size, number):
-    return Example(np.arange(number, number + size + 1, dtype=np.int32), np.arange(size + 1) > 0)
-items = in_memory([example_of(size, n) for n, size in enumerate(np.random.default_rng(1).integers(1, 30, 60))])
-plan = BatchSchedule(items, Layout(8, 32, True, True, 0), epochs=2)
-mesh = make_mesh(1, 4, 1)
-assert local_rows(8, 2, mesh).sum() == 8 // count
-found = {}
-for loaded in batches(plan, 0, 2, mesh):
-    for name, part in loaded.batch._asdict().items():
-        if part is None:  # labels, where nothing is compared
-            continue
-        for shard in part.addressable_shards:
-            cut, rows, _ = shard.index
-            for row in range(*rows.indices(4)):
-                found[f"{loaded.index} {name} {row} {loaded.tokens} {loaded.padding}"] = np.asarray(shard.data)[:, row - (rows.start or 0)]
-np.savez(out, **found)
-"""
-
-
-def test_one_two_and_four_processes_load_the_same_global_batches(tmp_path):
-    """Each process builds the rows of its own devices; together they are the batches of this one
-    process.
-    """
-    items = in_memory(
-        [
-            example_of(size, number)
-            for number, size in enumerate(np.random.default_rng(1).integers(1, 30, 60))
-        ]
-    )
-    plan = BatchSchedule(items, Layout(8, 32, True, True, 0), epochs=2)
-    for count in (2, 4):
-        port = 20_000 + os.getpid() % 20_000 + count
-        children = [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    PROCESS,
-                    str(count),
-                    str(number),
-                    str(port),
-                    str(tmp_path / f"{count}-{number}.npz"),
-                ],
-                env=tools.child_environment() | {"PYTHONPATH": "."},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for number in range(count)
-        ]
-        for process in children:
-            _, err = process.communicate(timeout=300)
-            assert process.returncode == 0, err[-2000:]
-        found: dict[str, np.ndarray] = {}
-        for number in range(count):
-            with np.load(tmp_path / f"{count}-{number}.npz") as file:
-                assert not found.keys() & file.keys()
-                found |= {key: file[key] for key in file}
-        assert len(found) == len(plan) * 5 * 4
-        for index in range(len(plan)):
-            batch, tokens = plan.batch(index), plan.tokens(index)
-            for name, part in batch._asdict().items():
-                if part is None:
-                    continue
-                for row, values in enumerate(np.swapaxes(part.reshape(2, 4, -1), 0, 1)):
-                    np.testing.assert_array_equal(
-                        found[f"{index} {name} {row} {tokens} {part.size - tokens}"], values
-                    )
-
-
-def test_local_rows_are_all_rows_of_one_process(one_device):
-    assert local_rows(8, 2, one_device).all()
 
 
 def test_bad_rows_are_errors_of_their_own_kind():

@@ -20,7 +20,7 @@ from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import write_adapter
 from jaxtune.weights.source import resolve
 from tests.support import tools
-from tests.weights.test_peft import with_adapter
+from tests.support.adapters import with_adapter
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

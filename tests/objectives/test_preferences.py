@@ -11,13 +11,12 @@ from torch.nn.functional import logsigmoid
 
 from jaxtune.data.batch import CHOSEN, MISMATCHED, REJECTED
 from jaxtune.weights.peft import write_adapter
-from tests.parity.test_methods import assert_close, plain
 from tests.support import peft_side, tools
+from tests.support.peft_side import assert_close, name_in_file
+from tests.support.preferences import PAIRS, answers, labels_of, side_by_side
 from tests.support.steps import Steps, batch_of, random_rows, tensors_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-PAIRS = 3
 
 
 @pytest.fixture(scope="module")
@@ -30,36 +29,6 @@ def start(tmp_path_factory):
     model = peft_side.lora(tools.random_model(config), b_std=0.1)
     model.save_pretrained(folder / "adapter")
     return folder / "base", folder / "adapter", config
-
-
-def answers(count, seed=0):
-    """Rows of (ids, supervised): a prompt that is not supervised and an answer that is; two
-    after one another share the prompt.
-    """
-    random, found = np.random.default_rng(seed), []
-    for _ in range(count):
-        prompt = random.integers(0, 256, random.integers(2, 6))
-        for _ in range(2):
-            answer = random.integers(0, 256, random.integers(2, 8))
-            ids = np.concatenate([prompt, answer]).astype(np.int32)
-            found.append((ids, np.arange(len(ids)) >= len(prompt)))
-    return found
-
-
-def side_by_side(rows, labels, packed=False, rows_in_batch=None):
-    """Two answers a row of the batch, or all in one row."""
-    length = 2 * max(len(ids) for ids, _ in rows) * (len(rows) // 2 if packed else 1)
-    pairs = [rows] if packed else [rows[k : k + 2] for k in range(0, len(rows), 2)]
-    parts = [batch_of(pair, length=length, packed=True) for pair in pairs]
-    assert all(len(part.input_ids) == 1 for part in parts)
-    whole = type(parts[0])(
-        *(np.concatenate(fields) for fields in list(zip(*parts, strict=True))[:5])
-    )
-    found = np.array([labels] if packed else np.reshape(labels, (-1, 2)), np.int32)
-    if packed:
-        found = np.pad(found, ((0, 0), (0, 4)))  # segments that are not there
-    missing = (rows_in_batch or len(found)) - len(found)
-    return type(whole)(*(np.pad(part, ((0, missing), (0, 0))) for part in (*whole[:5], found)))
 
 
 def log_probs(model, rows):
@@ -118,12 +87,6 @@ CASES = {
 }  # fmt: skip
 
 
-def labels_of(name):
-    if name != "kto":
-        return [CHOSEN, REJECTED] * PAIRS
-    return [CHOSEN, MISMATCHED, REJECTED, MISMATCHED, REJECTED, MISMATCHED]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_equal_trls_and_the_reference_is_the_adapter_that_training_started_from(
     case, start, tmp_path, one_device
@@ -149,7 +112,7 @@ def test_losses_and_gradients_equal_trls_and_the_reference_is_the_adapter_that_t
     wanted = trl(name, numbers, ours, theirs, counts, labels)
     wanted.backward()
     gradients = {
-        plain(key): value.grad.numpy()
+        name_in_file(key): value.grad.numpy()
         for key, value in policy.named_parameters()
         if value.requires_grad
     }

@@ -13,6 +13,7 @@ from jaxtune.weights.merge import merged
 from jaxtune.weights.peft import open_adapter, write_adapter
 from jaxtune.weights.source import OverriddenSource, resolve
 from tests.support import peft_side, tools
+from tests.support.peft_side import assert_close, name_in_file
 from tests.support.steps import Steps, batch_of, random_rows, tensors_of
 
 pytestmark = [
@@ -64,31 +65,13 @@ def their_steps(model, name, rate):
         total, count = peft_side.token_loss(model, rows)
         (total / count).backward()
         gradients = gradients or {
-            plain(key): value.grad.numpy().copy() for key, value in parameters.items()
+            name_in_file(key): value.grad.numpy().copy() for key, value in parameters.items()
         }
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         found.append((float(total.detach()) / count, float(norm)))
     return found, gradients
-
-
-def plain(key):
-    """The name in the adapter's file."""
-    key = (
-        key.replace(".default", "")
-        .replace(".modules_to_save", "")
-        .replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
-    )
-    return key if key.startswith("base_model.model.") else f"base_model.model.{key}"
-
-
-def assert_close(ours, theirs, tolerance, scale=None):
-    """Each tensor within a share of its own norm, or of that of `scale`."""
-    assert ours.keys() == theirs.keys()
-    for key, value in theirs.items():
-        reference = np.linalg.norm(value if scale is None else value - scale[key])
-        assert np.linalg.norm(ours[key] - value) <= tolerance * reference + 1e-7, key
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -109,7 +92,7 @@ def test_forward_gradients_and_ten_steps_equal_pefts(name, base, tmp_path, one_d
         tools.random_model(config), tmp_path / "start", is_trainable=True
     )
     start = {
-        plain(key): value.detach().numpy().copy()
+        name_in_file(key): value.detach().numpy().copy()
         for key, value in reference.named_parameters()
         if value.requires_grad
     }
@@ -122,7 +105,7 @@ def test_forward_gradients_and_ten_steps_equal_pefts(name, base, tmp_path, one_d
     ours = run.train([batch_of(part, length=20) for part in rows])
     np.testing.assert_allclose([step[:2] for step in ours], theirs, rtol=2e-3)
     end = {
-        plain(key): value.detach().numpy()
+        name_in_file(key): value.detach().numpy()
         for key, value in reference.named_parameters()
         if value.requires_grad
     }
@@ -209,7 +192,7 @@ def test_pissa_begins_as_the_base_trains_as_pefts_and_its_export_is_what_was_tra
 
 def products(factors):
     """B A of every module."""
-    named = {plain(key): value for key, value in factors.items()}
+    named = {name_in_file(key): value for key, value in factors.items()}
     return {
         key: named[key.replace("lora_A", "lora_B")] @ value
         for key, value in named.items()

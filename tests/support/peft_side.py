@@ -71,3 +71,21 @@ def factors(model):
         for name, value in model.named_parameters()
         if "lora_" in name
     }
+
+
+def name_in_file(key):
+    """Return the name of a parameter of PEFT's model in the adapter's file."""
+    key = (
+        key.replace(".default", "")
+        .replace(".modules_to_save", "")
+        .replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+    )
+    return key if key.startswith("base_model.model.") else f"base_model.model.{key}"
+
+
+def assert_close(ours, theirs, tolerance, scale=None):
+    """Assert that each tensor is within a share of its own norm, or of its distance from `scale`."""
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        reference = np.linalg.norm(value if scale is None else value - scale[key])
+        assert np.linalg.norm(ours[key] - value) <= tolerance * reference + 1e-7, key

@@ -11,8 +11,9 @@ from jaxtune.adapters.pissa import as_lora
 from jaxtune.config.load import load_config
 from jaxtune.data.batch import Batch
 from jaxtune.data.loader import on_devices
+from jaxtune.objectives.registry import build_objective
 from jaxtune.training.methods import trained_model
-from jaxtune.training.setup import assembled
+from jaxtune.training.setup import assemble_step
 from jaxtune.training.state import init_state
 from jaxtune.training.step import train_step
 from jaxtune.weights.load import load_model
@@ -26,10 +27,11 @@ class Steps:
     """A model, what trains of it, and its step.
 
     `keys` are overrides of the configuration; the learning rate is 1e-2, constant and without
-    warmup unless they say otherwise.
+    warmup unless they say otherwise. `objective` is the name of a registered one, where it is not
+    that of the configuration.
     """
 
-    def __init__(self, directory, mesh, *keys, steps=10):
+    def __init__(self, directory, mesh, *keys, steps=10, objective=None):
         plain = ["optimizer.learning_rate=1e-2", "optimizer.warmup=0", "optimizer.schedule=constant", "adapter.rank=4", "adapter.alpha=8"]  # fmt: skip
         if any(key.startswith("adapter.init=/") for key in keys):
             plain = plain[:3]
@@ -39,8 +41,8 @@ class Steps:
             self.config, resolve(str(directory)), open_adapter(adapter) if adapter else None, mesh
         )
         teacher = load_model(resolve(teacher), mesh) if teacher else None
-        self.spec, self.trainable, self.frozen, self.optimizer = assembled(
-            self.config, model, steps, teacher
+        self.spec, self.trainable, self.frozen, self.optimizer = assemble_step(
+            self.config, model, steps, teacher, objective=build_objective(self.config, objective)
         )
         self.step = train_step(self.spec, self.optimizer, self.config.train.ema)
         self.state = self.fresh()
@@ -72,7 +74,7 @@ class Steps:
                 self.state, metrics = self.step(
                     self.state, self.frozen, on_devices(batch, micro_batches, self.mesh)
                 )
-                figures = {name: float(value) for name, value in metrics.figures.items()}
+                figures = {name: float(value) for name, value in metrics.extra.items()}
                 found.append((float(metrics.loss), float(metrics.grad_norm), figures))
         return found
 

@@ -10,8 +10,8 @@ import torch
 from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
 from jaxtune.data.loader import on_devices
-from tests.objectives.test_preferences import answers, labels_of, side_by_side
 from tests.support import peft_side, tools
+from tests.support.preferences import answers, labels_of, side_by_side
 from tests.support.steps import Steps, batch_of, leaves, ragged_batch, random_rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -6,40 +6,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jaxtune import convert
 from jaxtune.core.errors import RunError, UserError
 from jaxtune.weights.convert import convert_model
-from jaxtune.weights.formats import hf_directory
-from jaxtune.weights.load import load_model
+from jaxtune.weights.formats import hf
 from jaxtune.weights.peft import open_adapter
 from jaxtune.weights.source import resolve
 from tests.support import families, peft_side, tools
+from tests.support.directories import IDS, assert_identical, json_or_text, logits, tensors_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-IDS = np.random.default_rng(0).integers(0, 256, (2, 24))
-
-
-def tensors_of(directory):
-    found = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        found |= load_file(path)
-    return found
-
-
-def assert_identical(one, other):
-    before, after = tensors_of(one), tensors_of(other)
-    assert before.keys() == after.keys()
-    for name, value in before.items():
-        assert value.dtype == after[name].dtype
-        assert value.tobytes() == after[name].tobytes(), name
-
-
-def logits(path, mesh):
-    return np.asarray(load_model(resolve(str(path)), mesh)(IDS))
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
@@ -64,7 +42,7 @@ def test_mixed_dtypes_shards_and_the_files_beside_the_weights_survive(
     (source / "generation_config.json").write_text(
         json.dumps({"eos_token_id": [257, 259], "temperature": 0.5})
     )
-    monkeypatch.setattr(hf_directory, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(hf, "SHARD_BYTES", 20_000)
     convert(str(source), tmp_path / "b")
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 3
     assert_identical(source, tmp_path / "b")
@@ -81,10 +59,6 @@ def test_mixed_dtypes_shards_and_the_files_beside_the_weights_survive(
     np.testing.assert_array_equal(tools.torch_logits(ours, IDS), tools.torch_logits(theirs, IDS))
 
 
-def json_or_text(path):
-    return json.loads(path.read_text()) if path.suffix == ".json" else path.read_text()
-
-
 def test_a_chosen_dtype_halves_the_file(chat_model, tmp_path):
     convert(str(chat_model), tmp_path / "b", dtype="bfloat16")
     before, after = tensors_of(chat_model), tensors_of(tmp_path / "b")
@@ -94,121 +68,6 @@ def test_a_chosen_dtype_halves_the_file(chat_model, tmp_path):
             after[name].astype(np.float32),
         )
     assert json.loads((tmp_path / "b" / "config.json").read_text())["dtype"] == "bfloat16"
-
-
-META = {
-    "llama2": {"rms_norm_eps": 1e-5},
-    "llama3": {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
-               "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}},
-    "tied": {"tie_word_embeddings": True},
-    "multi_head": {"num_key_value_heads": 4, "intermediate_size": 88},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", META)
-def test_meta_there_and_back_is_identical_and_computes_the_same(name, tmp_path, one_device):
-    tools.save_model(tmp_path / "a", tools.tiny_config(**META[name]), tools.byte_tokenizer())
-    convert(str(tmp_path / "a"), tmp_path / "m", to="meta")
-    assert (tmp_path / "m" / "consolidated.00.pth").exists()
-    np.testing.assert_array_equal(
-        logits(tmp_path / "m", one_device), logits(tmp_path / "a", one_device)
-    )
-    convert(str(tmp_path / "m"), tmp_path / "b", to="hf")
-    assert_identical(tmp_path / "a", tmp_path / "b")
-    convert(str(tmp_path / "b"), tmp_path / "again", to="meta")
-    one, other = (
-        torch.load(tmp_path / place / "consolidated.00.pth", weights_only=True)
-        for place in ("m", "again")
-    )
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
-    assert json_or_text(tmp_path / "m" / "params.json") == json_or_text(
-        tmp_path / "again" / "params.json"
-    )
-
-
-def metas_attention(state, params, ids):
-    """Meta's own forward pass, written from its paper and code: interleaved pairs as complex
-    numbers.
-    """
-    heads, kv = params["n_heads"], params["n_kv_heads"]
-    size = params["dim"] // heads
-    x = state["tok_embeddings.weight"][torch.as_tensor(ids)]
-    angles = torch.outer(
-        torch.arange(ids.shape[1]).float(),
-        params["rope_theta"] ** (-torch.arange(0, size, 2).float() / size),
-    )
-    turn = torch.polar(torch.ones_like(angles), angles)[None, :, None]
-
-    def norm(x, name):
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + params["norm_eps"]) * state[name]
-
-    def rotate(x):
-        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(3)
-
-    for layer in range(params["n_layers"]):
-        part = f"layers.{layer}"
-        h = norm(x, f"{part}.attention_norm.weight")
-        q, k, v = (
-            torch.nn.functional.linear(h, state[f"{part}.attention.w{kind}.weight"]).unflatten(
-                -1, (-1, size)
-            )
-            for kind in "qkv"
-        )
-        q, k = rotate(q), rotate(k)
-        k, v = (value.repeat_interleave(heads // kv, dim=2) for value in (k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(
-            *(value.transpose(1, 2) for value in (q, k, v)), is_causal=True
-        )
-        x = x + torch.nn.functional.linear(
-            out.transpose(1, 2).flatten(2), state[f"{part}.attention.wo.weight"]
-        )
-        h = norm(x, f"{part}.ffn_norm.weight")
-        gate, up = (
-            torch.nn.functional.linear(h, state[f"{part}.feed_forward.w{kind}.weight"])
-            for kind in "13"
-        )
-        x = x + torch.nn.functional.linear(
-            torch.nn.functional.silu(gate) * up, state[f"{part}.feed_forward.w2.weight"]
-        )
-    return torch.nn.functional.linear(norm(x, "norm.weight"), state["output.weight"])
-
-
-def test_metas_own_arithmetic_on_our_file_gives_our_logits(tmp_path, one_device):
-    tools.save_model(tmp_path / "a", tools.tiny_config(**META["llama2"]))
-    convert(str(tmp_path / "a"), tmp_path / "m", to="meta")
-    state = torch.load(tmp_path / "m" / "consolidated.00.pth", weights_only=True)
-    theirs = metas_attention(state, json.loads((tmp_path / "m" / "params.json").read_text()), IDS)
-    np.testing.assert_allclose(logits(tmp_path / "a", one_device), theirs.numpy(), atol=1e-4)
-
-
-@pytest.mark.parametrize("generation", ["by width", "by vocabulary"])
-@pytest.mark.parametrize("ways", [2, 4])
-def test_meta_files_of_any_model_parallel_count(ways, generation, tmp_path, one_device):
-    tools.save_model(tmp_path / "a", tools.tiny_config(num_key_value_heads=4))
-    convert(str(tmp_path / "a"), tmp_path / "m", to="meta")
-    whole = torch.load(tmp_path / "m" / "consolidated.00.pth", weights_only=True)
-    (tmp_path / "m" / "consolidated.00.pth").unlink()
-    for rank in range(ways):
-        part = {}
-        for name, value in whole.items():
-            axis = (
-                1
-                if ".wo." in name or ".w2." in name or ("tok_" in name and generation == "by width")
-                else 0
-            )
-            part[name] = value if value.dim() == 1 else value.chunk(ways, axis)[rank].clone()
-        torch.save(
-            part | {"rope.freqs": torch.ones(4)}, tmp_path / "m" / f"consolidated.{rank:02}.pth"
-        )
-    np.testing.assert_array_equal(
-        logits(tmp_path / "m", one_device), logits(tmp_path / "a", one_device)
-    )
-    (tmp_path / "m" / f"consolidated.{ways - 1:02}.pth").rename(
-        tmp_path / "m" / "consolidated.09.pth"
-    )
-    with pytest.raises(UserError, match="some are missing"):
-        resolve(str(tmp_path / "m")).tensors()
 
 
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o")]
@@ -374,7 +233,7 @@ def test_what_is_not_the_same_is_not_written(chat_model, tmp_path, one_device, m
             adapter=open_adapter(tmp_path / "adapter"),
         )
     monkeypatch.setattr(
-        hf_directory, "write_directory", wrong_by_one_bit(hf_directory.write_directory)
+        hf, "write_weights", wrong_by_one_bit(hf.write_weights)
     )
     with pytest.raises(
         RunError, match=r"model\.layers\.1\.mlp\.up_proj\.weight are not what was to be written"

@@ -2,131 +2,14 @@
 how to mend it.
 """
 
-import hashlib
-import json
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
-from urllib.parse import unquote, urlparse
 
 import pytest
 
 from jaxtune.core.errors import UserError
 from jaxtune.weights import hub
 from jaxtune.weights.source import resolve
-
-COMMIT = "c" * 40
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's interface as downloads and uploads need."""
-
-    files: ClassVar[dict] = {}
-    uploaded: ClassVar[dict] = {}
-    asked: ClassVar[list] = []
-
-    def log_message(self, *arguments):
-        pass
-
-    def reply(self, status, body=b"", headers=None, kind="application/json"):
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for key, value in (
-            {"Content-Length": len(body), "Content-Type": kind} | (headers or {})
-        ).items():
-            self.send_header(key, str(value))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def refuse(self, name):
-        token = self.headers.get("Authorization")
-        if name == "org/gated" and token != "Bearer good":
-            return (
-                self.reply(
-                    403 if token else 401,
-                    {"error": "gated"},
-                    {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"},
-                )
-                or True
-            )
-        if name not in ("org/model", "org/gated", "org/torch"):
-            return (
-                self.reply(
-                    401,
-                    {"error": "none"},
-                    {"X-Error-Code": "RepoNotFound", "X-Error-Message": "none"},
-                )
-                or True
-            )
-        return False
-
-    def do_GET(self):
-        path = unquote(urlparse(self.path).path)
-        self.asked.append((self.command, path))
-        parts = path.strip("/").split("/")
-        name = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
-        if self.refuse(name):
-            return None
-        revision = (
-            parts[5]
-            if parts[0] == "api" and len(parts) > 5
-            else (parts[3] if "resolve" in parts else "main")
-        )
-        if revision not in ("main", "v2", COMMIT):
-            return self.reply(
-                404, {"error": "x"}, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "x"}
-            )
-        files = self.files[name]
-        if parts[0] == "api":
-            entries = [
-                {"type": "file", "path": file, "rfilename": file, "size": len(body), "oid": "0"}
-                for file, body in files.items()
-            ]
-            if "tree" in parts:
-                return self.reply(200, entries)
-            return self.reply(
-                200,
-                {"id": name, "sha": COMMIT, "siblings": entries, "private": False, "gated": False},
-            )
-        file = "/".join(parts[4:])
-        if file not in files:
-            return self.reply(404, {}, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "none"})
-        etag = hashlib.sha1(files[file]).hexdigest()
-        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        return self.reply(200, files[file], headers, "application/octet-stream")
-
-    do_HEAD = do_GET
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        path = urlparse(self.path).path
-        if self.headers.get("Authorization") != "Bearer good":
-            return self.reply(403, {"error": "no"}, {"X-Error-Message": "no"})
-        if path.endswith("/repos/create"):
-            return self.reply(
-                200, {"url": "https://huggingface.co/org/mine", "name": "org/mine", "id": "0"}
-            )
-        if "/preupload/" in path:
-            files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for file in json.loads(body)["files"]
-            ]
-            return self.reply(200, {"files": files})
-        if "/commit/" in path:
-            for line in body.decode().splitlines():
-                if (item := json.loads(line))["key"] == "file":
-                    self.uploaded[item["value"]["path"]] = item["value"]["content"]
-            return self.reply(
-                200,
-                {
-                    "commitUrl": f"https://huggingface.co/org/mine/commit/{COMMIT}",
-                    "commitOid": COMMIT,
-                    "hookOutput": "",
-                },
-            )
-        return self.reply(200, {})
+from tests.support.hub import Hub, serve
 
 
 @pytest.fixture
@@ -141,27 +24,23 @@ def stand_in(chat_model, tmp_path, monkeypatch):
     monkeypatch.setattr(Hub, "files", {"org/model": files, "org/gated": files, "org/torch": other})
     monkeypatch.setattr(Hub, "uploaded", {})
     monkeypatch.setattr(Hub, "asked", [])
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    for place in (
-        "huggingface_hub.constants.ENDPOINT",
-        "huggingface_hub.hf_api.constants.ENDPOINT",
-    ):
-        monkeypatch.setattr(place, address)
-    monkeypatch.setattr(
-        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-        address + "/{repo_id}/resolve/{revision}/{filename}",
-    )
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    yield Hub
-    server.shutdown()
-    server.server_close()
+    with serve(Hub) as address:
+        for place in (
+            "huggingface_hub.constants.ENDPOINT",
+            "huggingface_hub.hf_api.constants.ENDPOINT",
+        ):
+            monkeypatch.setattr(place, address)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+            address + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield Hub
 
 
 def test_a_model_is_fetched_once_and_then_found_without_the_hub(stand_in, monkeypatch):

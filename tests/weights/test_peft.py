@@ -22,19 +22,9 @@ from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import attach, entries, open_adapter, write_adapter
 from jaxtune.weights.source import resolve
 from tests.support import peft_side, tools
+from tests.support.adapters import with_adapter
 
 TEXTS = verify.padded([[5, 9, 200, 7, 3], [1, 2, 3, 4, 5, 6, 7]])
-
-
-def with_adapter(directory, mesh, targets="all-linear", seed=0, **numbers):
-    """The model with an adapter whose B is not zero."""
-    model = load_model(resolve(str(directory)), mesh)
-    inject(
-        model, LoRAConfig(**({"rank": 4, "alpha": 8.0, "targets": targets} | numbers)), seed, mesh
-    )
-    for number, layer in enumerate(adapted(model).values()):
-        layer.lora_B.set_value(0.1 * jax.random.normal(jax.random.key(number), layer.lora_B.shape))
-    return model
 
 
 VARIANTS = {

@@ -6,6 +6,9 @@ import gzip
 import io
 import json
 import lzma
+import os
+import subprocess
+import sys
 import zipfile
 
 import pyarrow
@@ -19,6 +22,7 @@ from jaxtune.data.prepare import conversations, prepare
 from jaxtune.data.sources.row import RowError
 from jaxtune.data.sources.source import EVAL, TRAIN, open_source
 from tests.support import tools
+from tests.support.hub import Hub, serve
 
 ROWS = [{"prompt": f"what, is; {n}?\n", "completion": f'"{n}" é 🙂'} for n in range(5)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
@@ -275,11 +279,6 @@ def test_mixtures(tmp_path):
 
 def test_data_sets_of_the_hub(tmp_path, monkeypatch):
     """From a stand-in for the hub: a data set of two splits in JSON Lines."""
-    import threading
-    from http.server import ThreadingHTTPServer
-
-    from tests.weights.test_hub import Hub
-
     files = {"train.jsonl": LINES, "test.jsonl": LINES.split(b"\n")[0] + b"\n"}
 
     class Sets(Hub):
@@ -296,8 +295,6 @@ def test_data_sets_of_the_hub(tmp_path, monkeypatch):
         do_HEAD = do_GET
 
     monkeypatch.setattr(Hub, "files", {"org/model": files})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Sets)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     code = (
         "from jaxtune.config.schema import DataSource\nfrom jaxtune.data.sources.source import "
         "open_source\nimport json, sys\n"
@@ -305,26 +302,19 @@ def test_data_sets_of_the_hub(tmp_path, monkeypatch):
         "    source = open_source(DataSource(source='org/model', **settings), 'train')\n"
         "    print(json.dumps([source.name, [row.value for row in source.rows()]]))\n"
     )
-    try:
-        import os
-        import subprocess
-        import sys
-
+    settings = json.dumps([{}, {"split": "test"}, {"rows": 2}])
+    with serve(Sets) as address:
         environment = os.environ | {
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
+            "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0",
             "HF_HOME": str(tmp_path), "HF_DATASETS_OFFLINE": "0",
         }  # fmt: skip
-        asked = json.dumps([{}, {"split": "test"}, {"rows": 2}])
         done = subprocess.run(
-            [sys.executable, "-c", code, asked],
+            [sys.executable, "-c", code, settings],
             capture_output=True,
             text=True,
             env=environment,
             check=False,
         )
-    finally:
-        server.shutdown()
-        server.server_close()
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert found == [
