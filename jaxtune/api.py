@@ -24,6 +24,7 @@ from jaxtune.tracking.progress import Reporter
 from jaxtune.tracking.run_directory import is_run, read_config
 from jaxtune.weights import hub
 from jaxtune.weights.convert import convert_model
+from jaxtune.weights.formats.registry import get_format, get_model_format
 from jaxtune.weights.peft import open_adapter
 from jaxtune.weights.source import resolve
 from jaxtune.weights.verify import Comparison
@@ -320,7 +321,8 @@ def export(
 
     Args:
         run_dir: the run, finished or not (then its newest checkpoint is taken).
-        to: `peft` (the adapter), or with the adapter merged into its base `hf`, `gguf` or `meta`.
+        to: `peft` (the adapter), or with the adapter merged into its base `hf`, `gguf`, `meta`,
+            `orbax` or another format of `weights.formats`.
         out: the directory to make; for gguf also a file that ends in .gguf.
         dtype: of merged weights: float32, bfloat16, float16, for gguf also q8_0; the base's by
             default.
@@ -346,10 +348,7 @@ def exported(
     """Like `export`, with what was verified."""
     if out is None:
         raise UserError("export: say where to with out=DIR (--out DIR).")
-    if to not in ("peft", "hf", "gguf", "meta"):
-        raise UserError(
-            f"export: format {to!r} is not supported; supported are peft, hf, gguf and meta."
-        )
+    get_format(to)
     with distributed.main_only_path(Path(out)) as place:
         _, proof = export_run(Path(run_dir), place, reporter, to, dtype)
     _push(Path(out), push, reporter)
@@ -370,7 +369,7 @@ def convert(
     Args:
         model: as in `load`; the adapter of a run directory is merged.
         out: the directory to make; for gguf also a file that ends in .gguf.
-        to: `hf`, `gguf`, `meta` or `orbax`.
+        to: `hf`, `gguf`, `meta`, `orbax` or another format of `weights.formats`.
         dtype: of the weights: float32, bfloat16, float16, for gguf also q8_0; each tensor's own by
             default.
         adapter: a PEFT adapter directory to merge.
@@ -394,6 +393,7 @@ def converted(
     reporter: Reporter,
 ) -> tuple[Path, Comparison]:
     """Like `convert`, with what was verified."""
+    get_model_format(to)
     runtime.start()
     model, adapter = base_and_adapter(str(model), adapter)
     opened = open_adapter(adapter) if adapter else None

@@ -9,13 +9,14 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     from jaxtune.cli.options import add_model, add_writing
+    from jaxtune.weights.formats.registry import model_format_names
 
     add_model(parser)
     parser.add_argument(
         "out", metavar="OUT", help="the directory to make, for gguf also a file that ends in .gguf"
     )
     parser.add_argument(
-        "--to", required=True, choices=("hf", "gguf", "meta", "orbax"), help="the format"
+        "--to", required=True, metavar="FORMAT", help=f"one of {', '.join(model_format_names())}"
     )
     add_writing(parser)
 

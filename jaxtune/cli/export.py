@@ -12,10 +12,11 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     from jaxtune.cli.options import add_writing
+    from jaxtune.weights.formats.registry import format_names
 
     parser.add_argument("run_directory", metavar="RUN", help="a run directory, finished or stopped")
     parser.add_argument(
-        "--to", required=True, choices=("peft", "hf", "gguf", "meta"), help="the format"
+        "--to", required=True, metavar="FORMAT", help=f"one of {', '.join(format_names())}"
     )
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="the directory to make, for gguf also a file"

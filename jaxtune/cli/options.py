@@ -143,16 +143,18 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
 
 def print_proof(path: Any, proof: Any, to: str, json_path: str | None) -> None:
     """What was verified, for people and for `--json`."""
-    whose = "PEFT" if to == "peft" else "transformers"
-    theirs = (
-        f"{whose} {proof.torch_difference:.1e}"
+    from jaxtune.weights.formats.registry import get_format
+
+    checker = get_format(to).checked_by
+    checked = (
+        f"{checker} {proof.torch_difference:.1e}"
         if proof.torch_note is None
-        else f"{whose} not run ({proof.torch_note})"
+        else f"{checker} not run ({proof.torch_note})"
     )
     if json_path != "-":
         print(
             f"{path}: verified over {proof.tokens} tokens; read again it differs by "
-            f"{proof.reload_difference:.1e}, {theirs}"
+            f"{proof.reload_difference:.1e}, {checked}"
         )
     write_json(json_path, {"out": str(path), **proof.as_dict()})
 

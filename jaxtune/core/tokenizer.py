@@ -10,8 +10,10 @@ class Tokenizer(Protocol):
 
     Attributes:
         chat_template: the Jinja template of conversations; None where it has none.
-        bos_token_id, eos_token_id, unk_token_id: ids of the special tokens; None where it has none.
-        special_tokens_map, all_special_tokens, added_tokens_decoder: its special tokens.
+        bos_token_id, eos_token_id, pad_token_id, unk_token_id: ids of the special tokens; None
+            where it has none.
+        special_tokens_map, all_special_tokens, all_special_ids, added_tokens_decoder: its special
+            tokens.
         backend_tokenizer: the `tokenizers.Tokenizer` inside.
         name_or_path: where it was loaded from.
 
@@ -20,9 +22,11 @@ class Tokenizer(Protocol):
     chat_template: Any
     bos_token_id: Any
     eos_token_id: Any
+    pad_token_id: Any
     unk_token_id: Any
     special_tokens_map: Any
     all_special_tokens: Any
+    all_special_ids: Any
     added_tokens_decoder: Any
     backend_tokenizer: Any
     name_or_path: Any
@@ -33,6 +37,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: Any, **options: Any) -> Any:
         """Return the ids of one text."""
+        ...
+
+    def get_chat_template(self, chat_template: Any = None, tools: Any = None) -> str:
+        """Return the chat template, of several the one that fits."""
         ...
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:

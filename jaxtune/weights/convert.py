@@ -1,9 +1,8 @@
-"""A model in another program's format, with its adapter merged if it has one; it takes its name
-only once, read again, it is the same.
+"""A model in another format, with its adapter merged if it has one; the export takes its name only
+once a reload is the same model.
 """
 
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -13,32 +12,27 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtune.core.dtypes import DTYPES
 from jaxtune.core.errors import RunError, UserError, listed
-from jaxtune.core.files import new_directory, new_file, refuse_existing, write_json, write_text
-from jaxtune.models.config import ModelConfig
+from jaxtune.core.files import new_directory, new_file, refuse_existing, write_text
+from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.models.families.from_hf import from_hf
-from jaxtune.weights.card import card
-from jaxtune.weights.formats import hf_directory, meta, orbax
-from jaxtune.weights.formats.gguf import models as gguf_models
-from jaxtune.weights.formats.gguf import tokenizer as gguf_tokenizer
-from jaxtune.weights.formats.gguf import writer as gguf_writer
+from jaxtune.weights.card import model_card
+from jaxtune.weights.formats.format import ModelContents, ModelFormat
+from jaxtune.weights.formats.registry import get_model_format
 from jaxtune.weights.load import checked, load_model
 from jaxtune.weights.merge import merged
 from jaxtune.weights.peft import Adapter, attach
-from jaxtune.weights.source import GGUFFile, OverriddenSource, Source, resolve
+from jaxtune.weights.source import OverriddenSource, Source, resolve
 from jaxtune.weights.tensors import LazyTensor, Tensors
 from jaxtune.weights.verify import (
     SAME,
     TORCH,
     Comparison,
     Texts,
-    against_transformers,
+    compare_with_transformers,
     logits,
-    texts_of,
+    sample_texts,
 )
-
-FORMATS = ("hf", "gguf", "meta", "orbax")
 
 
 def convert_model(
@@ -49,7 +43,7 @@ def convert_model(
     *,
     dtype: str | None = None,
     adapter: Adapter | None = None,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     about: str = "",
     replace: bool = False,
 ) -> Comparison:
@@ -60,12 +54,11 @@ def convert_model(
     adapter compute side by side.
 
     Args:
-        out: the directory to make; for `gguf` also a file that ends in .gguf.
+        out: the directory to make; for a format that is a single file also the file.
         source: the model.
-        to: one of FORMATS.
+        to: the name of a format that holds a whole model.
         mesh: where the models that are compared go.
-        dtype: of the weights: float32, bfloat16, float16, for gguf also q8_0; by default each
-            tensor's own.
+        dtype: of the weights, one of the format's `dtypes`; by default each tensor's own.
         adapter: to be merged in float32.
         tokenizer: the one that goes with the model; by default the source's.
         about: more text for the model card.
@@ -76,193 +69,128 @@ def convert_model(
         RunError: what was written is not the same; nothing is left at `out`.
 
     """
-    _check_arguments(out, to, dtype, replace)
+    model_format = get_model_format(to)
+    _check_arguments(out, model_format, dtype, replace)
     config, tensors = checked(source)
     raw, tokenizer = source.config_json(), tokenizer or source.tokenizer()
-    texts = texts_of(tokenizer, config.vocab_size)
-    before = _computed(source, adapter, mesh, texts)
+    texts = sample_texts(tokenizer, config.vocab_size)
+    before = _logits_of(source, adapter, mesh, texts)
     if adapter:
         _check_merged(source, tensors, adapter, mesh, texts, before)
         tensors, raw = merged(tensors, adapter, raw)
-    name = source.name.rpartition("/")[2].removesuffix(".gguf")
-    if to == "gguf":
-        dtype = dtype or tensors["model.embed_tokens.weight"].dtype.name
-        expected = _gguf_rounded(tensors, from_hf(raw, source.name), dtype)
-    else:
-        expected = (
-            tensors
-            if dtype is None
-            else {key: tensor.astype(DTYPES[dtype]) for key, tensor in tensors.items()}
-        )
-        raw = _with_dtype(raw, expected)
-    with _place(out, to, f"{name}-{dtype}.gguf", replace) as path:
-        if to == "gguf":
-            found = _gguf_tokenizer(source, raw, tokenizer)
-            gguf_writer.write_gguf(path, tensors, raw, found, name, str(dtype))
-        else:
-            _write(path, source, raw, expected, to, tokenizer)
+    contents = ModelContents(source, raw, tensors, dtype, tokenizer)
+    expected = OverriddenSource(
+        source.name, source.path, source, raw, model_format.round_trip(contents)
+    )
+    is_exact = adapter is None and _same_numbers(tensors, expected.weights)
+    with _staging(out, model_format, contents, replace) as path:
+        model_format.write(path, contents)
         written = resolve(str(path))
-        _check_same(OverriddenSource(source.name, source.path, source, raw, expected), written)
-        after = _computed(written, None, mesh, texts)
-        note, torch_difference = (
-            against_transformers(written, after, texts) if to == "hf" else (f"not for {to}", None)
-        )
-        result = Comparison.of(before, after, texts, torch_difference, note)
-        exact = adapter is None and _same_numbers(tensors, expected)
+        _check_same(expected, written)
+        after = _logits_of(written, None, mesh, texts)
+        note, torch_difference = f"not for {to}", None
+        if model_format.read_by_transformers:
+            note, torch_difference = compare_with_transformers(written, after, texts)
+        comparison = Comparison.of(before, after, texts, torch_difference, note)
         if not np.isfinite(after).all() or (
-            exact and not result.reload_difference <= SAME * result.largest_logit
+            is_exact and not comparison.reload_difference <= SAME * comparison.largest_logit
         ):
             raise RunError(
                 "The model that was written computes something else: logits differ by "
-                f"{result.reload_difference:.2e}. Not written."
+                f"{comparison.reload_difference:.2e}. Not written."
             )
-        folder = path.parent if path.suffix == ".gguf" else path
-        write_text(folder / "README.md", card(source, to, result, about, adapter is not None))
-    return result
+        folder = path.parent if model_format.suffix else path
+        card = model_card(model_format, source, comparison, about, is_merged=adapter is not None)
+        write_text(folder / "README.md", card)
+    return comparison
 
 
 @contextmanager
-def _place(out: Path, to: str, name: str, replace: bool) -> Iterator[Path]:
-    """Where to write: a directory; for gguf a file of this name in one, or the very file."""
-    if to == "gguf" and out.suffix == ".gguf":
+def _staging(
+    out: Path, model_format: ModelFormat, contents: ModelContents, replace: bool
+) -> Iterator[Path]:
+    """Yield where to write: a directory, or for a format of one file a file."""
+    if model_format.suffix and out.suffix == model_format.suffix:
         with new_file(out) as path:
             yield path
     else:
         with new_directory(out, replace=replace) as staging:
-            yield staging / name if to == "gguf" else staging
+            yield staging / model_format.file_name(contents) if model_format.suffix else staging
 
 
-def _computed(source: Source, adapter: Adapter | None, mesh: Mesh, texts: Texts) -> np.ndarray:
+def _logits_of(source: Source, adapter: Adapter | None, mesh: Mesh, texts: Texts) -> np.ndarray:
     model = load_model(source, mesh, compute="float32")
     if adapter:
         attach(model, adapter, mesh)
     return logits(model, texts)
 
 
-def _check_arguments(out: Path, to: str, dtype: str | None, replace: bool) -> None:
-    if to not in FORMATS:
-        raise UserError(f"The format {to!r} is not supported; supported are {listed(FORMATS)}.")
-    allowed = gguf_writer.FORMATS if to == "gguf" else DTYPES
-    if dtype is not None and dtype not in allowed:
+def _check_arguments(
+    out: Path, model_format: ModelFormat, dtype: str | None, replace: bool
+) -> None:
+    if dtype is not None and dtype not in model_format.dtypes:
         raise UserError(
-            f"The dtype {dtype!r} is not supported for {to}; supported are {listed(allowed)}."
+            f"The dtype {dtype!r} is not supported for {model_format.name}; supported are "
+            f"{listed(model_format.dtypes)}."
         )
     if not replace:
         refuse_existing(out)
 
 
 def _check_merged(
-    source: Source, tensors: Tensors, adapter: Adapter, mesh: Mesh, texts: Texts, wanted: np.ndarray
+    source: Source, tensors: Tensors, adapter: Adapter, mesh: Mesh, texts: Texts, before: np.ndarray
 ) -> None:
-    """The merged weights, not yet rounded, compute what base and adapter compute side by side.
+    """Check that the merged weights, not yet rounded, compute what base and adapter compute side by
+    side.
 
     Raises:
         RunError: they do not.
 
     """
     wide, raw = merged(tensors, adapter, source.config_json(), np.dtype("float32"))
-    found = _computed(
-        OverriddenSource(source.name, source.path, source, raw, wide), None, mesh, texts
-    )
-    difference, top = float(np.abs(found - wanted).max()), float(np.abs(wanted).max())
-    if not difference <= TORCH * top:
+    merged_source = OverriddenSource(source.name, source.path, source, raw, wide)
+    after = _logits_of(merged_source, None, mesh, texts)
+    difference, largest = float(np.abs(after - before).max()), float(np.abs(before).max())
+    if not difference <= TORCH * largest:
         raise RunError(
             f"The merged weights compute something else: logits differ by {difference:.2e} "
-            f"(largest {top:.1f}). Not written."
+            f"(largest {largest:.1f}). Not written."
         )
 
 
-def _write(
-    staging: Path, source: Source, raw: dict[str, Any], tensors: Tensors, to: str, tokenizer: Any
-) -> None:
-    if to == "meta":
-        meta.write_directory(staging, tensors, raw)
-    else:
-        (hf_directory if to == "hf" else orbax).write_directory(staging, tensors)
-        write_json(staging / "config.json", raw)
-        if generation := source.generation_config():
-            write_json(staging / "generation_config.json", generation)
-    _copy_tokenizer(staging, source, tokenizer)
-
-
-def _copy_tokenizer(staging: Path, source: Source, tokenizer: Any) -> None:
-    """The source's own files where it has some, byte by byte, else the tokenizer as transformers
-    saves it.
-    """
-    files = source.tokenizer_files()
-    for file in files:
-        shutil.copyfile(file, staging / file.name)
-    if not files and tokenizer is not None:
-        tokenizer.save_pretrained(staging)
-
-
-def _gguf_tokenizer(source: Source, raw: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    if isinstance(source, GGUFFile):
-        return {
-            key: value
-            for key, value in source.file.metadata.items()
-            if key.startswith("tokenizer.")
-        }
-    return (
-        gguf_tokenizer.metadata(tokenizer, raw["vocab_size"], source.stop_ids())
-        if tokenizer is not None
-        else {}
-    )
-
-
-def _gguf_rounded(tensors: Tensors, config: ModelConfig, dtype: str) -> Tensors:
-    """What will be read from the file: as stored, with what llama.cpp changes done and undone."""
-    gguf_writer.check_expressible(config)
-    return gguf_models.round_trip(
-        tensors, config, lambda tensor, name: gguf_writer.stored(tensor, name, dtype)
-    )
-
-
-def _with_dtype(raw: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
-    """`config.json` with the dtype that most numbers have, where it is new or another one."""
-    sizes: dict[str, int] = {}
-    for tensor in tensors.values():
-        sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + math.prod(tensor.shape)
-    key = "torch_dtype" if "torch_dtype" in raw else "dtype"
-    return raw | {key: max(sizes, key=lambda name: sizes[name])}
-
-
 def _check_same(expected: Source, written: Source) -> None:
-    """The architecture and every number.
+    """Check the architecture and every number.
 
     Raises:
         UserError: the format could not hold the architecture.
         RunError: a tensor is another one.
 
     """
-    ours, theirs = (
+    before, after = (
         from_hf(source.config_json(), str(source.config_path)) for source in (expected, written)
     )
-    if odd := [
-        field.name
-        for field in fields(ours)
-        if field.compare and not _close(getattr(ours, field.name), getattr(theirs, field.name))
+    if differing := [
+        f"{field.name} {getattr(after, field.name)} instead of {getattr(before, field.name)}"
+        for field in fields(before)
+        if field.compare and not _close(getattr(before, field.name), getattr(after, field.name))
     ]:
-        differences = listed(
-            f"{name} {getattr(theirs, name)} instead of {getattr(ours, name)}" for name in odd
-        )
         raise UserError(
-            f"The format has no place for this model; read again it would have {differences}. Not "
-            "written."
+            "The format has no place for this model; read again it would have "
+            f"{listed(differing)}. Not written."
         )
-    wanted, found = expected.tensors(), checked(written)[1]
-    if odd := sorted(wanted.keys() ^ found.keys()):
+    original, reread = expected.tensors(), checked(written)[1]
+    if odd := sorted(original.keys() ^ reread.keys()):
         raise RunError(
             f"Read again, the tensors {listed(odd)} are missing or too many. Not written."
         )
-    if odd := [name for name in wanted if not _equal(wanted[name], found[name])]:
+    if odd := [name for name in original if not _equal(original[name], reread[name])]:
         raise RunError(
             f"Read again, the tensors {listed(odd)} are not what was to be written. Not written."
         )
 
 
 def _same_numbers(tensors: Tensors, expected: Tensors) -> bool:
-    """Whether nothing was rounded."""
+    """Return whether nothing was rounded."""
     return all(
         tensors[name] is tensor or _equal(tensors[name], tensor)
         for name, tensor in expected.items()
@@ -277,7 +205,7 @@ def _equal(ours: LazyTensor, theirs: LazyTensor) -> bool:
 
 
 def _close(ours: Any, theirs: Any) -> bool:
-    """Equality up to the rounding of a float32, which is what some formats keep."""
+    """Return whether two values are equal up to float32, which is what some formats keep."""
     if isinstance(ours, float) and isinstance(theirs, int | float):
         return math.isclose(ours, theirs, rel_tol=1e-6)
     if isinstance(ours, tuple) and isinstance(theirs, tuple):

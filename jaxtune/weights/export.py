@@ -1,5 +1,5 @@
-"""Exports of what was trained, verified: the directory takes its name only once its reload
-computes the same.
+"""Export what was trained, verified: the directory takes its name only once its reload computes
+the same.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,12 @@ from jaxtune.adapters.lora import LoRAParam
 from jaxtune.core.distributed import fetch
 from jaxtune.core.errors import RunError
 from jaxtune.core.files import new_directory, write_text
+from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.kernels.quantized import QuantizedTensor
-from jaxtune.weights.card import card
+from jaxtune.weights.card import model_card
 from jaxtune.weights.convert import convert_model
+from jaxtune.weights.formats.peft import FORMAT as PEFT
 from jaxtune.weights.load import checked, load_model
 from jaxtune.weights.mapping import leaf_mappings
 from jaxtune.weights.peft import attach, open_adapter, write_adapter
@@ -31,9 +33,9 @@ from jaxtune.weights.verify import (
     SAME,
     Comparison,
     Texts,
-    difference,
+    check_logits,
     logits,
-    texts_of,
+    sample_texts,
     torch_logits,
     torch_model,
     why_not_torch,
@@ -44,7 +46,7 @@ def export_adapter(
     out: Path,
     model: CausalLM,
     source: Source,
-    tokenizer: Any,
+    tokenizer: Tokenizer | None,
     texts: Texts,
     mesh: Mesh,
     *,
@@ -53,14 +55,14 @@ def export_adapter(
     about: str = "",
     replace: bool = False,
 ) -> Comparison:
-    """Write the adapter of `model` in PEFT's format, reload it into a fresh base, compare logits,
-    and only then name it `out`.
+    """Write the adapter of `model` in PEFT's format, reload it into a fresh base, and only if the
+    logits are the same name it `out`.
 
     Args:
         out: the directory to make.
         model: the trained model.
         source: its base, read again for the comparison.
-        tokenizer: saved with the adapter; may be None.
+        tokenizer: saved with the adapter.
         texts: what the models are compared on.
         mesh: where the fresh base goes.
         dtype: storage dtype of the trained model's base.
@@ -82,25 +84,26 @@ def export_adapter(
         attach(fresh, open_adapter(staging), mesh)
         reloaded = logits(fresh, texts)
         note = why_not_torch(source, "peft")
-        result = Comparison.of(trained, reloaded, texts, None, note)
-        if not result.reload_difference <= SAME * result.largest_logit:
+        comparison = Comparison.of(trained, reloaded, texts, None, note)
+        if not comparison.reload_difference <= SAME * comparison.largest_logit:
             raise RunError(
                 "The exported adapter computes something else: logits differ by "
-                f"{result.reload_difference:.2e} "
-                f"(largest {result.largest_logit:.1f}). Not written."
+                f"{comparison.reload_difference:.2e} (largest {comparison.largest_logit:.1f}). "
+                "Not written."
             )
         if note is None:
-            against = _compare_with_peft(fresh, staging, source, texts)
-            result = Comparison.of(trained, reloaded, texts, against, None)
-        write_text(staging / "README.md", card(source, "peft", result, about, adapted=True))
-    return result
+            difference = _compare_with_peft(fresh, staging, source, texts)
+            comparison = Comparison.of(trained, reloaded, texts, difference, None)
+        card = model_card(PEFT, source, comparison, about, is_merged=False)
+        write_text(staging / "README.md", card)
+    return comparison
 
 
 def export_weights(
     out: Path,
     model: CausalLM,
     source: Source,
-    tokenizer: Any,
+    tokenizer: Tokenizer | None,
     mesh: Mesh,
     *,
     to: str = "hf",
@@ -108,8 +111,8 @@ def export_weights(
     about: str = "",
     replace: bool = False,
 ) -> Comparison:
-    """Write all weights of `model` as they were trained, rounded to the dtypes of the base; read
-    again they compute the same.
+    """Write all weights of `model` as they were trained, rounded to the dtypes of the base, and
+    only if a reload computes the same name the directory `out`.
 
     Args:
         out: the directory to make.
@@ -117,7 +120,7 @@ def export_weights(
         source: its base, for the names, dtypes and configuration.
         tokenizer: saved with the weights.
         mesh: where the models that are compared go.
-        to: a format of `weights.convert`.
+        to: the name of a format that holds a whole model.
         dtype: of the weights, instead of the base's.
         about: more text for the model card.
         replace: whether an existing `out` is replaced.
@@ -128,16 +131,14 @@ def export_weights(
 
     """
     config, base = checked(source)
-    trained, kept = _trained(model, base)
-    texts = texts_of(tokenizer, config.vocab_size)
+    trained, dtypes = _trained_tensors(model, base)
+    texts = sample_texts(tokenizer, config.vocab_size)
     changed = OverriddenSource(source.name, source.path, source, source.config_json(), trained)
     model.compute_dtype = jnp.dtype(jnp.float32)
-    ours, theirs = (
-        logits(_rounded(model, kept), texts),
-        logits(load_model(changed, mesh, compute="float32"), texts),
-    )
-    difference, top = float(np.abs(ours - theirs).max()), float(np.abs(ours).max())
-    if not difference <= SAME * top:
+    before = logits(_rounded(model, dtypes), texts)
+    after = logits(load_model(changed, mesh, compute="float32"), texts)
+    difference, largest = float(np.abs(before - after).max()), float(np.abs(before).max())
+    if not difference <= SAME * largest:
         raise RunError(
             "The weights to be written compute something else: logits differ by "
             f"{difference:.2e}. Not written."
@@ -147,39 +148,36 @@ def export_weights(
     )
 
 
-def _trained(model: CausalLM, base: Tensors) -> tuple[Tensors, list[np.dtype]]:
-    """`(tensors by Hugging Face's names, the dtype of each leaf)`: that of the base's file, the
-    widest where a stack has several.
+def _trained_tensors(model: CausalLM, base: Tensors) -> tuple[Tensors, list[np.dtype]]:
+    """Return the tensors by Hugging Face's names, and the dtype of each leaf: that of the base's
+    file, the widest where a stack has several.
     """
-    found, kept = {}, []
+    tensors, dtypes = {}, []
     state = nnx.state(model, nnx.Param)
     for row, (_, variable) in zip(
         leaf_mappings(state, model.config), nnx.to_flat_state(state), strict=True
     ):
         with jax.numpy_dtype_promotion("standard"):
             dtype = np.dtype(jnp.result_type(*{base[name].dtype for name in row.names}))
-        kept.append(dtype)
+        dtypes.append(dtype)
         for number, name in enumerate(row.names):
-            read = partial(
-                _slice,
-                variable,
-                np.unravel_index(number, row.stack) if row.stack else (),
-                base[name].shape,
-            )
-            found[name] = LazyTensor(base[name].shape, np.dtype("float32"), read).astype(dtype)
-    return found, kept
+            shape = base[name].shape
+            place = np.unravel_index(number, row.stack) if row.stack else ()
+            read = partial(_slice, variable, place, shape)
+            tensors[name] = LazyTensor(shape, np.dtype("float32"), read).astype(dtype)
+    return tensors, dtypes
 
 
 def _slice(
     variable: nnx.Variable, place: tuple[Any, ...], shape: tuple[int, ...], index: Index
 ) -> np.ndarray:
-    """A part of one tensor of a leaf; beyond `shape` a leaf has padding."""
+    """Return a part of one tensor of a leaf; beyond `shape` a leaf has padding."""
     leaf = jax.tree.map(lambda part: part[place], variable.get_value())
     return fetch(leaf.astype(jnp.float32)[: shape[0]][index])
 
 
 def _rounded(model: CausalLM, dtypes: list[np.dtype]) -> CausalLM:
-    """The model with each leaf rounded to the dtype it is written in."""
+    """Return the model with each leaf rounded to the dtype it is written in."""
     graph, state = nnx.split(model)
     leaves, tree = jax.tree.flatten(state, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
     wide = (leaf.astype(jnp.float32) for leaf in leaves)
@@ -188,8 +186,8 @@ def _rounded(model: CausalLM, dtypes: list[np.dtype]) -> CausalLM:
 
 
 def _compare_with_peft(fresh: CausalLM, adapter: Path, source: Source, texts: Texts) -> float:
-    """Largest difference of float32 logits between the reloaded model and PEFT's, on the base as it
-    was stored here.
+    """Return the largest difference of float32 logits between the reloaded model and PEFT's, on the
+    base as it was stored here.
 
     Raises:
         RunError: they differ by more than rounding.
@@ -201,21 +199,17 @@ def _compare_with_peft(fresh: CausalLM, adapter: Path, source: Source, texts: Te
     ours = logits(fresh, texts)
     with torch_model(source) as (base, scratch):
         stored = _stored(fresh)
-        for (
-            name,
-            weight,
-        ) in (
-            base.named_parameters()
-        ):  # the base that was trained on may have been kept in fewer bits
+        # The base that was trained on may have been stored in fewer bits.
+        for name, weight in base.named_parameters():
             if name in stored:
                 weight.copy_(stored[name](weight))
         peft = PeftModel.from_pretrained(base, adapter, cache_dir=scratch).eval()
-        return difference(ours, torch_logits(peft, texts), "PEFT, with the exported adapter,")
+        return check_logits(ours, torch_logits(peft, texts), "PEFT, with the exported adapter,")
 
 
 def _stored(model: CausalLM) -> dict[str, Callable[[Any], Any]]:
-    """What became of each tensor of the base when it was loaded, by Hugging Face's names: a
-    rounding, or other numbers.
+    """Return by Hugging Face's names what loading did to each tensor of the base: a rounding, or a
+    quantization.
     """
     import torch
 
@@ -225,23 +219,23 @@ def _stored(model: CausalLM) -> dict[str, Callable[[Any], Any]]:
             isinstance(variable, nnx.Param) and not isinstance(variable, LoRAParam)
         ),
     )
-    found: dict[str, Callable[[Any], Any]] = {}
+    stored: dict[str, Callable[[Any], Any]] = {}
     for row, (_, variable) in zip(
         leaf_mappings(base, model.config), nnx.to_flat_state(base), strict=True
     ):
         leaf = variable.get_value()
         for number, name in enumerate(row.names):
             if isinstance(leaf, QuantizedTensor):
-                found[name] = partial(_dequantized, variable, np.unravel_index(number, row.stack))
+                place = np.unravel_index(number, row.stack)
+                stored[name] = partial(_dequantized, variable, place)
             else:
-                found[name] = partial(
-                    torch.Tensor.to, dtype=getattr(torch, np.dtype(leaf.dtype).name)
-                )
-    return found
+                dtype = getattr(torch, np.dtype(leaf.dtype).name)
+                stored[name] = partial(torch.Tensor.to, dtype=dtype)
+    return stored
 
 
 def _dequantized(variable: nnx.Variable, place: tuple[Any, ...], weight: Any) -> Any:
-    """What a tensor of the base became by quantization, for PyTorch."""
+    """Return what quantization made of a tensor of the base, for PyTorch."""
     import torch
 
     return torch.from_numpy(np.array(_slice(variable, place, tuple(weight.shape), (slice(None),))))

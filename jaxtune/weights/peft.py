@@ -20,8 +20,8 @@ from jaxtune.core.errors import UserError, listed
 from jaxtune.core.files import read_json, write_json
 from jaxtune.core.sharding import sharding
 from jaxtune.models.decoder import CausalLM
-from jaxtune.weights.formats.safetensors_files import open_file
 from jaxtune.weights.mapping import leaf_mappings
+from jaxtune.weights.safetensors_files import open_file
 from jaxtune.weights.tensors import Tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

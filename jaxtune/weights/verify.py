@@ -1,4 +1,4 @@
-"""Comparing what two models compute: logits on a few texts, here and in PyTorch."""
+"""Compare what two models compute: logits on a few texts, here and in PyTorch."""
 
 import importlib.util
 import tempfile
@@ -14,12 +14,12 @@ from flax import nnx
 
 from jaxtune.core.distributed import fetch, is_multiprocess
 from jaxtune.core.errors import RunError
+from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.models.decoder import CausalLM
 from jaxtune.weights.source import Source
 
-# Largest difference of logits, relative to the largest logit. A reload by this program runs the
-# same code on the same numbers; PyTorch runs other kernels, in float32, which sum in another order;
-# so does a sum of merged weights.
+# Largest difference of logits, relative to the largest logit. A reload by jaxtune runs the same
+# code on the same numbers. PyTorch's kernels sum in another order, and so do merged weights.
 SAME, TORCH = 1e-6, 1e-4
 
 TEXT = (
@@ -32,8 +32,12 @@ _IDS = 24
 
 @dataclass(frozen=True)
 class Texts:
-    """What models are compared on: `ids` and `segments` [texts, longest], segments 0 where a row
-    is padding.
+    """What models are compared on.
+
+    Attributes:
+        ids: [texts, longest], int32.
+        segments: the same shape, 1 for a token and 0 for padding.
+
     """
 
     ids: np.ndarray
@@ -41,20 +45,19 @@ class Texts:
 
     @property
     def tokens(self) -> int:
-        """Tokens, without padding."""
+        """Return the number of tokens, without padding."""
         return int((self.segments > 0).sum())
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was compared.
+    """The differences between a model and what was written of it.
 
     Attributes:
         tokens: tokens of text.
         largest_logit: the largest absolute logit.
-        reload_difference: largest difference of logits, original against reload by this program.
-        torch_difference: the same, reload against PyTorch computing in float32; None where it was
-            not run.
+        reload_difference: largest difference of logits, original against reload by jaxtune.
+        torch_difference: the same, reload against PyTorch in float32; None where it was not run.
         torch_note: why it was not run.
 
     """
@@ -74,7 +77,7 @@ class Comparison:
         torch_difference: float | None,
         torch_note: str | None,
     ) -> "Comparison":
-        """The comparison of the logits before and after."""
+        """Compare the logits before and after, float32 [tokens, vocab]."""
         return cls(
             texts.tokens,
             float(np.abs(before).max()),
@@ -84,12 +87,12 @@ class Comparison:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json` and the report."""
+        """Return the comparison for `--json` and the report."""
         return asdict(self)
 
 
-def padded(rows: list[list[int]]) -> Texts:
-    """Rows of ids as one batch."""
+def pad_texts(rows: list[list[int]]) -> Texts:
+    """Return rows of ids as one batch."""
     shape = (len(rows), max(map(len, rows)))
     ids, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     for row, text in enumerate(rows):
@@ -97,20 +100,19 @@ def padded(rows: list[list[int]]) -> Texts:
     return Texts(ids, segments)
 
 
-def texts_of(tokenizer: Any, vocab_size: int) -> Texts:
-    """A few texts, or where there is no tokenizer a few rows of tokens, and the last tokens,
-    which may have been added.
+def sample_texts(tokenizer: Tokenizer | None, vocab_size: int) -> Texts:
+    """Return a few texts (random ids where there is no tokenizer), and a row of the last tokens,
+    which may have been added to the model.
     """
     last = list(range(max(0, vocab_size - _IDS), vocab_size))
     if tokenizer is None:
-        return padded(
-            [*np.random.default_rng(0).integers(0, vocab_size, (len(TEXT), _IDS)).tolist(), last]
-        )
-    return padded([*(tokenizer(text)["input_ids"] for text in TEXT), last])
+        random = np.random.default_rng(0).integers(0, vocab_size, (len(TEXT), _IDS))
+        return pad_texts([*random.tolist(), last])
+    return pad_texts([*(tokenizer(text)["input_ids"] for text in TEXT), last])
 
 
 def logits(model: CausalLM, texts: Texts) -> np.ndarray:
-    """Float32 logits of the texts' tokens, padding left out, [tokens, vocab]."""
+    """Return float32 logits of the texts' tokens without padding, [tokens, vocab]."""
     graph, state = nnx.split(model)
     out = jax.jit(lambda state, ids, segments: nnx.merge(graph, state)(ids, segment_ids=segments))(
         state, texts.ids, texts.segments
@@ -119,28 +121,26 @@ def logits(model: CausalLM, texts: Texts) -> np.ndarray:
 
 
 def why_not_torch(source: Source, *packages: str) -> str | None:
-    """Why PyTorch cannot compute the same here, if it cannot."""
+    """Return why PyTorch cannot compute the same here; None where it can."""
     missing = [name for name in ("torch", *packages) if importlib.util.find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing)} not installed"
     if is_multiprocess():
         return "the run has several processes"
-    if source.transformers() is None:
+    if source.pretrained_arguments() is None:
         return "transformers does not read this format"
     import psutil
 
     size = sum(int(np.prod(tensor.shape)) for tensor in source.tensors().values()) * 4
     free = psutil.virtual_memory().available
-    return (
-        f"a float32 copy of the base needs {size / 1e9:.0f} GB of memory"
-        if size * 1.5 > free
-        else None
-    )
+    if size * 1.5 > free:
+        return f"a float32 copy of the base needs {size / 1e9:.0f} GB of memory"
+    return None
 
 
 @contextmanager
 def torch_model(source: Source) -> Iterator[tuple[Any, str]]:
-    """`(transformers' model in float32, a folder that is removed afterwards)`."""
+    """Yield transformers' model in float32, and a folder that is removed afterwards."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -148,12 +148,11 @@ def torch_model(source: Source) -> Iterator[tuple[Any, str]]:
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other packages among themselves
-        where = {
-            **(source.transformers() or {}),
-            "attn_implementation": "eager",
-        }  # the others drop Gemma 2's soft-cap
         model = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=torch.float32, trust_remote_code=False
+            **(source.pretrained_arguments() or {}),
+            attn_implementation="eager",  # the others drop Gemma 2's soft-cap
+            dtype=torch.float32,
+            trust_remote_code=False,
         )
         if model.config.vocab_size != (size := source.config_json()["vocab_size"]):
             model.resize_token_embeddings(size, mean_resizing=False)
@@ -161,33 +160,36 @@ def torch_model(source: Source) -> Iterator[tuple[Any, str]]:
 
 
 def torch_logits(model: Any, texts: Texts) -> np.ndarray:
-    """Like `logits`, by PyTorch."""
+    """Return what `logits` does, computed by PyTorch."""
     import torch
 
     ids, mask = (torch.from_numpy(part.astype(np.int64)) for part in (texts.ids, texts.segments))
     return model(input_ids=ids, attention_mask=mask).logits.float().numpy()[texts.segments > 0]
 
 
-def difference(ours: np.ndarray, theirs: np.ndarray, whose: str) -> float:
-    """Largest difference of logits.
+def check_logits(ours: np.ndarray, theirs: np.ndarray, program: str) -> float:
+    """Return the largest difference between our logits and those of another program.
 
     Raises:
         RunError: they differ by more than rounding.
 
     """
-    found, top = float(np.abs(ours - theirs).max()), float(np.abs(ours).max())
-    if not found <= TORCH * top:
+    difference, largest = float(np.abs(ours - theirs).max()), float(np.abs(ours).max())
+    if not difference <= TORCH * largest:
         raise RunError(
-            f"{whose} computes something else: logits differ by {found:.2e} (largest {top:.1f}). "
-            "Not written."
+            f"{program} computes something else: logits differ by {difference:.2e} "
+            f"(largest {largest:.1f}). Not written."
         )
-    return found
+    return difference
 
 
-def against_transformers(
+def compare_with_transformers(
     written: Source, ours: np.ndarray, texts: Texts
 ) -> tuple[str | None, float | None]:
-    """`(why not, largest difference)` of transformers' logits on a model that was written.
+    """Compare our logits on a model that was written with those of transformers.
+
+    Returns:
+        Why they were not compared, and the largest difference; one of them is None.
 
     Raises:
         RunError: they differ by more than rounding.
@@ -196,6 +198,5 @@ def against_transformers(
     if note := why_not_torch(written):
         return note, None
     with torch_model(written) as (model, _):
-        return None, difference(
-            ours, torch_logits(model.eval(), texts), "transformers, on what was written,"
-        )
+        theirs = torch_logits(model.eval(), texts)
+        return None, check_logits(ours, theirs, "transformers, on what was written,")

@@ -13,8 +13,9 @@ import numpy as np
 from jaxtune.adapters.inject import EMBEDDING, HEAD
 from jaxtune.core.errors import UserError, listed
 from jaxtune.weights.peft import COPY, PREFIX, Adapter
-from jaxtune.weights.source import OverriddenSource, Source, load_tokenizer
+from jaxtune.weights.source import OverriddenSource, Source
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
+from jaxtune.weights.tokenizer_files import load_tokenizer
 
 _MATRICES = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
 
@@ -41,14 +42,15 @@ class ResizedSource(OverriddenSource):
         """See Source."""
         return self.base.tokenizer_files() if self.words is None else []
 
-    def transformers(self) -> dict[str, str] | None:
+    def pretrained_arguments(self) -> dict[str, str] | None:
         """The original, which has to be resized."""
-        return self.base.transformers()
+        return self.base.pretrained_arguments()
 
     def describe(self) -> str:
         """The tokens whose rows are new, for a message."""
         names = self.words.convert_ids_to_tokens(list(self.fresh)) if self.words else []
-        return f"{len(names)} new {'token' if len(names) == 1 else 'tokens'} ({listed(map(repr, names), 5)})"
+        noun = "token" if len(names) == 1 else "tokens"
+        return f"{len(names)} new {noun} ({listed(map(repr, names), 5)})"
 
 
 def with_tokens(source: Source, tokens: Sequence[str]) -> Source:

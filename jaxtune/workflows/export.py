@@ -31,10 +31,11 @@ from jaxtune.training.checkpoint import Checkpoints
 from jaxtune.training.setup import Setup, setup
 from jaxtune.weights.convert import convert_model
 from jaxtune.weights.export import export_adapter, export_weights
+from jaxtune.weights.formats.registry import get_format
 from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import attach, open_adapter, write_adapter
 from jaxtune.weights.source import resolve
-from jaxtune.weights.verify import TEXT, Comparison, padded, texts_of
+from jaxtune.weights.verify import TEXT, Comparison, pad_texts, sample_texts
 from jaxtune.weights.vocabulary import resize_for_adapter, tokenizer_for
 
 _VERIFY_ROWS, _VERIFY_TOKENS = 4, 128
@@ -57,7 +58,7 @@ def export_run(
         directory: the run.
         out: what to make.
         reporter: progress.
-        to: `peft`, or a format of `weights.convert`.
+        to: the name of a format of `weights.formats`.
         dtype: of merged weights; the base's by default.
 
     Raises:
@@ -68,8 +69,8 @@ def export_run(
     runtime.start()
     if not is_run(directory):
         raise UserError(f"{directory} is not a run directory: it has no config.yaml.")
-    config = read_config(directory)
-    if to == "peft" and config.adapter.method == "none":
+    config, export_format = read_config(directory), get_format(to)
+    if export_format.keeps_adapter and config.adapter.method == "none":
         raise UserError(
             f"{directory} has no adapter: its weights were trained. Export them with --to hf."
         )
@@ -92,7 +93,7 @@ def export_run(
     finally:
         checkpoints.close()
     with jax.set_mesh(parts.mesh):
-        if to == "peft" or config.adapter.method == "none":
+        if export_format.keeps_adapter or config.adapter.method == "none":
             return out, export_trained(parts, model, out, replace=False, to=to, dtype=dtype)
         with tempfile.TemporaryDirectory() as scratch:
             write_adapter(Path(scratch), as_lora(model), parts.source.name)
@@ -120,14 +121,14 @@ def _export_finished(
         config.model,
     )
     tokenizer = tokenizer_for(source, adapter)
-    if to != "peft":
+    if not get_format(to).keeps_adapter:
         return convert_model(
             out, source, to, mesh, dtype=dtype, adapter=adapter, tokenizer=tokenizer, about=about
         )
     refuse_existing(out)
     model = load_model(source, mesh, dtype=kind.dtype, compute=kind.compute_dtype)
     attach(model, adapter, mesh)
-    texts = texts_of(tokenizer, model.config.vocab_size)
+    texts = sample_texts(tokenizer, model.config.vocab_size)
     return export_adapter(
         out,
         model,
@@ -173,7 +174,7 @@ def export_trained(
         model,
         parts.source,
         parts.tokenizer,
-        padded(texts),
+        pad_texts(texts),
         parts.mesh,
         dtype=kind.dtype,
         compute=kind.compute_dtype,

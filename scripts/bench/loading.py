@@ -38,7 +38,7 @@ def make(directory: Path, parameters: float) -> int:
 
     from jaxtune.models.decoder import abstract_model
     from jaxtune.models.families.from_hf import from_hf
-    from jaxtune.weights.formats import hf_directory
+    from jaxtune.weights.formats.hf import write_weights
     from jaxtune.weights.mapping import leaf_mappings
     from jaxtune.weights.tensors import LazyTensor
 
@@ -59,7 +59,7 @@ def make(directory: Path, parameters: float) -> int:
         return LazyTensor(shape, dtype, read)
 
     table = leaf_mappings(nnx.split(abstract_model(config, dtype, dtype))[1], config)
-    hf_directory.write_directory(
+    write_weights(
         directory, {name: tensor(row.shape) for row in table for name in row.names}, 2_000_000_000
     )
     (directory / "config.json").write_text(json.dumps(raw))
@@ -126,7 +126,7 @@ def _ours(task: str, directory: str, rank: int, port: int) -> dict:
     if task == "two":
         jax.distributed.initialize(f"localhost:{port}", 2, rank)
     from jaxtune.core.mesh import make_mesh
-    from jaxtune.weights.formats import safetensors_files
+    from jaxtune.weights import safetensors_files
     from jaxtune.weights.load import load_model
     from jaxtune.weights.source import resolve
     from jaxtune.weights.tensors import LazyTensor

@@ -1,1 +1,3 @@
-"""Formats of weights, one module or folder each."""
+"""Formats of weights: one module or folder each, named as `--to` names the format, with its
+`FORMAT`.
+"""

@@ -1,8 +1,9 @@
-"""Meta's own files of Llama: `params.json` and `consolidated.NN.pth`, one file for every part of
-a model-parallel training.
+"""Meta's own files of Llama: `params.json` and `consolidated.NN.pth`, one file for each part of a
+model-parallel training.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,15 @@ import numpy as np
 
 from jaxtune.core.errors import UserError, listed
 from jaxtune.core.files import read_json, write_json
+from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.families.from_hf import from_hf
-from jaxtune.weights.formats import torch_files
-from jaxtune.weights.formats.interleave import half_split, interleaved
+from jaxtune.weights import torch_files
+from jaxtune.weights.formats.format import ModelContents, ModelFormat
+from jaxtune.weights.interleave import half_split, interleaved
+from jaxtune.weights.source import Source
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
+from jaxtune.weights.tokenizer_files import load_tokenizer, save_tokenizer
 
 PARAMS = "params.json"
 _PART = "consolidated.*.pth"
@@ -32,12 +37,10 @@ _LAYER = {
 }
 _READ = {
     "dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps",
-    "vocab_size", "rope_theta",
-    "use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor", "max_seq_len",
-    "max_batch_size",
+    "vocab_size", "rope_theta", "use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor",
+    "max_seq_len", "max_batch_size",
 }  # fmt: skip
-# Llama 3.1's scaling of frequencies, which Meta's code holds as constants and `use_scaled_rope`
-# switches on.
+# Llama 3.1's frequency scaling: constants in Meta's code, switched on by `use_scaled_rope`.
 _SCALED = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -45,11 +48,77 @@ _SCALED = {
 }
 
 
+@dataclass(frozen=True)
+class MetaDirectory(Source):
+    """A directory in Meta's format."""
+
+    @property
+    def config_path(self) -> Path:
+        """See Source."""
+        return self.path / PARAMS
+
+    def config_json(self) -> dict[str, Any]:
+        """See Source."""
+        return config_json(self.path)
+
+    def tensors(self) -> Tensors:
+        """See Source."""
+        return open_weights(self.path)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Return a tokenizer in Hugging Face's format beside the weights; Meta's own
+        `tokenizer.model` alone is not read.
+        """
+        return load_tokenizer(self.path) if (self.path / "tokenizer.json").exists() else None
+
+
+class MetaFormat(ModelFormat):
+    """Meta's files in one part."""
+
+    name = "meta"
+    description = "A model in the format of Meta's own code."
+    needs = f"a directory with Meta's {PARAMS}"
+
+    def recognizes(self, path: Path) -> bool:
+        """See ModelFormat; Meta's releases on the hub also have Hugging Face's files."""
+        return (path / PARAMS).exists() and not (path / "config.json").exists()
+
+    def open(self, path: Path, name: str) -> Source:
+        """See ModelFormat."""
+        return MetaDirectory(name, path)
+
+    def write(self, path: Path, contents: ModelContents) -> None:
+        """Write `params.json` and `consolidated.00.pth`, in Meta's names and row order.
+
+        PyTorch can only save tensors that are all in memory, so they are gathered in a scratch file
+        mapped to it.
+
+        Raises:
+            UserError: a model that Meta's code does not compute.
+
+        """
+        config = from_hf(contents.config_json, str(path))
+        write_json(path / PARAMS, _params(config))
+        scratch = path / ".scratch"
+        try:
+            torch_files.write_file(
+                path / "consolidated.00.pth",
+                _named_by_meta(self.round_trip(contents), config),
+                scratch,
+            )
+        finally:
+            scratch.unlink(missing_ok=True)
+        save_tokenizer(path, contents.source.tokenizer_files(), contents.tokenizer)
+
+
+FORMAT = MetaFormat()
+
+
 def config_json(path: Path) -> dict[str, Any]:
-    """What `config.json` would say of a directory of Meta's.
+    """Return what `config.json` would say of a directory in Meta's format.
 
     Raises:
-        UserError: parameters that are missing or whose meaning this code does not implement.
+        UserError: parameters that are missing or that this code does not implement.
 
     """
     params, where = read_json(path / PARAMS), path / PARAMS
@@ -57,13 +126,10 @@ def config_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{where}: {listed(missing)} is missing.")
     if unknown := [key for key, value in params.items() if key not in _READ and value]:
         raise UserError(f"{where}: parameters that jaxtune does not understand: {listed(unknown)}.")
-    found = tensors(path)
+    tensors = open_weights(path)
     gate, embedding = "model.layers.0.mlp.gate_proj.weight", "model.embed_tokens.weight"
-    if gate not in found or embedding not in found:
-        raise UserError(
-            f"{path}: the files hold no "
-            f"{listed(name for name in (gate, embedding) if name not in found)} of Llama."
-        )
+    if missing := [name for name in (gate, embedding) if name not in tensors]:
+        raise UserError(f"{path}: the files hold no {listed(missing)} of Llama.")
     theta = float(params.get("rope_theta") or 10000.0)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     if params.get("use_scaled_rope"):
@@ -74,9 +140,9 @@ def config_json(path: Path) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": found[embedding].shape[0],
+        "vocab_size": tensors[embedding].shape[0],
         "hidden_size": params["dim"],
-        "intermediate_size": found[gate].shape[0],
+        "intermediate_size": tensors[gate].shape[0],
         "num_hidden_layers": params["n_layers"],
         "num_attention_heads": params["n_heads"],
         "num_key_value_heads": params.get("n_kv_heads") or params["n_heads"],
@@ -84,32 +150,30 @@ def config_json(path: Path) -> dict[str, Any]:
         "rms_norm_eps": params.get("norm_eps", 1e-5),
         "max_position_embeddings": params.get("max_seq_len") or _context(params, theta),
         "rope_parameters": rope,
-        "tie_word_embeddings": _tied(found),
+        "tie_word_embeddings": _is_tied(tensors),
         "attention_bias": False,
         "mlp_bias": False,
     }
 
 
-def _tied(found: Tensors) -> bool:
-    """Whether the head is the embedding, of which Meta's files hold a copy."""
-    head, embedding = found.get("lm_head.weight"), found["model.embed_tokens.weight"]
+def _is_tied(tensors: Tensors) -> bool:
+    """Return whether the head is the embedding, of which Meta's files hold a copy."""
+    head, embedding = tensors.get("lm_head.weight"), tensors["model.embed_tokens.weight"]
     if head is None or head.shape != embedding.shape:
         return False
-    return all(
-        (ours == theirs).all()
-        for ours, theirs in zip(head.blocks(), embedding.blocks(), strict=True)
-    )
+    pairs = zip(head.blocks(), embedding.blocks(), strict=True)
+    return all((head_rows == embedding_rows).all() for head_rows, embedding_rows in pairs)
 
 
 def _factor(params: dict[str, Any]) -> float:
-    """By how much Llama 3.1 (8) and the small models of 3.2 (32, known by their width) stretch
-    the longest wavelengths.
+    """Return the factor on the longest wavelengths: 8 in Llama 3.1, 32 in the small models of 3.2,
+    which are known by their width.
     """
     return float(params.get("rope_scaling_factor") or (32.0 if params["dim"] <= 3072 else 8.0))
 
 
 def _context(params: dict[str, Any], theta: float) -> int:
-    """The longest text of each generation, which params.json does not say."""
+    """Return the context length of each generation, which params.json does not say."""
     if params.get("use_scaled_rope"):
         return 131072
     if theta != 10000.0:
@@ -117,13 +181,12 @@ def _context(params: dict[str, Any], theta: float) -> int:
     return 4096 if params.get("norm_eps") == 1e-5 else 2048
 
 
-def tensors(path: Path) -> Tensors:
-    """The tensors under Hugging Face's names and in its row order, the parts joined as they are
-    read.
+def open_weights(path: Path) -> Tensors:
+    """Return the tensors under Hugging Face's names and in its row order, the parts joined as they
+    are read.
 
     Raises:
-        UserError: no files, a part that disagrees with the others, or tensors that a Llama does not
-            have.
+        UserError: there are no files, or a part disagrees with the others.
 
     """
     files = sorted(path.glob(_PART))
@@ -163,12 +226,12 @@ def tensors(path: Path) -> Tensors:
 
 
 def _axis(stem: str, part: LazyTensor, width: int, parts: int) -> int | None:
-    """The axis that a tensor's parts are cut along; None where every part is the whole."""
+    """Return the axis that a tensor is split along; None where every part holds all of it."""
     if parts == 1 or len(part.shape) == 1:
         return None
     if stem.endswith((".wo", ".w2")):
         return 1
-    if stem == "tok_embeddings":  # cut by width up to Llama 2, by vocabulary since
+    if stem == "tok_embeddings":  # split by width up to Llama 2, by vocabulary since
         return 0 if part.shape[1] == width else 1
     return 0
 
@@ -182,80 +245,53 @@ def _joined(parts: Sequence[LazyTensor], axis: int | None) -> LazyTensor:
     def read(index: Index) -> np.ndarray:
         index = index or tuple(slice(None) for _ in shape)
         start, stop, _ = index[axis].indices(shape[axis])
-        found, at = [], 0
+        pieces, offset = [], 0
         for part in parts:
             size = part.shape[axis]
-            low, high = max(start - at, 0), min(stop - at, size)
+            low, high = max(start - offset, 0), min(stop - offset, size)
             if low < high:
-                found.append(part.read((*index[:axis], slice(low, high), *index[axis + 1 :])))
-            at += size
-        return np.concatenate(found, axis=axis)
+                pieces.append(part.read((*index[:axis], slice(low, high), *index[axis + 1 :])))
+            offset += size
+        return np.concatenate(pieces, axis=axis)
 
     return LazyTensor(tuple(shape), parts[0].dtype, read)
 
 
-def write_directory(directory: Path, tensors: Tensors, config_json: dict[str, Any]) -> None:
-    """Write `params.json` and `consolidated.00.pth`, in Meta's names and row order.
-
-    The tensors are gathered in a scratch file that is mapped to memory, since PyTorch writes a file
-    from tensors that are all there.
-
-    Raises:
-        UserError: a model that Meta's code does not compute.
-
-    """
-    config = from_hf(config_json, str(directory))
-    write_json(directory / PARAMS, _params(config))
-    scratch = directory / ".scratch"
-    try:
-        torch_files.write_file(
-            directory / "consolidated.00.pth", _named_by_meta(tensors, config), scratch
-        )
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
 def _named_by_meta(tensors: Tensors, config: ModelConfig) -> Tensors:
-    layer_names, top_names = (
-        {theirs: ours for ours, theirs in table.items()} for table in (_LAYER, _TOP)
-    )
-    found: Tensors = {}
-    for name, tensor in (
-        tensors
-        | {"lm_head.weight": tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])}
-    ).items():
+    layer_names = {hf_name: meta_name for meta_name, hf_name in _LAYER.items()}
+    top_names = {hf_name: meta_name for meta_name, hf_name in _TOP.items()}
+    head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
+    named: Tensors = {}
+    for name, tensor in (tensors | {"lm_head.weight": head}).items():
         stem = name.removesuffix(".weight")
         if not stem.startswith("model.layers."):
-            found[f"{top_names[stem]}.weight"] = tensor
+            named[f"{top_names[stem]}.weight"] = tensor
             continue
         _, _, layer, kind = stem.split(".", 3)
-        if kind in ("self_attn.q_proj", "self_attn.k_proj"):
-            tensor = interleaved(
-                tensor, config.num_heads if kind == "self_attn.q_proj" else config.num_kv_heads
-            )
-        found[f"layers.{layer}.{layer_names[kind]}.weight"] = tensor
-    return found
+        if kind == "self_attn.q_proj":
+            tensor = interleaved(tensor, config.num_heads)
+        elif kind == "self_attn.k_proj":
+            tensor = interleaved(tensor, config.num_kv_heads)
+        named[f"layers.{layer}.{layer_names[kind]}.weight"] = tensor
+    return named
 
 
 def _params(config: ModelConfig) -> dict[str, Any]:
     rope = config.ropes[0]
     scaled = rope.kind == "llama3"
-    known = (
-        dict(_SCALED) == {key: rope.get(key) for key in _SCALED}
-        if scaled
-        else rope.kind == "default"
-    )
-    extras = config.qkv_bias or config.o_bias or config.mlp_bias
+    known = rope.kind == "default"
+    if scaled:
+        known = dict(_SCALED) == {key: rope.get(key) for key in _SCALED}
+    has_bias = config.qkv_bias or config.o_bias or config.mlp_bias
     if (
         config.raw["model_type"] != "llama"
-        or extras
+        or has_bias
         or not known
         or config.head_dim * config.num_heads != config.hidden_size
     ):
         raise UserError(
-            "Meta's format has a place for Llama only: no biases, heads that fill the width, "
-            "plain or Llama 3's rotary embedding. "
-            "Convert to hf instead."
+            "Meta's format has a place for Llama only: no biases, heads that fill the width, plain "
+            "or Llama 3's rotary embedding. Convert to hf instead."
         )
     params = {
         "dim": config.hidden_size,
@@ -274,22 +310,13 @@ def _params(config: ModelConfig) -> dict[str, Any]:
 
 
 def _feed_forward(config: ModelConfig) -> dict[str, Any]:
-    """The two numbers from which Meta's code computes the width of the feed-forward part."""
+    """Return the two numbers from which Meta's code computes the feed-forward width."""
     base = int(2 * 4 * config.hidden_size / 3)
     for multiple in (4096, 1024, 256, 1):
-        for factor in (
-            None,
-            1.2,
-            1.3,
-            1.4,
-            1.5,
-            config.intermediate_size / base,
-            (config.intermediate_size + 0.5) / base,
-        ):
+        exact = config.intermediate_size / base, (config.intermediate_size + 0.5) / base
+        for factor in (None, 1.2, 1.3, 1.4, 1.5, *exact):
             width = base if factor is None else int(factor * base)
             if -(-width // multiple) * multiple == config.intermediate_size:
-                return {
-                    "multiple_of": multiple,
-                    **({} if factor is None else {"ffn_dim_multiplier": factor}),
-                }
+                sizes = {"multiple_of": multiple, "ffn_dim_multiplier": factor}
+                return {key: value for key, value in sizes.items() if value is not None}
     raise AssertionError(config.intermediate_size)

@@ -1,33 +1,62 @@
-"""Weights as an orbax checkpoint: one array for every tensor, by Hugging Face's names."""
+"""Weights as an orbax checkpoint: one array for each tensor, by Hugging Face's names."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxtune.core.errors import UserError
+from jaxtune.core.errors import UserError, first_line
+from jaxtune.weights.formats.format import DirectoryFormat, ModelDirectory
+from jaxtune.weights.source import Source
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
 
 FOLDER = "orbax"
 
 
-def write_directory(directory: Path, tensors: Tensors) -> None:
-    """Write the checkpoint; its writer wants all tensors in memory."""
-    import orbax.checkpoint as ocp
+class OrbaxDirectory(ModelDirectory):
+    """A directory whose weights are an orbax checkpoint."""
 
-    with ocp.PyTreeCheckpointer() as writer:
-        writer.save(
-            (directory / FOLDER).absolute(),
-            {name: tensor.all() for name, tensor in tensors.items()},
-        )
+    def tensors(self) -> Tensors:
+        """See Source."""
+        return open_weights(self.path)
 
 
-def open_directory(path: Path) -> Tensors:
-    """The tensors of a checkpoint, none of them read yet.
+class OrbaxFormat(DirectoryFormat):
+    """An orbax checkpoint beside `config.json`."""
+
+    name = "orbax"
+    description = "A model as an orbax checkpoint, one array a tensor, by Hugging Face's names."
+    needs = f"a directory with config.json and {FOLDER}/"
+
+    def recognizes(self, path: Path) -> bool:
+        """See ModelFormat."""
+        return (path / "config.json").exists() and (path / FOLDER).is_dir()
+
+    def open(self, path: Path, name: str) -> Source:
+        """See ModelFormat."""
+        return OrbaxDirectory(name, path)
+
+    def write_weights(self, directory: Path, tensors: Tensors) -> None:
+        """Write the checkpoint; orbax needs all tensors in memory."""
+        import orbax.checkpoint as ocp
+
+        with ocp.PyTreeCheckpointer() as writer:
+            writer.save(
+                (directory / FOLDER).absolute(),
+                {name: tensor.all() for name, tensor in tensors.items()},
+            )
+
+
+FORMAT = OrbaxFormat()
+
+
+def open_weights(path: Path) -> Tensors:
+    """Return the tensors of a checkpoint, unread.
 
     Raises:
-        UserError: the folder is no whole checkpoint.
+        UserError: the checkpoint is damaged.
 
     """
     import orbax.checkpoint as ocp
@@ -35,15 +64,15 @@ def open_directory(path: Path) -> Tensors:
     folder = (path / FOLDER).absolute()
     with ocp.PyTreeCheckpointer() as reader:
         try:
-            found: Any = reader.metadata(folder).item_metadata
+            metadata: Any = reader.metadata(folder).item_metadata
             shapes = {
                 name: (tuple(entry.shape), np.dtype(entry.dtype))
-                for name, entry in found.tree.items()
+                for name, entry in metadata.tree.items()
             }
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
             raise UserError(
-                f"{folder} is not a whole orbax checkpoint ({reason}). Convert the model again."
+                f"{folder} is not a whole orbax checkpoint ({first_line(error)}). "
+                "Convert the model again."
             ) from None
     return {
         name: LazyTensor(shape, dtype, _reader(folder, name, shape, dtype))
@@ -51,7 +80,9 @@ def open_directory(path: Path) -> Tensors:
     }
 
 
-def _reader(folder: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+def _reader(
+    folder: Path, name: str, shape: tuple[int, ...], dtype: np.dtype
+) -> Callable[[Index], np.ndarray]:
     def read(index: Index) -> np.ndarray:
         import orbax.checkpoint as ocp
 

@@ -1,1 +1,5 @@
 """GGUF, the format of llama.cpp."""
+
+from jaxtune.weights.formats.gguf.format import FORMAT
+
+__all__ = ["FORMAT"]

@@ -1,7 +1,7 @@
 """A GGUF file: its header, and its tensors under Hugging Face's names.
 
-The header is read here because the `gguf` package takes seconds for a vocabulary; block formats are
-that package's.
+The header is parsed here because the `gguf` package takes seconds for a vocabulary; that package
+de-quantizes the block formats.
 """
 
 import mmap
@@ -16,24 +16,14 @@ from jaxtune.core.errors import UserError, listed
 from jaxtune.weights.tensors import Index, LazyTensor
 
 _SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+}  # fmt: skip
 _STRING, _ARRAY = 8, 9
 
 
 @dataclass(frozen=True)
 class GGUF:
-    """A parsed file: metadata by key, tensors by llama.cpp's names."""
+    """A parsed file: metadata by key, tensors by llama.cpp's names, unread."""
 
     path: Path
     metadata: dict[str, Any]
@@ -41,6 +31,8 @@ class GGUF:
 
 
 class _Cursor:
+    """A position in a file's bytes."""
+
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
 
@@ -74,11 +66,11 @@ class _Cursor:
 
 
 def open_gguf(path: Path) -> GGUF:
-    """The header of a GGUF file (version 2 or 3, little endian); tensor data stays on disk.
+    """Parse the header of a GGUF file (version 2 or 3, little endian); tensors stay on disk.
 
     Raises:
-        UserError: the file is not GGUF, is cut short, or holds a block format that cannot be
-            de-quantized.
+        UserError: the file is not GGUF, is truncated, or holds a block format that the `gguf`
+            package does not know.
 
     """
     try:
@@ -101,7 +93,7 @@ def _parse(path: Path, cursor: _Cursor) -> GGUF:
     for _ in range(pair_count):
         key = cursor.text()
         if key in metadata:
-            raise ValueError(f"the key {key} stands twice")
+            raise ValueError(f"the key {key} occurs twice")
         metadata[key] = cursor.value(cursor.scalar("I"))
     infos = []
     for _ in range(tensor_count):
@@ -110,7 +102,7 @@ def _parse(path: Path, cursor: _Cursor) -> GGUF:
         infos.append((name, shape, cursor.scalar("I"), cursor.scalar("Q")))
     names = [name for name, *_ in infos]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"tensors {listed(twice)} stand twice")
+        raise ValueError(f"tensors {listed(twice)} occur twice")
     alignment = metadata.get("general.alignment", 32)
     start = -(-cursor.at // alignment) * alignment
     tensors = {
@@ -135,8 +127,8 @@ def _lazy(
         raise UserError(f"{path}: tensor {name} has the unknown block format {kind}.") from None
     if not shape or shape[-1] % block:
         raise ValueError(
-            f"tensor {name} has the shape {list(shape)}, which is no whole number of blocks of "
-            f"{block}"
+            f"tensor {name} has the shape {list(shape)}, which is not a whole number of blocks "
+            f"of {block}"
         )
     rows = int(np.prod(shape[:-1], dtype=np.int64))
     row_bytes = shape[-1] // block * size
@@ -145,18 +137,15 @@ def _lazy(
     plain = {0: np.dtype("float32"), 1: np.dtype("float16")}.get(kind)
 
     def read(index: Index) -> np.ndarray:
-        raw = np.frombuffer(data, np.uint8, rows * row_bytes, offset).reshape(
-            *shape[:-1], row_bytes
-        )
+        raw = np.frombuffer(data, np.uint8, rows * row_bytes, offset)
+        raw = raw.reshape(*shape[:-1], row_bytes)
+        # Blocks lie along the last axis, so rows can be selected before they are de-quantized.
         if index and len(shape) > 1:
-            raw = raw[
-                index[0]
-            ]  # blocks lie along the last axis, so rows can be chosen before they are de-quantized
-        values = (
-            gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(kind))
-            if plain is None
-            else raw.view(plain)
-        )
+            raw = raw[index[0]]
+        if plain is None:
+            values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(kind))
+        else:
+            values = raw.view(plain)
         return values[(slice(None), *index[1:])] if len(shape) > 1 else values[index]
 
     return LazyTensor(shape, plain or np.dtype("float32"), read, quantized=plain is None)

@@ -1,13 +1,15 @@
-"""The tokenizer and chat template inside a GGUF file: as a transformers tokenizer, and from one."""
+"""The tokenizer and chat template of a GGUF file: read as transformers', and written from one."""
 
 import json
 import re
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from jaxtune.core.errors import UserError, listed
+from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.weights.formats.gguf.file import GGUF
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -18,7 +20,7 @@ _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _CONTRACTIONS + r"|\p{N}{1,3}" + _TAIL
 _QWEN2 = _CONTRACTIONS + r"|\p{N}" + _TAIL
 
-# How text is cut into words before byte-level BPE, by `tokenizer.ggml.pre` (llama.cpp,
+# How text is split into words before byte-level BPE, by `tokenizer.ggml.pre` (llama.cpp,
 # src/llama-vocab.cpp).
 _SPLITS: dict[str, tuple[str, ...]] = {
     "default": (_GPT2,),
@@ -33,11 +35,11 @@ _SPLITS: dict[str, tuple[str, ...]] = {
 }
 
 
-def tokenizer(file: GGUF) -> Any:
-    """A `PreTrainedTokenizerFast` with the file's vocabulary, special tokens and chat template.
+def read_tokenizer(file: GGUF) -> Tokenizer:
+    """Return a `PreTrainedTokenizerFast` with the file's vocabulary, special tokens and template.
 
     Raises:
-        UserError: the file has no tokenizer, or one of a kind that is not implemented.
+        UserError: the file has no tokenizer, or a kind that is not implemented.
 
     """
     from transformers import PreTrainedTokenizerFast
@@ -61,7 +63,8 @@ def tokenizer(file: GGUF) -> Any:
         bos if meta.get("add_bos_token", kind == "llama") else None,
         eos if meta.get("add_eos_token") else None,
     )
-    return PreTrainedTokenizerFast(
+    # Its token ids are attributes that no type checker sees.
+    fast: Any = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=bos,
         eos_token=eos,
@@ -70,9 +73,10 @@ def tokenizer(file: GGUF) -> Any:
         chat_template=file.metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
     )
+    return fast
 
 
-def _byte_level(file: GGUF, meta: dict[str, Any]) -> Tokenizer:
+def _byte_level(file: GGUF, meta: dict[str, Any]) -> tokenizers.Tokenizer:
     kind = meta.get("pre", "default")
     if kind not in _SPLITS:
         raise UserError(
@@ -81,7 +85,7 @@ def _byte_level(file: GGUF, meta: dict[str, Any]) -> Tokenizer:
         )
     vocab = {token: index for index, token in enumerate(meta["tokens"])}
     merges = [tuple(merge.split(" ", 1)) for merge in meta.get("merges", [])]
-    backend = Tokenizer(BPE(vocab=vocab, merges=merges))
+    backend = tokenizers.Tokenizer(BPE(vocab=vocab, merges=merges))
     splits = [
         pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _SPLITS[kind]
     ]
@@ -92,19 +96,20 @@ def _byte_level(file: GGUF, meta: dict[str, Any]) -> Tokenizer:
     return backend
 
 
-def _sentencepiece(meta: dict[str, Any]) -> Tokenizer:
-    """Sentencepiece's BPE: merges are recovered from the scores, the best pair that forms a
+def _sentencepiece(meta: dict[str, Any]) -> tokenizers.Tokenizer:
+    """Build sentencepiece's BPE, its merges recovered from the scores: the best pair that forms a
     token first.
     """
     tokens = meta["tokens"]
     vocab = {token: index for index, token in enumerate(tokens)}
     pairs = []
     for token, score in zip(tokens, meta["scores"], strict=True):
-        splits = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        found = [(left, right) for left, right in splits if left in vocab and right in vocab]
-        pairs += [(-score, vocab[left], vocab[right], left, right) for left, right in found]
+        for middle in range(1, len(token)):
+            left, right = token[:middle], token[middle:]
+            if left in vocab and right in vocab:
+                pairs.append((-score, vocab[left], vocab[right], left, right))
     merges = [(left, right) for *_, left, right in sorted(pairs)]
-    backend = Tokenizer(
+    backend = tokenizers.Tokenizer(
         BPE(
             vocab=vocab,
             merges=merges,
@@ -122,7 +127,7 @@ def _sentencepiece(meta: dict[str, Any]) -> Tokenizer:
     return backend
 
 
-def _add_special(backend: Tokenizer, tokens: list[str], kinds: list[int]) -> None:
+def _add_special(backend: tokenizers.Tokenizer, tokens: list[str], kinds: list[int]) -> None:
     control = [token for token, kind in zip(tokens, kinds, strict=False) if kind == _CONTROL]
     defined = [token for token, kind in zip(tokens, kinds, strict=False) if kind == _USER_DEFINED]
     backend.add_special_tokens(
@@ -131,7 +136,7 @@ def _add_special(backend: Tokenizer, tokens: list[str], kinds: list[int]) -> Non
     backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in defined])
 
 
-def _add_bos_and_eos(backend: Tokenizer, bos: str | None, eos: str | None) -> None:
+def _add_bos_and_eos(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
     if bos is None and eos is None:
         return
     from tokenizers.processors import TemplateProcessing
@@ -145,11 +150,13 @@ def _token(tokens: list[str], index: int | None) -> str | None:
     return None if index is None else tokens[index]
 
 
-def metadata(tokenizer: Any, vocab_size: int, stop_ids: list[int]) -> dict[str, Any]:
-    """The `tokenizer.` metadata of a GGUF file.
+def tokenizer_metadata(
+    tokenizer: Tokenizer, vocab_size: int, stop_ids: list[int]
+) -> dict[str, Any]:
+    """Return the `tokenizer.` metadata of a GGUF file.
 
     Args:
-        tokenizer: of transformers, with a fast backend.
+        tokenizer: with a fast backend.
         vocab_size: rows of the embedding; those without a token get a name of their own.
         stop_ids: tokens that end an answer.
 
@@ -166,12 +173,14 @@ def metadata(tokenizer: Any, vocab_size: int, stop_ids: list[int]) -> dict[str, 
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     tokens, kinds = _tokens(tokenizer, raw, vocab_size)
     if model.get("byte_fallback"):
-        found: dict[str, Any] = {"model": "llama", "scores": _scores(tokens, merges)}
-        found["add_space_prefix"] = "Prepend" in json.dumps(
-            raw.get("normalizer")
-        ) or "Metaspace" in json.dumps(raw.get("pre_tokenizer"))
+        prepends = "Prepend" in json.dumps(raw.get("normalizer"))
+        metadata: dict[str, Any] = {
+            "model": "llama",
+            "scores": _scores(tokens, merges),
+            "add_space_prefix": prepends or "Metaspace" in json.dumps(raw.get("pre_tokenizer")),
+        }
     else:
-        found = {"model": "gpt2", "pre": _pre(raw["pre_tokenizer"]), "merges": merges}
+        metadata = {"model": "gpt2", "pre": _pre(raw["pre_tokenizer"]), "merges": merges}
     plain = tokenizer("a")["input_ids"]
     rest = [token for token in stop_ids if token != tokenizer.eos_token_id]
     ids = {
@@ -181,36 +190,34 @@ def metadata(tokenizer: Any, vocab_size: int, stop_ids: list[int]) -> dict[str, 
         "unknown": tokenizer.unk_token_id,
     }
     ids |= dict(zip(("eot", "eom"), rest, strict=False))
-    found |= {"tokens": tokens, "token_type": kinds}
-    found |= {f"{name}_token_id": number for name, number in ids.items() if number is not None}
-    found |= {
+    metadata |= {"tokens": tokens, "token_type": kinds}
+    metadata |= {f"{name}_token_id": token for name, token in ids.items() if token is not None}
+    metadata |= {
         "add_bos_token": plain[0] == tokenizer.bos_token_id,
         "add_eos_token": plain[-1] == tokenizer.eos_token_id,
     }
-    template = (
-        {"tokenizer.chat_template": tokenizer.chat_template}
-        if isinstance(tokenizer.chat_template, str)
-        else {}
-    )
-    return {f"tokenizer.ggml.{key}": value for key, value in found.items()} | template
+    prefixed = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
+    if isinstance(tokenizer.chat_template, str):
+        prefixed["tokenizer.chat_template"] = tokenizer.chat_template
+    return prefixed
 
 
-def _tokens(tokenizer: Any, raw: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+def _tokens(
+    tokenizer: Tokenizer, raw: dict[str, Any], vocab_size: int
+) -> tuple[list[str], list[int]]:
+    """Return the token of every row of the embedding, and its kind."""
     vocab = tokenizer.get_vocab()
     if max(vocab.values()) >= vocab_size:
         raise UserError(
-            f"The tokenizer has {max(vocab.values()) + 1} tokens and the model {vocab_size} "
-            "embeddings."
+            f"The tokenizer has {max(vocab.values()) + 1} tokens, the model only {vocab_size} "
+            "embeddings. Give the tokenizer that belongs to the model."
         )
     tokens = [f"[PAD{number}]" for number in range(vocab_size)]
     kinds = [_UNUSED] * vocab_size
     for token, number in vocab.items():
         tokens[number] = token
-        kinds[number] = (
-            _BYTE
-            if raw["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token)
-            else _NORMAL
-        )
+        is_byte = raw["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token)
+        kinds[number] = _BYTE if is_byte else _NORMAL
     for added in raw["added_tokens"]:
         kinds[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
     if tokenizer.unk_token_id is not None and kinds[tokenizer.unk_token_id] == _NORMAL:
@@ -219,7 +226,7 @@ def _tokens(tokenizer: Any, raw: dict[str, Any], vocab_size: int) -> tuple[list[
 
 
 def _scores(tokens: list[str], merges: list[str]) -> list[float]:
-    """Sentencepiece's scores: the earlier a pair is merged, the higher."""
+    """Return sentencepiece's scores: the earlier a pair is merged, the higher."""
     order = {}
     for number, merge in enumerate(merges):
         order.setdefault(merge.replace(" ", "", 1), number)
@@ -227,10 +234,9 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
 
 
 def _pre(pre_tokenizer: dict[str, Any]) -> str:
-    """llama.cpp's name of the way in which text is cut into words."""
-    parts = (
-        pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-    )
+    """Return llama.cpp's name for how text is split into words."""
+    is_sequence = pre_tokenizer["type"] == "Sequence"
+    parts = pre_tokenizer["pretokenizers"] if is_sequence else [pre_tokenizer]
     patterns = []
     for part in parts:
         if part["type"] == "Split":
@@ -243,6 +249,6 @@ def _pre(pre_tokenizer: dict[str, Any]) -> str:
         if tuple(patterns) == _SPLITS[name]:
             return name
     raise UserError(
-        "llama.cpp's name for this tokenizer's way of cutting words is not known here: "
-        f"{listed(patterns)}; known are {listed(_SPLITS, 20)}."
+        "GGUF needs llama.cpp's name for how this tokenizer splits text into words, and "
+        f"{listed(patterns)} has none that is known here; known are {listed(_SPLITS, 20)}."
     )

@@ -1,6 +1,8 @@
-"""Writing a GGUF file through the `gguf` package: metadata and tokenizer, then tensor by tensor."""
+"""Write a GGUF file through the `gguf` package: metadata and tokenizer, then tensor by tensor."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,12 @@ import numpy as np
 
 from jaxtune.core.errors import UserError, listed
 from jaxtune.models.config import ModelConfig, RopeConfig
-from jaxtune.models.families.from_hf import from_hf, setting
-from jaxtune.weights.formats.gguf.models import MEANINGS, done, places
-from jaxtune.weights.tensors import LazyTensor, Tensors
+from jaxtune.models.families.from_hf import from_hf, read_setting
+from jaxtune.weights.formats.gguf.models import GGUF_FAMILIES, tensor_locations, to_llama_cpp
+from jaxtune.weights.tensors import Index, LazyTensor, Tensors
 
-# What large matrices may be stored in, by the name a user gives.
-FORMATS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "q8_0": "Q8_0"}
+# The types that large matrices may be stored in, by the name a user gives.
+MATRIX_TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "q8_0": "Q8_0"}
 _ROPE_KINDS = ("default", "linear", "yarn", "llama3", "longrope")
 
 
@@ -32,9 +34,9 @@ def write_gguf(
         tensors: all weights, by Hugging Face's names.
         config_json: the model's.
         tokenizer: the file's `tokenizer.` metadata; may be empty.
-        name: the model's, for people.
-        dtype: of the matrices, a key of FORMATS; vectors and routers are float32, as llama.cpp
-            wants them.
+        name: the model's, shown to people.
+        dtype: of the matrices, a key of MATRIX_TYPES; vectors and routers are float32, as
+            llama.cpp wants them.
 
     Raises:
         UserError: the format has no place for something in the model.
@@ -44,115 +46,122 @@ def write_gguf(
 
     config = from_hf(config_json, str(path))
     check_expressible(config)
-    writer = gguf.GGUFWriter(
-        path,
-        gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[MEANINGS[config.raw["model_type"]].architecture]],
-    )
+    architecture = GGUF_FAMILIES[config.raw["model_type"]].architecture
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[architecture]])
     for key, value in {"general.name": name, **_metadata(config, writer.arch), **tokenizer}.items():
         _add(writer, key, value)
-    jobs = list(_jobs(tensors, config, dtype))
-    for target, _, shape, form in jobs:
-        block, size = gguf.GGML_QUANT_SIZES[form]
+    entries = list(_entries(tensors, config, dtype))
+    for entry in entries:
+        shape, stored_as = entry.shape, entry.stored_as
+        block, size = gguf.GGML_QUANT_SIZES[stored_as]
         nbytes = int(np.prod(shape, dtype=np.int64)) // block * size
-        plain = {"F32": np.float32, "F16": np.float16}.get(form.name)
-        stored = shape if plain else (*shape[:-1], shape[-1] // block * size)
+        plain = {"F32": np.float32, "F16": np.float16}.get(stored_as.name)
         writer.add_tensor_info(
-            target, stored, np.dtype(plain or np.uint8), nbytes, raw_dtype=None if plain else form
+            entry.name,
+            shape if plain else (*shape[:-1], shape[-1] // block * size),
+            np.dtype(plain or np.uint8),
+            nbytes,
+            raw_dtype=None if plain else stored_as,
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for _, read, _, form in jobs:
-        writer.write_tensor_data(_encoded(read(), form))
+    for entry in entries:
+        writer.write_tensor_data(_encode(entry.read(), entry.stored_as))
     writer.close()
 
 
 def check_expressible(config: ModelConfig) -> None:
-    """What is known not to fit; the rest shows when the file is read back.
+    """Refuse what is known not to fit; the rest shows when the file is read back.
 
     Raises:
         UserError: the format has no place for something in the model.
 
     """
     kind = config.raw["model_type"]
-    if MEANINGS[kind].architecture == "LLAMA" and any(layer.window for layer in config.layers):
+    if GGUF_FAMILIES[kind].architecture == "LLAMA" and any(layer.window for layer in config.layers):
         raise UserError(
             f"GGUF has no place for the sliding window of {kind}. If no text is longer than it, "
-            "set "
-            "sliding_window to null in config.json."
+            "set sliding_window to null in config.json."
         )
     if odd := [rope.kind for rope in config.ropes if rope.kind not in _ROPE_KINDS]:
         raise UserError(f"GGUF has no place for rope_type {listed(odd)}.")
 
 
-def stored(tensor: LazyTensor, name: str, dtype: str) -> LazyTensor:
-    """A tensor as it will be read back from the file: rounded to what it is stored in."""
-    form = _format(name, tensor.shape, dtype)
-    if form.name in ("F32", "F16"):
-        return tensor.astype(np.dtype("float16" if form.name == "F16" else "float32"))
+def as_stored(tensor: LazyTensor, name: str, dtype: str) -> LazyTensor:
+    """Return a tensor as it will be read back: rounded to the type that the file stores it in."""
+    stored_as = _stored_type(name, tensor.shape, dtype)
+    if stored_as.name in ("F32", "F16"):
+        return tensor.astype(np.dtype("float16" if stored_as.name == "F16" else "float32"))
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Index) -> np.ndarray:
         import gguf
 
         rows = tensor.read((index[0], *(slice(0, size) for size in tensor.shape[1:])))
-        return gguf.quants.dequantize(_encoded(rows, form), form)[(slice(None), *index[1:])]
+        values = gguf.quants.dequantize(_encode(rows, stored_as), stored_as)
+        return values[(slice(None), *index[1:])]
 
     return LazyTensor(tensor.shape, np.dtype("float32"), read)
 
 
-def _format(name: str, shape: tuple[int, ...], dtype: str) -> Any:
+def _stored_type(name: str, shape: tuple[int, ...], dtype: str) -> Any:
+    """Return the `gguf.GGMLQuantizationType` of a tensor."""
     import gguf
 
     if len(shape) == 1 or name.endswith((".mlp.gate.weight", "block_sparse_moe.gate.weight")):
         return gguf.GGMLQuantizationType.F32
-    form = gguf.GGMLQuantizationType[FORMATS[dtype]]
-    return (
-        form if shape[-1] % gguf.GGML_QUANT_SIZES[form][0] == 0 else gguf.GGMLQuantizationType.F16
-    )
+    stored_as = gguf.GGMLQuantizationType[MATRIX_TYPES[dtype]]
+    block = gguf.GGML_QUANT_SIZES[stored_as][0]
+    return stored_as if shape[-1] % block == 0 else gguf.GGMLQuantizationType.F16
 
 
-def _encoded(values: np.ndarray, form: Any) -> np.ndarray:
+def _encode(values: np.ndarray, stored_as: Any) -> np.ndarray:
     import gguf
 
-    if form.name in ("F32", "F16"):
-        return np.ascontiguousarray(values.astype(np.float32 if form.name == "F32" else np.float16))
-    return gguf.quants.quantize(np.ascontiguousarray(values.astype(np.float32)), form)
+    if stored_as.name in ("F32", "F16"):
+        dtype = np.float32 if stored_as.name == "F32" else np.float16
+        return np.ascontiguousarray(values.astype(dtype))
+    return gguf.quants.quantize(np.ascontiguousarray(values.astype(np.float32)), stored_as)
 
 
-def _jobs(
-    tensors: Tensors, config: ModelConfig, dtype: str
-) -> Iterator[tuple[str, Any, tuple[int, ...], Any]]:
-    """`(llama.cpp's name, how to read it, shape, format)` of every tensor; a layer's experts are
-    one.
-    """
-    together: dict[str, list[str]] = {}
-    experts = set()
-    for name, place in places(config).items():
-        together.setdefault(place.name, []).append(name)
-        if place.expert is not None:
-            experts.add(place.name)
-    for target, names in together.items():
-        parts = [done(tensors[name], name, config) for name in names]
-        shape = (len(parts), *parts[0].shape) if target in experts else parts[0].shape
-        form = _format(names[0], parts[0].shape, dtype)
-        whole = (
-            (lambda parts=parts: np.stack([part.all() for part in parts]))
-            if target in experts
-            else parts[0].all
-        )
-        yield target, whole, shape, form
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor of the file: llama.cpp's name, how to read it, and the type it is stored in."""
+
+    name: str
+    read: Callable[[], np.ndarray]
+    shape: tuple[int, ...]
+    stored_as: Any
+
+
+def _entries(tensors: Tensors, config: ModelConfig, dtype: str) -> Iterator[_Entry]:
+    """Yield every tensor of the file; the experts of a layer are one."""
+    sources: dict[str, list[str]] = {}
+    expert_stacks = set()
+    for name, location in tensor_locations(config).items():
+        sources.setdefault(location.name, []).append(name)
+        if location.expert is not None:
+            expert_stacks.add(location.name)
+    for target, names in sources.items():
+        parts = [to_llama_cpp(tensors[name], name, config) for name in names]
+        stored_as = _stored_type(names[0], parts[0].shape, dtype)
+        if target in expert_stacks:
+            shape = (len(parts), *parts[0].shape)
+            yield _Entry(target, partial(_stacked, parts), shape, stored_as)
+        else:
+            yield _Entry(target, parts[0].all, parts[0].shape, stored_as)
     for target, values in _rope_tensors(config).items():
-        yield (
-            target,
-            lambda values=values: values,
-            values.shape,
-            _format(target, values.shape, dtype),
-        )
+        stored_as = _stored_type(target, values.shape, dtype)
+        yield _Entry(target, partial(np.asarray, values), values.shape, stored_as)
+
+
+def _stacked(parts: list[LazyTensor]) -> np.ndarray:
+    return np.stack([part.all() for part in parts])
 
 
 def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:
     rope = config.ropes[0]
-    found: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "block_count": config.num_layers,
         "context_length": config.max_positions,
         "embedding_length": config.hidden_size,
@@ -167,19 +176,20 @@ def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:
         "rope.dimension_count": int(config.head_dim * rope.partial),
     }
     if rope.kind in ("linear", "yarn"):
-        found |= {"rope.scaling.type": rope.kind, "rope.scaling.factor": float(rope.get("factor"))}
-    if length := rope.get("original_max_position_embeddings") or config.raw.get(
-        "original_max_position_embeddings"
-    ):
-        found["rope.scaling.original_context_length"] = length
+        metadata["rope.scaling.type"] = rope.kind
+        metadata["rope.scaling.factor"] = float(rope.get("factor"))
+    length_key = "original_max_position_embeddings"
+    if length := rope.get(length_key) or config.raw.get(length_key):
+        metadata["rope.scaling.original_context_length"] = length
     if rope.kind == "longrope" and rope.get("attention_factor") is not None:
-        found["rope.scaling.attn_factor"] = float(rope.get("attention_factor"))
-    for theirs, ours in MEANINGS[config.raw["model_type"]].keys.items():
-        if (value := setting(config.raw, ours)) is not None:
-            found[theirs] = float(value) if theirs in _FLOATS else value
+        metadata["rope.scaling.attn_factor"] = float(rope.get("attention_factor"))
+    for gguf_key, hf_key in GGUF_FAMILIES[config.raw["model_type"]].keys.items():
+        if (value := read_setting(config.raw, hf_key)) is not None:
+            metadata[gguf_key] = float(value) if gguf_key in _FLOATS else value
     if config.experts:
-        found |= {"expert_count": config.experts.count, "expert_used_count": config.experts.chosen}
-    return {f"{architecture}.{key}": value for key, value in found.items()}
+        metadata["expert_count"] = config.experts.count
+        metadata["expert_used_count"] = config.experts.per_token
+    return {f"{architecture}.{key}": value for key, value in metadata.items()}
 
 
 _FLOATS = {
@@ -189,18 +199,16 @@ _FLOATS = {
 
 
 def _rope_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
-    """The divisors of frequencies, which the format keeps as tensors."""
+    """Return the frequency divisors, which the format keeps as tensors."""
     rope = config.ropes[0]
     if rope.kind == "longrope":
         return {
             f"rope_factors_{size}.weight": np.asarray(rope.get(f"{size}_factor"), np.float32)
             for size in ("long", "short")
         }
-    return (
-        {"rope_freqs.weight": _llama3_divisors(rope, config.head_dim)}
-        if rope.kind == "llama3"
-        else {}
-    )
+    if rope.kind == "llama3":
+        return {"rope_freqs.weight": _llama3_divisors(rope, config.head_dim)}
+    return {}
 
 
 def _llama3_divisors(rope: RopeConfig, head_dim: int) -> np.ndarray:

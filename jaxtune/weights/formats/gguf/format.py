@@ -1,0 +1,126 @@
+"""GGUF as a format of `weights.formats`: a single file with its tokenizer and chat template."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtune.core.tokenizer import Tokenizer
+from jaxtune.models.families.from_hf import from_hf
+from jaxtune.weights.formats.format import ModelContents, ModelFormat
+from jaxtune.weights.formats.gguf import file as gguf_file
+from jaxtune.weights.formats.gguf import models, writer
+from jaxtune.weights.formats.gguf import tokenizer as gguf_tokenizer
+from jaxtune.weights.source import Source, sorted_ids
+from jaxtune.weights.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class GGUFSource(Source):
+    """A GGUF file, with its tokenizer and chat template."""
+
+    file: gguf_file.GGUF
+
+    @property
+    def short_name(self) -> str:
+        """See Source."""
+        return super().short_name.removesuffix(".gguf")
+
+    @property
+    def config_path(self) -> Path:
+        """See Source."""
+        return self.path
+
+    def config_json(self) -> dict[str, Any]:
+        """See Source."""
+        return models.config_json(self.file)
+
+    def tensors(self) -> Tensors:
+        """See Source."""
+        return models.named_tensors(self.file)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """See Source."""
+        if "tokenizer.ggml.tokens" not in self.file.metadata:
+            return None
+        return gguf_tokenizer.read_tokenizer(self.file)
+
+    def stop_ids(self) -> list[int]:
+        """Return the ends of a sequence, of a turn and of a message."""
+        keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+        return sorted_ids([self.file.metadata.get(key) for key in keys])
+
+    def pretrained_arguments(self) -> dict[str, str] | None:
+        """See Source."""
+        return {
+            "pretrained_model_name_or_path": str(self.path.resolve().parent),
+            "gguf_file": self.path.name,
+        }
+
+
+class GGUFFormat(ModelFormat):
+    """A GGUF file, version 3."""
+
+    name = "gguf"
+    description = "A model in GGUF, for llama.cpp and what is built on it."
+    needs = "a .gguf file"
+    dtypes = tuple(writer.MATRIX_TYPES)
+    suffix = ".gguf"
+
+    def recognizes(self, path: Path) -> bool:
+        """See ModelFormat."""
+        return path.is_file() and path.suffix.lower() == self.suffix
+
+    def open(self, path: Path, name: str) -> Source:
+        """See ModelFormat."""
+        return GGUFSource(name, path, gguf_file.open_gguf(path))
+
+    def write(self, path: Path, contents: ModelContents) -> None:
+        """See ModelFormat."""
+        writer.write_gguf(
+            path,
+            contents.tensors,
+            contents.config_json,
+            _tokenizer_metadata(contents),
+            contents.source.short_name,
+            _matrix_dtype(contents),
+        )
+
+    def round_trip(self, contents: ModelContents) -> Tensors:
+        """Return the tensors as stored, with what llama.cpp changes applied and undone.
+
+        Raises:
+            UserError: the format has no place for something in the model.
+
+        """
+        config = from_hf(contents.config_json, contents.source.name)
+        writer.check_expressible(config)
+        dtype = _matrix_dtype(contents)
+        return models.round_trip(
+            contents.tensors, config, lambda tensor, name: writer.as_stored(tensor, name, dtype)
+        )
+
+    def file_name(self, contents: ModelContents) -> str:
+        """See ModelFormat."""
+        return f"{contents.source.short_name}-{_matrix_dtype(contents)}{self.suffix}"
+
+    def usage(self, source: Source) -> str:
+        """See Format."""
+        return super().usage(source).replace("this/directory", "the/file.gguf")
+
+
+FORMAT = GGUFFormat()
+
+
+def _matrix_dtype(contents: ModelContents) -> str:
+    return contents.dtype or contents.tensors["model.embed_tokens.weight"].dtype.name
+
+
+def _tokenizer_metadata(contents: ModelContents) -> dict[str, Any]:
+    source, tokenizer = contents.source, contents.tokenizer
+    if isinstance(source, GGUFSource):
+        metadata = source.file.metadata.items()
+        return {key: value for key, value in metadata if key.startswith("tokenizer.")}
+    if tokenizer is None:
+        return {}
+    vocab_size = contents.config_json["vocab_size"]
+    return gguf_tokenizer.tokenizer_metadata(tokenizer, vocab_size, source.stop_ids())
