@@ -57,11 +57,11 @@ def run(options: argparse.Namespace) -> None:
     from jaxtune.api import generated
     from jaxtune.cli.options import sampling_of, write_json
     from jaxtune.config.schema import DataSection
-    from jaxtune.data.prepare import conversations
+    from jaxtune.data.prepare import read_conversations
     from jaxtune.tracking.progress import Reporter
 
     rows = (
-        list(conversations(DataSection(eval=options.file), "eval", answered=False))
+        list(read_conversations(DataSection(eval=options.file), "eval", answered=False))
         if options.file
         else []
     )

@@ -1,22 +1,23 @@
-"""The examples of a source: tokenized rows cut to length, with an account of what was cut or
-left out.
+"""The examples of a source: tokenized rows truncated to a length, with an account of what was
+truncated or left out.
 """
 
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from jaxtune.data.chat.tokenize import Example
 from jaxtune.data.store import REWRITTEN, TEXT, Store
 
-_BLOCK = 1 << 17  # documents looked at together, so that what is made on the way stays small
+_BLOCK = 1 << 17  # documents looked at together, so that intermediate arrays stay small
 
 
-class SourceShare(NamedTuple):
+@dataclass(frozen=True)
+class SourceShare:
     """Consecutive examples of one source, and how often an epoch shows them."""
 
     count: int
@@ -25,7 +26,7 @@ class SourceShare(NamedTuple):
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples ready for training: cut to length, each with at least one supervised token.
+    """Examples ready for training: truncated, each with at least one supervised token.
 
     Attributes:
         source: what the user named.
@@ -33,17 +34,18 @@ class Examples:
         lengths: positions that each takes in a row: up to the one that predicts its last supervised
             token.
         supervised: supervised tokens of each.
-        parts: how many of them come from each source, and the sources' weights.
+        shares: how many of them come from each source, and the sources' weights.
         rows: rows read.
         formats: the format of each source.
-        truncated: places of rows that lost supervised tokens to the cut.
-        unanswered: places of rows that have nothing supervised at all.
-        cut_off: places of rows whose answers lie wholly beyond the cut.
-        bad: what is wrong with rows that were left out, each with its place.
-        rewritten: rows cut into one example an answer, because the template rewrites earlier turns.
-        stores: the tokenized sources, with the documents of each that were chosen.
+        truncated: locations of rows that lost supervised tokens to the truncation.
+        unanswered: locations of rows that have nothing supervised at all.
+        cut_off: locations of rows whose answers lie wholly beyond the truncation.
+        bad: what is wrong with rows that were left out, each with its location.
+        rewritten: rows split into one example an answer, because the template rewrites earlier
+            turns.
+        stores: the tokenized sources, each with the indices of the documents that are used.
         digest: changes when the tokens change.
-        compared: whether the items are answers side by side (`preference.Compared`).
+        paired: whether the items are answers side by side (`comparisons.AnswerPair`).
 
     """
 
@@ -51,7 +53,7 @@ class Examples:
     items: Sequence[Any]
     lengths: np.ndarray
     supervised: np.ndarray
-    parts: tuple[SourceShare, ...]
+    shares: tuple[SourceShare, ...]
     rows: int = 0
     formats: tuple[str, ...] = ()
     truncated: Sequence[str] = ()
@@ -61,20 +63,20 @@ class Examples:
     rewritten: int = 0
     stores: tuple[tuple[Store, np.ndarray], ...] = field(default=(), repr=False)
     digest: str = ""
-    compared: bool = False
+    paired: bool = False
 
     @property
     def largest_token(self) -> int:
-        """The largest token id; -1 where there is none."""
-        return max((store.about["largest_token"] for store, _ in self.stores), default=-1)
+        """Return the largest token id; -1 where there is none."""
+        return max((store.manifest["largest_token"] for store, _ in self.stores), default=-1)
 
     @property
     def kinds(self) -> set[str]:
-        """What the rows are: `chat`, `plain` (a prompt and its completion) or `text`."""
-        return {kind for store, _ in self.stores for kind in store.about["kinds"]}
+        """Return what the rows are: `chat`, `plain` (a prompt and its completion) or `text`."""
+        return {kind for store, _ in self.stores for kind in store.manifest["kinds"]}
 
     def summary(self) -> dict[str, Any]:
-        """Counts for the terminal, `data.json` and the report."""
+        """Return counts for the terminal, `data.json` and the report."""
         return {
             "source": self.source,
             "format": ", ".join(dict.fromkeys(self.formats)),
@@ -90,14 +92,14 @@ class Examples:
 
 
 def fed_length(example: Example) -> int:
-    """Tokens fed of an example: what follows its last supervised token can change no loss and is
-    not fed.
+    """Return how many tokens of an example are fed: what follows its last supervised token can
+    change no loss and is not fed.
     """
     return int(np.flatnonzero(example.weights)[-1])
 
 
 def in_memory(items: Sequence[Example], source: str = "memory") -> Examples:
-    """Examples that were made elsewhere."""
+    """Return examples that come from no store."""
     lengths = np.array([fed_length(item) for item in items], np.int64)
     supervised = np.array([np.count_nonzero(item.weights[1:]) for item in items], np.int64)
     return Examples(
@@ -105,24 +107,23 @@ def in_memory(items: Sequence[Example], source: str = "memory") -> Examples:
     )
 
 
-def cut(
-    store: Store, chosen: np.ndarray, max_length: int, name: str, weight: float = 1.0
+def build_examples(
+    store: Store, documents: np.ndarray, max_length: int, name: str, weight: float = 1.0
 ) -> Examples:
-    """The examples of a store.
+    """Build the examples of a store.
 
-    A conversation is cut at the end. A text goes on in the next example, which begins with the
-    token the last one ended on, so that each of its tokens is predicted once.
+    A conversation is truncated at its end. A text continues in the next example, which begins with
+    the token the last one ended on, so that each of its tokens is predicted once.
 
     Args:
         store: tokenized rows.
-        chosen: which of its documents to take.
-        max_length: tokens of an example at most; so many are fed and, from the second on,
-            predicted.
+        documents: indices of the documents to use.
+        max_length: most tokens of an example that are fed and, from the second on, predicted.
         name: what the user named.
         weight: passes over them in an epoch.
 
     """
-    windows = Windows(store, chosen, max_length)
+    windows = Windows(store, documents, max_length)
     return Examples(
         name,
         TruncatedExamples(store, windows.document, windows.first, windows.stop),
@@ -130,19 +131,19 @@ def cut(
         windows.supervised,
         (SourceShare(len(windows.lengths), weight),),
         rows=windows.rows,
-        formats=(store.about["format"],),
-        truncated=Places(store, windows.truncated),
-        unanswered=Places(store, windows.unanswered),
-        cut_off=Places(store, windows.cut_off),
-        bad=store.about["bad"],
+        formats=(store.manifest["format"],),
+        truncated=RowLocations(store, windows.truncated),
+        unanswered=RowLocations(store, windows.unanswered),
+        cut_off=RowLocations(store, windows.cut_off),
+        bad=store.manifest["bad"],
         rewritten=windows.rewritten,
-        stores=((store, chosen),),
-        digest=f"{store.about['digest']}:{len(chosen)}:{int(chosen.sum())}",
+        stores=((store, documents),),
+        digest=f"{store.manifest['digest']}:{len(documents)}:{int(documents.sum())}",
     )
 
 
-def joined(examples: Sequence[Examples]) -> Examples:
-    """The examples of several sources, one source after the other."""
+def join_examples(examples: Sequence[Examples]) -> Examples:
+    """Join the examples of several sources, one source after the other."""
     if len(examples) == 1:
         return examples[0]
 
@@ -154,7 +155,7 @@ def joined(examples: Sequence[Examples]) -> Examples:
         chain("items"),
         np.concatenate([part.lengths for part in examples]),
         np.concatenate([part.supervised for part in examples]),
-        tuple(piece for part in examples for piece in part.parts),
+        tuple(share for part in examples for share in part.shares),
         rows=sum(part.rows for part in examples),
         formats=tuple(name for part in examples for name in part.formats),
         truncated=chain("truncated"),
@@ -164,12 +165,17 @@ def joined(examples: Sequence[Examples]) -> Examples:
         rewritten=sum(part.rewritten for part in examples),
         stores=tuple(pair for part in examples for pair in part.stores),
         digest="+".join(part.digest for part in examples),
-        compared=examples[0].compared,
+        paired=examples[0].paired,
     )
 
 
 class Windows:
     """Which tokens of which documents are an example each, for a whole store at once.
+
+    Args:
+        store: tokenized rows.
+        documents: indices of the documents to use.
+        max_length: see `build_examples`.
 
     Attributes:
         document, first, stop: of each example its document and its tokens there.
@@ -179,11 +185,11 @@ class Windows:
 
     """
 
-    def __init__(self, store: Store, chosen: np.ndarray, max_length: int) -> None:
+    def __init__(self, store: Store, documents: np.ndarray, max_length: int) -> None:
         blocks = [
-            _window(store, int(part[0]), int(part[-1]) + 1, part - part[0], max_length)
-            for part in np.split(chosen, range(_BLOCK, len(chosen), _BLOCK))
-            if len(part)
+            _windows_of(store, int(block[0]), int(block[-1]) + 1, block - block[0], max_length)
+            for block in np.split(documents, range(_BLOCK, len(documents), _BLOCK))
+            if len(block)
         ]
 
         def whole(name: str) -> np.ndarray:
@@ -191,21 +197,18 @@ class Windows:
 
         self.document, self.first, self.stop = whole("document"), whole("first"), whole("stop")
         self.lengths, self.supervised = whole("lengths"), whole("supervised")
-        self.truncated, self.unanswered, self.cut_off = (
-            whole("truncated"),
-            whole("unanswered"),
-            whole("cut_off"),
-        )
-        marked = whole("marked")
-        self.rewritten = len(np.unique(store.documents[["file", "line"]][marked]))
-        self.rows = len(chosen) - len(marked) + self.rewritten
+        self.truncated = whole("truncated")
+        self.unanswered, self.cut_off = whole("unanswered"), whole("cut_off")
+        rewritten = whole("rewritten")
+        self.rewritten = len(np.unique(store.documents[["file", "line"]][rewritten]))
+        self.rows = len(documents) - len(rewritten) + self.rewritten
 
 
-def _window(
-    store: Store, begin: int, end: int, chosen: np.ndarray, max_length: int
+def _windows_of(
+    store: Store, begin: int, end: int, selected: np.ndarray, max_length: int
 ) -> dict[str, np.ndarray]:
-    """The part of `Windows` that is made of the chosen documents between `begin` and `end`, in
-    arrays of int32.
+    """Return the part of `Windows` that comes from the selected documents between `begin` and
+    `end`, in arrays of int32; `selected` counts from `begin`.
     """
     records = store.documents[begin:end]
     tokens, spans_before = (
@@ -217,42 +220,42 @@ def _window(
     start, stop = np.maximum(spans["begin"], 1), spans["end"]  # nothing predicts a first token
     text = (records["marks"] & TEXT) > 0
     limit = np.where(text, sizes, np.minimum(sizes, max_length + 1))[owner]
-    whole = _sums(owner, np.maximum(stop - start, 0), len(records))
+    whole = _sum_by(owner, np.maximum(stop - start, 0), len(records))
     inside = np.maximum(np.minimum(stop, limit) - start, 0)
-    within = _sums(owner, inside, len(records))
+    within = _sum_by(owner, inside, len(records))
     last = np.zeros(len(records), np.int64)
     np.maximum.at(last, owner, np.where(inside > 0, np.minimum(stop, limit) - 1, 0))
 
-    taken = chosen[within[chosen] > 0]
-    pieces = np.where(text[taken], -(-(sizes[taken] - 1) // max_length), 1)
-    document = np.repeat(taken, pieces)
-    first = (np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * max_length
+    trained = selected[within[selected] > 0]
+    counts = np.where(text[trained], -(-(sizes[trained] - 1) // max_length), 1)
+    document = np.repeat(trained, counts)
+    first = (np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)) * max_length
     ends = np.minimum(first + max_length + 1, sizes[document])
-    found = {
+    windows = {
         "document": begin + document,
         "first": first,
         "stop": ends,
         "lengths": np.where(text[document], ends - first - 1, last[document]),
         "supervised": np.where(text[document], ends - first - 1, within[document]),
-        "truncated": begin + chosen[within[chosen] < whole[chosen]],
-        "unanswered": begin + chosen[whole[chosen] == 0],
-        "cut_off": begin + chosen[(whole[chosen] > 0) & (within[chosen] == 0)],
-        "marked": begin + chosen[(records["marks"][chosen] & REWRITTEN) > 0],
+        "truncated": begin + selected[within[selected] < whole[selected]],
+        "unanswered": begin + selected[whole[selected] == 0],
+        "cut_off": begin + selected[(whole[selected] > 0) & (within[selected] == 0)],
+        "rewritten": begin + selected[(records["marks"][selected] & REWRITTEN) > 0],
     }
-    store.let_go()
-    return {name: values.astype(np.int32) for name, values in found.items()}
+    store.release()
+    return {name: values.astype(np.int32) for name, values in windows.items()}
 
 
-def _sums(owner: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+def _sum_by(owner: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
     return np.bincount(owner, weights=values, minlength=count).astype(np.int64)
 
 
-class Lazy(Sequence):
-    """A sequence whose elements are made when they are asked for, by `at`."""
+class LazySequence(Sequence):
+    """A sequence whose elements are computed by `at` when they are asked for."""
 
     @abstractmethod
     def at(self, index: int) -> Any:
-        """The element at an index from 0."""
+        """Return the element at an index from 0."""
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -261,8 +264,14 @@ class Lazy(Sequence):
 
 
 @dataclass(frozen=True)
-class TruncatedExamples(Lazy):
-    """Examples read from a store when they are asked for."""
+class TruncatedExamples(LazySequence):
+    """Examples read from a store when they are asked for.
+
+    Attributes:
+        store: tokenized rows.
+        document, first, stop: see `Windows`.
+
+    """
 
     store: Store
     document: np.ndarray
@@ -273,28 +282,24 @@ class TruncatedExamples(Lazy):
         return len(self.document)
 
     def at(self, index: int) -> Any:
-        """See Lazy."""
-        document, first, stop = (
-            int(self.document[index]),
-            int(self.first[index]),
-            int(self.stop[index]),
-        )
+        """Return an `Example`; see `LazySequence`."""
+        document = int(self.document[index])
+        first, stop = int(self.first[index]), int(self.stop[index])
         records, spans = self.store.documents, self.store.spans
         start = int(records["tokens"][document - 1]) if document else 0
+        spans_before = int(records["spans"][document - 1]) if document else 0
         weights = np.zeros(stop - first, np.float32)
-        for span in spans[
-            int(records["spans"][document - 1]) if document else 0 : int(records["spans"][document])
-        ]:
+        for span in spans[spans_before : int(records["spans"][document])]:
             begin, end = max(int(span["begin"]) - first, 0), int(span["end"]) - first
             if end > 0:
                 weights[begin:end] = span["weight"]
-        self.store.let_go()
+        self.store.release()
         return Example(self.store.read(start + first, start + stop), weights)
 
 
 @dataclass(frozen=True)
-class Places(Lazy):
-    """Places of documents, as text."""
+class RowLocations(LazySequence):
+    """Locations of documents, as text."""
 
     store: Store
     documents: np.ndarray
@@ -303,12 +308,12 @@ class Places(Lazy):
         return len(self.documents)
 
     def at(self, index: int) -> Any:
-        """See Lazy."""
-        return str(self.store.place(int(self.documents[index])))
+        """Return a location; see `LazySequence`."""
+        return str(self.store.location(int(self.documents[index])))
 
 
 @dataclass(frozen=True)
-class _Chain(Lazy):
+class _Chain(LazySequence):
     """Sequences one after the other."""
 
     parts: list[Sequence]

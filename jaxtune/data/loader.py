@@ -6,8 +6,8 @@ builds the rows of its own devices, so the sequence of batches is the same for e
 number of processes.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from threading import RLock
 from typing import Any
@@ -21,11 +21,18 @@ from jaxtune.core.errors import UserError
 from jaxtune.core.sharding import axis_size, sharding
 from jaxtune.data.batch import Batch
 from jaxtune.data.examples import Examples
-from jaxtune.data.packing import Epoch, Layout, PackedRow, build_batch, plan_epoch, row_length
+from jaxtune.data.packing import (
+    EpochSchedule,
+    Layout,
+    PackedRow,
+    build_batch,
+    row_length,
+    schedule_epoch,
+)
 
 _EPOCHS_KEPT = 2
 BATCH_AXES = (None, "batch", "seq")
-"""Logical axes of a batch's arrays: micro_batches, rows, tokens."""
+"""Logical axes of a batch's arrays: micro-batches, rows, tokens."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,9 @@ class DeviceBatch:
     Attributes:
         index: its number in the run.
         tokens: tokens of examples in it, over all processes.
-        padding: the positions beside these.
+        padding: positions that hold no token.
         batch: [micro_batches, rows, tokens], rows sharded over the mesh.
+        metrics: what the log shall say of it beside the step's own metrics, such as its rewards.
 
     """
 
@@ -44,6 +52,7 @@ class DeviceBatch:
     tokens: int
     padding: int
     batch: Batch
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class BatchSchedule:
@@ -62,62 +71,66 @@ class BatchSchedule:
     ) -> None:
         self.examples, self.layout = examples, layout
         self._epochs, self._steps = epochs, steps
-        self._planning = RLock()  # the thread that prefetches asks too
-        self._starts = [0]  # number of the first batch of each epoch that was planned so far
-        self.epoch_plan = lru_cache(_EPOCHS_KEPT)(self._plan_epoch)
+        self._lock = RLock()  # the thread that prefetches asks too
+        self._starts = [0]  # number of the first batch of each epoch scheduled so far
+        self.epoch_schedule = lru_cache(_EPOCHS_KEPT)(self._schedule_epoch)
 
-    def _plan_epoch(self, epoch: int) -> Epoch:
-        """The rows of an epoch."""
-        return plan_epoch(self.examples.lengths, self.layout, epoch, self.examples.parts)
+    def _schedule_epoch(self, epoch: int) -> EpochSchedule:
+        return schedule_epoch(self.examples.lengths, self.layout, epoch, self.examples.shares)
 
     def _start(self, epoch: int) -> int:
-        with self._planning:
+        with self._lock:
             while len(self._starts) <= epoch:
-                found = len(self.epoch_plan(len(self._starts) - 1))
-                self._starts.append(self._starts[-1] + found)
+                count = len(self.epoch_schedule(len(self._starts) - 1))
+                self._starts.append(self._starts[-1] + count)
             return self._starts[epoch]
 
     def __len__(self) -> int:
         return self._start(self._epochs) if self._steps is None else self._steps
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """`(epoch, number of the batch in it)`."""
+        """Return `(epoch, number of the batch in it)`."""
         epoch = 0
         while self._start(epoch + 1) <= index:
             epoch += 1
         return epoch, index - self._start(epoch)
 
     def rows(self, index: int) -> list[PackedRow]:
-        """The examples in each row of batch `index`."""
+        """Return the examples in each row of batch `index`."""
         epoch, number = self._locate(index)
-        return self.epoch_plan(epoch).batch(number)
+        return self.epoch_schedule(epoch).batch(number)
 
     def epoch(self, index: int) -> float:
-        """Epochs done after batch `index`, as a fraction."""
+        """Return the epochs done after batch `index`, as a fraction."""
         epoch, number = self._locate(index)
-        return epoch + (number + 1) / len(self.epoch_plan(epoch))
+        return epoch + (number + 1) / len(self.epoch_schedule(epoch))
 
     def shape(self, index: int) -> tuple[int, int]:
-        """Rows and positions of batch `index`."""
+        """Return rows and positions of batch `index`."""
         return self.layout.rows, row_length(self.rows(index), self.examples.lengths, self.layout)
 
-    def batch(self, index: int, wanted: np.ndarray | None = None) -> Batch:
-        """The arrays of batch `index`, [rows, length]; only the rows that are wanted are filled."""
+    def batch(self, index: int, row_mask: np.ndarray | None = None) -> Batch:
+        """Build the arrays of batch `index`, [rows, length].
+
+        Args:
+            index: number of the batch.
+            row_mask: which rows to fill, bool [rows]; all by default.
+
+        """
         shape, lengths = self.shape(index), self.examples.lengths
-        segments = (
-            2 * (shape[1] // int(lengths.min()) if self.layout.packing else 1)
-            if self.examples.compared
-            else 0
-        )
-        return build_batch(self.rows(index), self.examples.items, lengths, shape, wanted, segments)
+        segments = 0
+        if self.examples.paired:
+            segments = 2 * (shape[1] // int(lengths.min()) if self.layout.packing else 1)
+        rows = self.rows(index)
+        return build_batch(rows, self.examples.items, lengths, shape, row_mask, segments)
 
     def tokens(self, index: int) -> int:
-        """Tokens of examples in batch `index`."""
+        """Return the tokens of examples in batch `index`."""
         return int(sum(self.examples.lengths[list(row)].sum() for row in self.rows(index)))
 
     def efficiency(self) -> float:
-        """Share of the positions of the first epoch that hold a token."""
-        epoch = self.epoch_plan(0)
+        """Return the share of the positions of the first epoch that hold a token."""
+        epoch = self.epoch_schedule(0)
         if self.layout.packing:
             return float(
                 self.examples.lengths[epoch.members].sum()
@@ -131,12 +144,12 @@ class BatchSchedule:
 
 
 def batches(
-    plan: BatchSchedule, start: int, micro_batches: int, mesh: Mesh, ahead: int = 2
+    schedule: BatchSchedule, start: int, micro_batches: int, mesh: Mesh, ahead: int = 2
 ) -> Iterator[DeviceBatch]:
-    """The batches from `start` to the end, cut for accumulation, prefetched.
+    """Yield the batches from `start` to the end, split into micro-batches, prefetched.
 
     Args:
-        plan: the sequence.
+        schedule: the sequence.
         start: index of the first batch.
         micro_batches: micro-batches per batch.
         mesh: the mesh over which rows are sharded.
@@ -145,28 +158,29 @@ def batches(
     """
     import grain
 
-    wanted = local_rows(plan.layout.rows, micro_batches, mesh)
+    row_mask = local_rows(schedule.layout.rows, micro_batches, mesh)
 
     def load(index: Any) -> tuple[int, Batch]:
-        return int(index), plan.batch(int(index), wanted)
+        return int(index), schedule.batch(int(index), row_mask)
 
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)
-    for index, batch in grain.MapDataset.range(start, len(plan)).map(load).to_iter_dataset(options):
-        tokens = plan.tokens(index)
+    numbers = grain.MapDataset.range(start, len(schedule))
+    for index, batch in numbers.map(load).to_iter_dataset(options):
+        tokens = schedule.tokens(index)
         yield DeviceBatch(
             index, tokens, batch.input_ids.size - tokens, on_devices(batch, micro_batches, mesh)
         )
 
 
 def on_devices(batch: Batch, micro_batches: int, mesh: Mesh) -> Batch:
-    """The batch as device arrays [micro_batches, rows, tokens], sharded over the mesh; a process
-    gives what its own devices hold.
+    """Return the batch as device arrays [micro_batches, rows, tokens], sharded over the mesh; a
+    process gives what its own devices hold.
     """
 
     def put(part: np.ndarray) -> jax.Array:
-        cut = part.reshape(micro_batches, part.shape[0] // micro_batches, *part.shape[1:])
+        split = part.reshape(micro_batches, part.shape[0] // micro_batches, *part.shape[1:])
         return jax.make_array_from_callback(
-            cut.shape, sharding(mesh, BATCH_AXES, cut.shape), lambda index: cut[index]
+            split.shape, sharding(mesh, BATCH_AXES, split.shape), lambda index: split[index]
         )
 
     return jax.tree.map(put, batch)
@@ -175,7 +189,7 @@ def on_devices(batch: Batch, micro_batches: int, mesh: Mesh) -> Batch:
 def batch_shapes(
     shape: tuple[int, int], micro_batches: int, mesh: Mesh, segments: int = 0
 ) -> Batch:
-    """What `on_devices` gives for a batch of this many rows and tokens a row, as shapes.
+    """Return the shapes of what `on_devices` returns for a batch of this shape.
 
     Args:
         shape: rows, tokens.
@@ -196,20 +210,20 @@ def batch_shapes(
 
 
 def local_rows(rows: int, micro_batches: int, mesh: Mesh) -> np.ndarray:
-    """Which rows of a batch lie on devices of this process, bool [rows]."""
-    found = np.zeros((micro_batches, rows // micro_batches), bool)
-    place = sharding(mesh, BATCH_AXES[:2], found.shape)
-    for index in place.addressable_devices_indices_map(found.shape).values():
-        found[index or ...] = True
-    return found.reshape(-1)
+    """Return which rows of a batch lie on devices of this process, bool [rows]."""
+    local = np.zeros((micro_batches, rows // micro_batches), bool)
+    batch_sharding = sharding(mesh, BATCH_AXES[:2], local.shape)
+    for index in batch_sharding.addressable_devices_indices_map(local.shape).values():
+        local[index or ...] = True
+    return local.reshape(-1)
 
 
 def check_divides(config: Config, mesh: Mesh) -> None:
-    """Rows that are computed together must divide over the devices that share a batch, and a row's
+    """Check that the rows computed together divide over the devices that share a batch, and a row's
     tokens over the context axis.
 
     Raises:
-        UserError: they do not; with the nearest number that does.
+        UserError: they do not; with the nearest numbers that do.
 
     """
     train, size = config.train, config.data.max_length

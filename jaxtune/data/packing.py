@@ -1,5 +1,5 @@
-"""Which examples share a row and which rows share a batch: a plan of the epoch, known before it
-begins.
+"""Which examples share a row and which rows share a batch: the schedule of an epoch, known before
+it begins.
 """
 
 import bisect
@@ -12,35 +12,18 @@ import numpy as np
 from jaxtune.core.errors import RunError
 from jaxtune.data.batch import Batch
 from jaxtune.data.chat.tokenize import Example
+from jaxtune.data.comparisons import AnswerPair
 from jaxtune.data.examples import SourceShare, fed_length
-from jaxtune.data.formats.preference import Compared
 
-LOOK_AHEAD, OPEN_ROWS = 2048, 128
+_LOOK_AHEAD, _OPEN_ROWS = 2048, 128
 _BUCKETS = (
-    32,
-    64,
-    96,
-    128,
-    192,
-    256,
-    384,
-    512,
-    768,
-    1024,
-    1536,
-    2048,
-    3072,
-    4096,
-    6144,
-    8192,
-    12288,
-    16384,
-    24576,
-    32768,
-)
+    32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288,
+    16384, 24576, 32768,
+)  # fmt: skip
 _SORTED_TOGETHER = 64
 
 PackedRow = tuple[int, ...]
+"""The examples that share a row."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +34,7 @@ class Layout:
         rows: rows per batch.
         max_length: longest row.
         packing: whether examples share rows.
-        shuffle: whether the order is drawn by seed and epoch.
+        shuffle: whether the order is drawn from seed and epoch.
         seed: seed of the order.
 
     """
@@ -64,7 +47,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Epoch:
+class EpochSchedule:
     """The rows of one pass over the data, in order.
 
     Attributes:
@@ -82,73 +65,71 @@ class Epoch:
         return -(-len(self.ends) // self.rows)
 
     def batch(self, index: int) -> list[PackedRow]:
-        """The rows of a batch; of the last one there may be fewer."""
-        chosen = range(index * self.rows, min((index + 1) * self.rows, len(self.ends)))
+        """Return the rows of a batch; the last one may have fewer."""
+        numbers = range(index * self.rows, min((index + 1) * self.rows, len(self.ends)))
         return [
             tuple(self.members[self.ends[row - 1] if row else 0 : self.ends[row]].tolist())
-            for row in chosen
+            for row in numbers
         ]
 
 
-def plan_epoch(
-    lengths: np.ndarray, layout: Layout, epoch: int, parts: Sequence[SourceShare] = ()
-) -> Epoch:
-    """Every example once (of a source of weight w, w times), in batches of rows.
+def schedule_epoch(
+    lengths: np.ndarray, layout: Layout, epoch: int, shares: Sequence[SourceShare] = ()
+) -> EpochSchedule:
+    """Schedule every example once (those of a source of weight w, w times), in batches of rows.
 
     Args:
         lengths: positions that each example takes.
         layout: see `Layout`.
         epoch: number of the epoch from 0.
-        parts: the sources that the examples come from; all of weight 1 where it is empty.
+        shares: the sources that the examples come from; all of weight 1 where it is empty.
 
     """
     random = np.random.Generator(np.random.PCG64([layout.seed, epoch]))
-    order = _drawn(len(lengths), parts, layout.seed, epoch)
+    order = _draw(len(lengths), shares, layout.seed, epoch)
     if layout.shuffle:
         order = random.permutation(order)
     if layout.packing:
-        return _rows(order, _best_fit(order, lengths, layout.max_length), layout, random)
+        return _pack(order, _best_fit(order, lengths, layout.max_length), layout, random)
     if layout.shuffle:
-        order = _by_length(order, lengths, layout.rows, random)
-    return Epoch(order, np.arange(1, len(order) + 1), layout.rows)
+        order = _sort_by_length(order, lengths, layout.rows, random)
+    return EpochSchedule(order, np.arange(1, len(order) + 1), layout.rows)
 
 
-def _drawn(count: int, parts: Sequence[SourceShare], seed: int, epoch: int) -> np.ndarray:
-    """The examples that an epoch shows, before they are put in order.
+def _draw(count: int, shares: Sequence[SourceShare], seed: int, epoch: int) -> np.ndarray:
+    """Return the examples that an epoch shows, before they are put in order.
 
     A source of weight w is gone through again and again, each time in another order, and an epoch
     takes the next w of a pass: so after 1/w epochs each of its examples was seen, and none twice.
     """
-    if all(part.weight == 1 for part in parts):
+    if all(share.weight == 1 for share in shares):
         return np.arange(count)
-    found, start = [], 0
-    for number, part in enumerate(parts):
-        begin, end = (math.ceil(part.weight * part.count * at) for at in (epoch, epoch + 1))
+    drawn, start = [], 0
+    for number, share in enumerate(shares):
+        begin, end = (math.ceil(share.weight * share.count * at) for at in (epoch, epoch + 1))
         while begin < end:
-            turn, offset = divmod(begin, part.count)
-            order = np.random.Generator(np.random.PCG64([seed, number, turn, 1])).permutation(
-                part.count
-            )
-            taken = order[offset : offset + end - begin]
-            found.append(start + taken)
-            begin += len(taken)
-        start += part.count
-    return np.concatenate([np.zeros(0, np.int64), *found])
+            turn, offset = divmod(begin, share.count)
+            random = np.random.Generator(np.random.PCG64([seed, number, turn, 1]))
+            next_ones = random.permutation(share.count)[offset : offset + end - begin]
+            drawn.append(start + next_ones)
+            begin += len(next_ones)
+        start += share.count
+    return np.concatenate([np.zeros(0, np.int64), *drawn])
 
 
 def _best_fit(order: np.ndarray, lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The number of the row that each place of `order` goes to, by best-fit decreasing with a
-    bounded look-ahead.
+    """Return the number of the row that each example of `order` goes to, by best-fit decreasing
+    with a bounded look-ahead.
 
-    Of each `LOOK_AHEAD` examples the longest goes first, each to the open row that it fills best;
-    then all but the `OPEN_ROWS` emptiest rows are closed.
+    Of each `_LOOK_AHEAD` examples the longest goes first, each to the open row that it fills best;
+    then all but the `_OPEN_ROWS` emptiest rows are closed.
     """
     rows = np.zeros(len(order), np.int32)
     free: list[tuple[int, int]] = []  # (space left, number of the row), sorted
     count = 0
-    for start in range(0, len(order), LOOK_AHEAD):
-        ahead = start + np.argsort(-lengths[order[start : start + LOOK_AHEAD]], kind="stable")
-        chosen = []
+    for start in range(0, len(order), _LOOK_AHEAD):
+        ahead = start + np.argsort(-lengths[order[start : start + _LOOK_AHEAD]], kind="stable")
+        assigned = []
         for need in lengths[order[ahead]].tolist():
             at = bisect.bisect_left(free, (need, -1))
             if at < len(free):
@@ -156,16 +137,16 @@ def _best_fit(order: np.ndarray, lengths: np.ndarray, capacity: int) -> np.ndarr
             else:
                 space, row, count = capacity, count, count + 1
             bisect.insort(free, (space - need, row))
-            chosen.append(row)
-        rows[ahead] = chosen
-        del free[: max(len(free) - OPEN_ROWS, 0)]
+            assigned.append(row)
+        rows[ahead] = assigned
+        del free[: max(len(free) - _OPEN_ROWS, 0)]
     return rows
 
 
-def _rows(
+def _pack(
     order: np.ndarray, row_of: np.ndarray, layout: Layout, random: np.random.Generator
-) -> Epoch:
-    """The packed rows, shuffled or else in the order of their first examples."""
+) -> EpochSchedule:
+    """Return the packed rows, shuffled or else in the order of their first examples."""
     _, first, row_of, sizes = np.unique(
         row_of, return_index=True, return_inverse=True, return_counts=True
     )
@@ -174,14 +155,14 @@ def _rows(
         len(sizes)
     )
     members = order[np.argsort(rank[row_of], kind="stable")]
-    return Epoch(members, np.cumsum(sizes[np.argsort(rank)]), layout.rows)
+    return EpochSchedule(members, np.cumsum(sizes[np.argsort(rank)]), layout.rows)
 
 
-def _by_length(
+def _sort_by_length(
     order: np.ndarray, lengths: np.ndarray, rows: int, random: np.random.Generator
 ) -> np.ndarray:
-    """Examples of like length share a batch: within stretches of so many batches they are
-    sorted, and then the batches are shuffled.
+    """Reorder examples so that those of similar length share a batch: they are sorted within
+    stretches of `_SORTED_TOGETHER` batches, and then the batches are shuffled.
     """
     stretch = rows * _SORTED_TOGETHER
     order = np.concatenate(
@@ -197,8 +178,8 @@ def _by_length(
 
 
 def row_length(rows: Sequence[PackedRow], lengths: np.ndarray, layout: Layout) -> int:
-    """Tokens per row of a batch: the maximum where rows are packed, else the next of a few
-    sizes, so that shapes stay few.
+    """Return the tokens per row of a batch: the maximum where rows are packed, else the next of a
+    few sizes, so that there are few shapes.
     """
     if layout.packing:
         return layout.max_length
@@ -210,20 +191,20 @@ def row_length(rows: Sequence[PackedRow], lengths: np.ndarray, layout: Layout) -
 
 def build_batch(
     rows: Sequence[PackedRow],
-    examples: Sequence[Example | Compared],
+    examples: Sequence[Example | AnswerPair],
     lengths: np.ndarray,
     shape: tuple[int, int],
-    wanted: np.ndarray | None = None,
+    row_mask: np.ndarray | None = None,
     segments: int = 0,
 ) -> Batch:
-    """The arrays of a batch; rows that are not there are padding.
+    """Build the arrays of a batch; missing rows are padding.
 
     Args:
         rows: the examples of each row.
         examples: all examples.
         lengths: positions that each takes.
         shape: rows and positions of the batch.
-        wanted: which rows to fill, where another process fills the others; all by default.
+        row_mask: which rows to fill, where another process fills the others; all by default.
         segments: where answers are compared, how many a row may hold.
 
     Raises:
@@ -242,29 +223,30 @@ def build_batch(
         labels if segments else None,
     )
     for number, row in enumerate(rows):
-        if wanted is not None and not wanted[number]:
+        if row_mask is not None and not row_mask[number]:
             continue
         at = segment = 0
         for index in row:
             item = examples[index]
-            if isinstance(item, Compared):
+            if isinstance(item, AnswerPair):
                 labels[number, segment : segment + 2] = item.labels
-                parts = [(part, fed_length(part)) for part in item.parts]
+                parts = [(answer, fed_length(answer)) for answer in item.answers]
             else:
                 parts = [(item, int(lengths[index]))]
             for example, size in parts:
                 segment += 1
-                _lay(batch, (number, slice(at, at + size)), example, size, segment)
+                _place(batch, (number, slice(at, at + size)), example, segment)
                 at += size
-    if wanted is None and not batch.weights.any():
+    if row_mask is None and not batch.weights.any():
         raise RunError("A batch has no supervised token, so its loss is not defined.")
     return batch
 
 
-def _lay(batch: Batch, place: tuple[int, slice], example: Example, size: int, segment: int) -> None:
-    """Put the fed part of an example in its place."""
-    batch.input_ids[place] = example.ids[:size]
-    batch.target_ids[place] = example.ids[1 : size + 1]
-    batch.weights[place] = example.weights[1 : size + 1]
-    batch.segment_ids[place] = segment
-    batch.positions[place] = np.arange(size)
+def _place(batch: Batch, where: tuple[int, slice], example: Example, segment: int) -> None:
+    """Write the fed part of an example into its place: a row, and positions there."""
+    size = where[1].stop - where[1].start
+    batch.input_ids[where] = example.ids[:size]
+    batch.target_ids[where] = example.ids[1 : size + 1]
+    batch.weights[where] = example.weights[1 : size + 1]
+    batch.segment_ids[where] = segment
+    batch.positions[where] = np.arange(size)

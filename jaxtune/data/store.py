@@ -1,7 +1,8 @@
 """Tokenized rows on disk: written once as they stream by, memory-mapped afterwards.
 
-A store is a directory that takes its name when it is whole, so a crash leaves nothing half-written
-under that name, and of two processes that make the same one the first wins and the second uses it.
+A store is a directory that takes its name when it is complete, so a crash leaves nothing
+half-written under that name, and of two processes that write the same one the first wins and the
+second uses it.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,12 +23,13 @@ import numpy as np
 
 from jaxtune.core.errors import UserError
 from jaxtune.core.files import cache_root, read_json
+from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.data.batch import CHOSEN, REJECTED
 from jaxtune.data.chat.tokenize import Document
 from jaxtune.data.sources.row import RowLocation
 
 VERSION = 1
-"""Raised whenever the same rows would give other files."""
+"""Increased whenever the same rows would give other files."""
 
 TEXT, REWRITTEN, TWO_BOS, NOT_ENDED, GOOD, BAD = 1, 2, 4, 8, 16, 32
 """Marks of a document: raw text; one answer's part of a row; begins with BOS twice; its last
@@ -35,26 +37,17 @@ answer has no end-of-turn token; where answers are compared, a preferred or good
 or bad one.
 """
 
-_DOCUMENT = np.dtype(
-    [
-        ("tokens", "<i8"),
-        ("spans", "<i8"),
-        ("file", "<i4"),
-        ("line", "<i8"),
-        ("row", "<u8"),
-        ("prompt", "<u8"),
-        ("answer", "<u8"),
-        ("marks", "<u4"),
-    ]
-)  # tokens and spans are those of all documents up to and with this one
+# `tokens` and `spans` count those of all documents up to and including this one.
+_DOCUMENT = np.dtype([
+    ("tokens", "<i8"), ("spans", "<i8"), ("file", "<i4"), ("line", "<i8"),
+    ("row", "<u8"), ("prompt", "<u8"), ("answer", "<u8"), ("marks", "<u4"),
+])  # fmt: skip
 _SPAN = np.dtype([("begin", "<i4"), ("end", "<i4"), ("weight", "<f4")])
-_MANIFEST, _PARTS = (
-    "manifest.json",
-    {"ids": np.dtype("<i4"), "documents": _DOCUMENT, "spans": _SPAN},
-)
+_MANIFEST = "manifest.json"
+_ARRAYS = {"ids": np.dtype("<i4"), "documents": _DOCUMENT, "spans": _SPAN}
 _UNFINISHED = ".unfinished."
 _STALE_SECONDS = 24 * 3600
-_LARGEST = 50 << 30
+_MOST_BYTES = 50 << 30
 
 
 @dataclass(frozen=True)
@@ -63,43 +56,43 @@ class Store:
 
     Attributes:
         path: the directory.
-        about: the format, the kinds of rows (text, plain or chat), bad rows, the largest token, a
-            digest of the contents.
+        manifest: the format, the kinds of rows (text, plain or chat), bad rows, the largest token,
+            a digest of the contents.
 
     """
 
     path: Path
-    about: dict[str, Any]
+    manifest: dict[str, Any]
 
     @cached_property
     def ids(self) -> np.ndarray:
-        """All tokens, int32."""
+        """Return all tokens, int32."""
         return self._array("ids")
 
     @cached_property
     def documents(self) -> np.ndarray:
-        """A record a document."""
+        """Return a record a document."""
         return self._array("documents")
 
     @cached_property
     def spans(self) -> np.ndarray:
-        """A record a supervised range of tokens: begin and end in its document, weight."""
+        """Return a record a supervised range of tokens: begin and end in its document, weight."""
         return self._array("spans")
 
-    def place(self, document: int) -> RowLocation:
-        """Where a document comes from."""
+    def location(self, document: int) -> RowLocation:
+        """Return where a document comes from."""
         record = self.documents[document]
-        return RowLocation(self.about["files"][record["file"]], int(record["line"]))
+        return RowLocation(self.manifest["files"][record["file"]], int(record["line"]))
 
     def read(self, begin: int, end: int) -> np.ndarray:
-        """A copy of the tokens from `begin` to before `end`."""
-        found = np.array(self.ids[begin:end])
-        self.let_go("ids")
-        return found
+        """Return a copy of the tokens from `begin` to before `end`."""
+        tokens = np.array(self.ids[begin:end])
+        self.release("ids")
+        return tokens
 
-    def let_go(self, *names: str) -> None:
-        """Keep no page in memory of what was read of these files, by default of the records; a file
-        that was gone through would count as ours whole.
+    def release(self, *names: str) -> None:
+        """Drop the pages read of these files from memory, by default those of the records and
+        spans: else a file read to its end would count as the process's memory in full.
         """
         for name in names or ("documents", "spans"):
             if name in self._maps:
@@ -107,23 +100,21 @@ class Store:
 
     @cached_property
     def _maps(self) -> dict[str, mmap.mmap]:
-        found = {}
-        for name in _PARTS:
-            if self.about["counts"][name]:  # nothing cannot be mapped
+        maps = {}
+        for name in _ARRAYS:
+            if self.manifest["counts"][name]:  # an empty file cannot be mapped
                 with (self.path / name).open("rb") as file:
-                    found[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return found
+                    maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return maps
 
     def _array(self, name: str) -> np.ndarray:
-        return (
-            np.frombuffer(self._maps[name], _PARTS[name])
-            if name in self._maps
-            else np.zeros(0, _PARTS[name])
-        )
+        if name not in self._maps:
+            return np.zeros(0, _ARRAYS[name])
+        return np.frombuffer(self._maps[name], _ARRAYS[name])
 
 
 class Writer:
-    """Files of a store in the making.
+    """Writes the files of a store.
 
     Args:
         directory: an empty directory.
@@ -131,10 +122,10 @@ class Writer:
 
     """
 
-    def __init__(self, directory: Path, tokenizer: Any) -> None:
+    def __init__(self, directory: Path, tokenizer: Tokenizer) -> None:
         self._directory = directory
-        self._files: dict[str, BinaryIO] = {name: (directory / name).open("wb") for name in _PARTS}
-        self._counts = dict.fromkeys(_PARTS, 0)
+        self._files: dict[str, BinaryIO] = {name: (directory / name).open("wb") for name in _ARRAYS}
+        self._counts = dict.fromkeys(_ARRAYS, 0)
         self._names: dict[str, int] = {}
         self._digest = hashlib.blake2b(digest_size=16)
         self._largest = -1
@@ -151,12 +142,10 @@ class Writer:
         tokens, ranges = self._counts["ids"], self._counts["spans"]
         for document in documents:
             conversation = document.conversation
-            place = (
-                conversation.place
-                if isinstance(conversation.place, RowLocation)
-                else RowLocation(str(conversation.place), 0)
-            )
-            name = self._names.setdefault(place.file, len(self._names))
+            location = conversation.location
+            if not isinstance(location, RowLocation):
+                location = RowLocation(str(location), 0)
+            file = self._names.setdefault(location.file, len(self._names))
             self._kinds.add(
                 "text" if conversation.text else "plain" if conversation.plain else "chat"
             )
@@ -164,25 +153,29 @@ class Writer:
             ranges += len(document.spans)
             ids.append(document.ids)
             spans += [(span.begin, span.end, span.weight) for span in document.spans]
-            records.append(
-                (tokens, ranges, name, place.line, *conversation.digests(), self._marks(document))
-            )
+            digests = conversation.digests()
+            records.append((tokens, ranges, file, location.line, *digests, self._marks(document)))
         if not records:
             return
-        joined = np.concatenate(ids)
-        self._largest = max(self._largest, int(joined.max(initial=-1)))
-        self._write("ids", joined)
+        all_ids = np.concatenate(ids)
+        self._largest = max(self._largest, int(all_ids.max(initial=-1)))
+        self._write("ids", all_ids)
         self._write("spans", np.array(spans, _SPAN))
         self._write("documents", np.array(records, _DOCUMENT))
 
     @property
     def tokens(self) -> int:
-        """Tokens written."""
+        """Return the number of tokens written."""
         return self._counts["ids"]
 
-    def close(self, about: dict[str, Any]) -> None:
-        """Write the manifest and let nothing of it be lost."""
-        whole = about | {
+    def close(self, entries: dict[str, Any]) -> None:
+        """Write the manifest and flush all files to disk.
+
+        Args:
+            entries: what else the manifest holds: the source, the format and the bad rows.
+
+        """
+        manifest = entries | {
             "version": VERSION,
             "counts": self._counts,
             "files": list(self._names),
@@ -191,7 +184,7 @@ class Writer:
             "kinds": sorted(self._kinds),
         }
         with (self._directory / _MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump(whole, file)
+            json.dump(manifest, file)
             file.flush()
             os.fsync(file.fileno())
         for file in self._files.values():
@@ -205,7 +198,7 @@ class Writer:
             file.close()
 
     def _write(self, name: str, values: np.ndarray) -> None:
-        data = values.astype(_PARTS[name], copy=False).tobytes()
+        data = values.astype(_ARRAYS[name], copy=False).tobytes()
         self._files[name].write(data)
         self._counts[name] += len(values)
         if name != "documents":
@@ -216,50 +209,44 @@ class Writer:
         marks = TEXT if document.conversation.text else 0
         marks |= REWRITTEN if document.rewritten else 0
         marks |= {CHOSEN: GOOD, REJECTED: BAD}.get(document.conversation.label, 0)
-        marks |= (
-            TWO_BOS
-            if self._bos is not None and len(ids) > 1 and ids[0] == ids[1] == self._bos
-            else 0
-        )
-        return marks | (
-            NOT_ENDED if spans and int(ids[spans[-1].end - 1]) not in self._special else 0
-        )
+        if self._bos is not None and len(ids) > 1 and ids[0] == ids[1] == self._bos:
+            marks |= TWO_BOS
+        if spans and int(ids[spans[-1].end - 1]) not in self._special:
+            marks |= NOT_ENDED
+        return marks
 
 
 def cache_directory() -> Path:
-    """Where stores are kept."""
+    """Return where stores are kept."""
     return cache_root() / "tokens"
 
 
 def open_store(path: Path) -> Store | None:
-    """The store at `path`; None where there is none that is whole."""
+    """Return the store at `path`; None where there is none that is complete."""
     try:
-        about = read_json(path / _MANIFEST)
-        sizes = {name: (path / name).stat().st_size for name in _PARTS}
+        manifest = read_json(path / _MANIFEST)
+        sizes = {name: (path / name).stat().st_size for name in _ARRAYS}
     except (UserError, OSError):
         return None
-    if about.get("version") != VERSION or any(
-        sizes[name] != about["counts"][name] * kind.itemsize for name, kind in _PARTS.items()
+    if manifest.get("version") != VERSION or any(
+        sizes[name] != manifest["counts"][name] * kind.itemsize for name, kind in _ARRAYS.items()
     ):
         return None
     with suppress(OSError):
         os.utime(path)  # the least recently used go first when room is needed
-    store = Store(path, about)
+    store = Store(path, manifest)
     try:
-        _ = (
-            store.ids,
-            store.documents,
-            store.spans,
-        )  # opened now: another process that makes room may remove the names
+        # Opened now: another process that makes room may remove the names.
+        _ = store.ids, store.documents, store.spans
     except OSError:
         return None
     return store
 
 
 @contextmanager
-def new_store(path: Path, tokenizer: Any) -> Any:
-    """A `Writer` for a store that takes the name `path` when the block has called its `close` and
-    ends.
+def new_store(path: Path, tokenizer: Tokenizer) -> Iterator[Writer]:
+    """Give a `Writer` for a store that takes the name `path` at the end of the block, which must
+    have called `close`.
 
     Raises:
         UserError: there is no room, or no right to write.
@@ -267,7 +254,7 @@ def new_store(path: Path, tokenizer: Any) -> Any:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _tidy(path.parent)
+        _make_room(path.parent)
         staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=_UNFINISHED))
     except OSError as error:
         raise UserError(
@@ -279,9 +266,7 @@ def new_store(path: Path, tokenizer: Any) -> Any:
         writer = Writer(staging, tokenizer)
         yield writer
         if open_store(path) is None:
-            shutil.rmtree(
-                path, ignore_errors=True
-            )  # what is there is not whole, or of another version
+            shutil.rmtree(path, ignore_errors=True)  # incomplete, or of another version
             try:
                 os.replace(staging, path)
             except OSError:
@@ -298,10 +283,8 @@ def new_store(path: Path, tokenizer: Any) -> Any:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _tidy(directory: Path) -> None:
-    """Remove what crashes left behind and, beyond 50 GiB, the stores that were not used for
-    longest.
-    """
+def _make_room(directory: Path) -> None:
+    """Remove what crashes left behind and, beyond 50 GiB, the stores least recently used."""
     entries = []
     for entry in directory.iterdir():
         try:
@@ -313,18 +296,13 @@ def _tidy(directory: Path) -> None:
                 if time.time() - newest > _STALE_SECONDS:
                     shutil.rmtree(entry, ignore_errors=True)
             else:
-                entries.append(
-                    (
-                        entry.stat().st_mtime,
-                        sum(file.stat().st_size for file in entry.iterdir()),
-                        entry,
-                    )
-                )
-        except OSError:  # another process is tidying too
+                size = sum(file.stat().st_size for file in entry.iterdir())
+                entries.append((entry.stat().st_mtime, size, entry))
+        except OSError:  # another process makes room too
             continue
     total = sum(size for _, size, _ in entries)
     for _, size, entry in sorted(entries):
-        if total <= _LARGEST:
+        if total <= _MOST_BYTES:
             break
         shutil.rmtree(entry, ignore_errors=True)
         total -= size

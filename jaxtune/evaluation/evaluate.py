@@ -20,7 +20,7 @@ from jaxtune.data.examples import Examples
 from jaxtune.data.formats.conversation import Conversation
 from jaxtune.data.loader import BatchSchedule
 from jaxtune.data.packing import Layout
-from jaxtune.data.prepare import conversations, prepare
+from jaxtune.data.prepare import prepare, read_conversations
 from jaxtune.data.sources.row import RowError, RowErrors
 from jaxtune.evaluation import metrics
 from jaxtune.evaluation.likelihood import likelihoods
@@ -143,17 +143,19 @@ def evaluate(
     if asked.task not in TASKS:
         raise UserError(f"--task {asked.task}: unknown; there are {', '.join(TASKS)}.")
     problems = RowErrors(data.on_error)
-    rows = list(conversations(data, "eval", problems))
+    rows = list(read_conversations(data, "eval", problems))
     name = ", ".join(entry.source for entry in data.entries("eval") or data.entries("train"))
     if not rows:
-        raise UserError(f"{name} has no row to evaluate on. {listed(problems.found, 3)}".rstrip())
+        raise UserError(
+            f"{name} has no row to evaluate on. {listed(problems.messages, 3)}".rstrip()
+        )
     task = detect(rows) if asked.task == "auto" else asked.task
     check(task, rows)
     judge = _Judge(model, tokenizer, stop_ids, data, rows, replace(asked, task=task))
     found = judge.by_likelihood(name) if task in (CLASSIFICATION, CHOICE) else judge.by_text()
     return (
-        replace(found, further={"bad": len(problems.found), **found.further})
-        if problems.found
+        replace(found, further={"bad": len(problems.messages), **found.further})
+        if problems.messages
         else found
     )
 
@@ -317,7 +319,7 @@ class _Judge:
     def _predictions(self, said: dict[str, list[Any]]) -> list[dict[str, Any]]:
         return [
             {
-                "place": str(row.place),
+                "place": str(row.location),
                 "prompt": row.prompt,
                 "wanted": row.answer,
                 **{name: values[number] for name, values in said.items()},
@@ -380,7 +382,7 @@ def _continuations(
         ids = document.ids[: document.spans[-1].end].tolist()
         if ids[: len(prompt)] != prompt:
             raise UserError(
-                f"{row.place}: the chat template's prompt is not a prefix of the answered chat, "
+                f"{row.location}: the chat template's prompt is not a prefix of the answered chat, "
                 "so an answer cannot be scored."
             )
         found.append(ids[len(prompt) :])

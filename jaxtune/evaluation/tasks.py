@@ -47,11 +47,13 @@ def check(task: str, rows: Sequence[Conversation]) -> None:
     for row in rows:
         if task != LM and (row.answer is None or row.text):
             raise UserError(
-                f"{row.place}: the row does not end with an assistant's answer, which the task "
+                f"{row.location}: the row does not end with an assistant's answer, which the task "
                 f"{task} needs."
             )
         if task == CHOICE and row.answer not in row.choices:
-            raise UserError(f"{row.place}: the row has no 'choices', which the task {task} needs.")
+            raise UserError(
+                f"{row.location}: the row has no 'choices', which the task {task} needs."
+            )
 
 
 def classes(rows: Sequence[Conversation], path: str) -> list[str]:

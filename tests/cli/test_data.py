@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxtune.cli.main import main
-from jaxtune.data.inspect import histogram
+from jaxtune.data.inspect import length_histogram
 from tests.support import tools
 
 ROWS = [
@@ -150,13 +150,13 @@ def test_templates_that_look_wrong(template, eos, keys, expected, data, tmp_path
 
 def test_histogram():
     lengths = np.array([1, 10, 11, 95, 96, 120])
-    found = histogram(lengths)
+    found = length_histogram(lengths)
     assert found == {
         "edges": list(range(0, 121, 10)),
         "counts": [2, 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 1],
     }
     for values in ([1], [5, 5], [1, 1_000_000], [128, 128, 4096]):
-        found = histogram(np.array(values))
+        found = length_histogram(np.array(values))
         assert sum(found["counts"]) == len(values)
         assert len(found["counts"]) <= 13
         assert found["edges"][0] < min(values)

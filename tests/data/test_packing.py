@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from jaxtune.data.chat.tokenize import Example
 from jaxtune.data.examples import SourceShare, in_memory
 from jaxtune.data.loader import BatchSchedule
-from jaxtune.data.packing import Layout, plan_epoch
+from jaxtune.data.packing import Layout, schedule_epoch
 
 
 @settings(max_examples=50, deadline=None)
@@ -24,7 +24,7 @@ def test_weights_of_a_mixture_are_passes(counts, weights, shuffle):
     parts = [SourceShare(count, weight) for count, weight in zip(counts, weights, strict=False)]
     lengths, seen = np.full(sum(counts), 3), np.zeros(sum(counts), int)
     for epoch in range(8):
-        planned = plan_epoch(lengths, Layout(2, 8, True, shuffle, 5), epoch, parts)
+        planned = schedule_epoch(lengths, Layout(2, 8, True, shuffle, 5), epoch, parts)
         np.add.at(seen, planned.members, 1)
         start = 0
         for part in parts:
@@ -37,13 +37,13 @@ def test_weights_of_a_mixture_are_passes(counts, weights, shuffle):
 def test_each_pass_over_a_part_of_a_mixture_is_in_another_order():
     parts, lengths = [SourceShare(40, 0.5), SourceShare(3, 1.0)], np.full(43, 3)
     halves = [
-        plan_epoch(lengths, Layout(2, 8, False, False, 5), epoch, parts).members
+        schedule_epoch(lengths, Layout(2, 8, False, False, 5), epoch, parts).members
         for epoch in range(4)
     ]
     chosen = [set(half[half < 40].tolist()) for half in halves]
     assert chosen[0] | chosen[1] == chosen[2] | chosen[3] == set(range(40))
     assert chosen[0] not in (chosen[2], chosen[3])
-    other = plan_epoch(lengths, Layout(2, 8, False, False, 6), 0, parts).members
+    other = schedule_epoch(lengths, Layout(2, 8, False, False, 6), 0, parts).members
     assert set(other.tolist()) != set(halves[0].tolist())
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxtune.config.schema import DataSection
 from jaxtune.core.errors import UserError
 from jaxtune.data.chat.tokenize import ConversationTokenizer
-from jaxtune.data.formats.conversation import conversation
+from jaxtune.data.formats.registry import read_conversation
 from jaxtune.data.loader import BatchSchedule
 from jaxtune.data.packing import Layout
 from jaxtune.data.prepare import prepare
@@ -83,7 +83,7 @@ def expected_segments(rows, max_length, train_on):
     """
     found, lost, nothing = Counter(), set(), set()
     for number, value in enumerate(rows, 1):
-        row = conversation(Row(RowLocation("", number), value))
+        row = read_conversation(Row(RowLocation("", number), value))
         ((document,),) = ConversationTokenizer(WORDS, train_on)([row])
         ids, weights = document.ids, document.example().weights
         step = max_length if row.text else len(ids)
@@ -138,7 +138,7 @@ def test_every_supervised_token_is_trained_once_or_its_row_is_named(
         plan = BatchSchedule(
             examples, Layout(batch_size, max_length, packing, shuffle, 1), epochs=2
         )
-        half = len(plan.epoch_plan(0))
+        half = len(plan.epoch_schedule(0))
         for part in (range(half), range(half, len(plan))):
             assert (
                 Counter(segment for index in part for segment in segments(plan.batch(index)))

@@ -185,7 +185,7 @@ def test_killed_and_concurrent_runs_share_a_cache(cache, tmp_path, monkeypatch):
     for path in cache.glob(".unfinished.*"):  # a day later they are gone
         for file in path.iterdir():
             os.utime(file, (0, 0))
-    monkeypatch.setattr(stores, "_LARGEST", 0)  # and what was used longest ago makes room
+    monkeypatch.setattr(stores, "_MOST_BYTES", 0)  # and what was used longest ago makes room
     prepare(DataSection(train=tools.write_rows(tmp_path / "few.jsonl", tools.sums(3))), WORDS)
     assert len(list(cache.iterdir())) == 1
 
@@ -219,4 +219,4 @@ def test_marks_and_places(cache, tmp_path):
         assert np.all(store.documents["marks"] & mark), mark
     ((store, _),) = prepare(DataSection(train=path), WORDS).stores
     assert not store.documents["marks"].any()
-    assert [str(store.place(number)) for number in range(2)] == [f"{path}:1", f"{path}:2"]
+    assert [str(store.location(number)) for number in range(2)] == [f"{path}:1", f"{path}:2"]

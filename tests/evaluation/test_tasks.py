@@ -5,7 +5,8 @@ import pytest
 import sacrebleu
 
 from jaxtune.core.errors import UserError
-from jaxtune.data.formats.conversation import Conversation, conversation
+from jaxtune.data.formats.conversation import Conversation
+from jaxtune.data.formats.registry import read_conversation
 from jaxtune.data.sources.row import Row, RowError, RowLocation
 from jaxtune.evaluation import metrics
 from jaxtune.evaluation.tasks import accepted, check, classes, detect
@@ -21,7 +22,7 @@ def rows(*answers):
 
 
 def row(**value):
-    return conversation(Row(RowLocation("f", 1), value))
+    return read_conversation(Row(RowLocation("f", 1), value))
 
 
 def test_detection():

@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.data.chat.template import ChatTemplate, Rendering, Span, plain_template
+from jaxtune.core.tokenizer import Tokenizer
+from jaxtune.data.chat.answers import AnswerLocator
+from jaxtune.data.chat.rendering import Rendering, Span, require_text
+from jaxtune.data.chat.template import template_of
 from jaxtune.data.formats.conversation import Conversation
 from jaxtune.data.sources.readers import is_text
 from jaxtune.data.sources.row import RowError
@@ -37,18 +40,18 @@ class Example:
 
     @property
     def supervised(self) -> np.ndarray:
-        """For every token whether predicting it is trained."""
+        """Return for every token whether predicting it is trained."""
         return self.weights > 0
 
 
 class Document(NamedTuple):
-    """A tokenized row, or one answer's part of it, uncut.
+    """A tokenized row, or one answer's part of it, not truncated.
 
     Attributes:
         conversation: what it says.
         ids: int32 token ids.
         spans: token ranges that are supervised, disjoint and in order, with their weights.
-        rewritten: see `template.Rendering`.
+        rewritten: see `rendering.Rendering`.
 
     """
 
@@ -58,7 +61,7 @@ class Document(NamedTuple):
     rewritten: bool = False
 
     def example(self) -> Example:
-        """Its tokens with a weight each."""
+        """Return its tokens with a weight each."""
         weights = np.zeros(len(self.ids), np.float32)
         for span in self.spans:
             weights[span.begin : span.end] = span.weight
@@ -76,82 +79,83 @@ class ConversationTokenizer:
 
     """
 
-    def __init__(self, tokenizer: Any, train_on: str, day: date | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, train_on: str, day: date | None = None) -> None:
         self.tokenizer, self.train_on = tokenizer, train_on
-        self._template = template_of(tokenizer, day)
-        self._has_own = bool(tokenizer.chat_template)
+        self._answers = AnswerLocator(template_of(tokenizer, day), train_on)
+        self._has_template = bool(tokenizer.chat_template)
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[list[Document] | RowError]:
-        """The documents of each conversation; bad ones as errors."""
+        """Return the documents of each conversation; bad ones as errors."""
         return self.encode(self.render(conversations))
 
     def render(self, conversations: Sequence[Conversation]) -> list[list[Rendering] | RowError]:
-        """The texts to encode; for what goes through no template, the conversation as it is."""
-        found: list[list[Rendering] | RowError] = [[] for _ in conversations]
+        """Return the texts to encode; the bare conversation where no template is used."""
+        renderings: list[list[Rendering] | RowError] = [[] for _ in conversations]
         chats = []
         for number, conversation in enumerate(conversations):
             if not all(is_text(message["content"]) for message in conversation.messages):
-                found[number] = RowError(
-                    conversation.place,
+                renderings[number] = RowError(
+                    conversation.location,
                     "a text has half of a surrogate pair, which is no character.",
                 )
-            elif self._templated(conversation):
+            elif self._uses_template(conversation):
                 chats.append(number)
-            elif not self._has_own and self._eos is None:
-                found[number] = RowError(
-                    conversation.place,
+            elif not self._has_template and self._eos is None:
+                renderings[number] = RowError(
+                    conversation.location,
                     "the tokenizer has neither a chat template nor an EOS token, so an answer "
                     "could not be ended.",
                 )
             else:
-                found[number] = [Rendering(conversation, "", ())]
-        texts = self._template.renderings(
-            [conversations[number] for number in chats], self.train_on
-        )
-        for number, text in zip(chats, texts, strict=True):
-            found[number] = text
-        return found
+                renderings[number] = [Rendering(conversation, "", ())]
+        located = self._answers.locate([conversations[number] for number in chats])
+        for number, rendering in zip(chats, located, strict=True):
+            renderings[number] = rendering
+        return renderings
 
     def encode(
         self, rendered: Sequence[list[Rendering] | RowError]
     ) -> list[list[Document] | RowError]:
-        """The tokens of what was rendered. Runs without Python's lock for most of its time."""
+        """Return the tokens of what was rendered. Runs without Python's lock for most of its
+        time.
+        """
         flat = [part for parts in rendered if not isinstance(parts, RowError) for part in parts]
-        documents = iter(self._documents(flat))
+        documents = iter(self._encode_documents(flat))
         return [
             parts if isinstance(parts, RowError) else [next(documents) for _ in parts]
             for parts in rendered
         ]
 
-    def _documents(self, parts: list[Rendering]) -> list[Document]:
-        found: list[Document | None] = [None] * len(parts)
-        chats = [number for number, part in enumerate(parts) if self._templated(part.conversation)]
-        for number, encoding in zip(
-            chats, self._encode([parts[n].text for n in chats], False), strict=True
-        ):
+    def _encode_documents(self, parts: list[Rendering]) -> list[Document]:
+        documents: list[Document | None] = [None] * len(parts)
+        chats, plain = [], []
+        for number, part in enumerate(parts):
+            (chats if self._uses_template(part.conversation) else plain).append(number)
+        encodings = self._encode_texts([parts[n].text for n in chats], add_special_tokens=False)
+        for number, encoding in zip(chats, encodings, strict=True):
             part = parts[number]
-            spans = tuple(_tokens_of(encoding, span, len(part.text)) for span in part.spans)
-            found[number] = Document(part.conversation, _int32(encoding.ids), spans, part.rewritten)
-        plain = [
-            number for number, part in enumerate(parts) if not self._templated(part.conversation)
-        ]
-        prompts = self._encode([_opening(parts[n].conversation) for n in plain], True)
-        answers = self._encode(
-            [
-                "" if parts[n].conversation.text else parts[n].conversation.answer or ""
-                for n in plain
-            ],
-            False,
+            spans = tuple(_token_span(encoding, span, len(part.text)) for span in part.spans)
+            documents[number] = Document(
+                part.conversation, _int32(encoding.ids), spans, part.rewritten
+            )
+        conversations = [parts[number].conversation for number in plain]
+        prompts = self._encode_texts(list(map(_opening, conversations)), add_special_tokens=True)
+        answers = self._encode_texts(
+            list(map(_completion, conversations)), add_special_tokens=False
         )
         for number, prompt, answer in zip(plain, prompts, answers, strict=True):
-            found[number] = self._plain(parts[number].conversation, prompt.ids, answer.ids)
-        return [document for document in found if document is not None]
+            documents[number] = self._plain_document(
+                parts[number].conversation, prompt.ids, answer.ids
+            )
+        return [document for document in documents if document is not None]
 
-    def _plain(self, conversation: Conversation, prompt: list[int], answer: list[int]) -> Document:
-        """Prompt, completion and EOS, which is also how generation begins: with the prompt's own
+    def _plain_document(
+        self, conversation: Conversation, prompt: list[int], answer: list[int]
+    ) -> Document:
+        """Return prompt, completion and EOS. Generation begins the same way, with the prompt's own
         tokens.
         """
         ids = _int32([*prompt, *answer])
@@ -162,23 +166,25 @@ class ConversationTokenizer:
         ):
             ids = np.append(ids, np.int32(self._eos))
         begin = 0 if conversation.text or self.train_on == "all" else len(prompt)
-        return Document(
-            conversation, ids, (Span(begin, len(ids), 1.0),) if begin < len(ids) else ()
-        )
+        spans = (Span(begin, len(ids), 1.0),) if begin < len(ids) else ()
+        return Document(conversation, ids, spans)
 
-    def _encode(self, texts: list[str], special: bool) -> list[Any]:
-        return self._backend.encode_batch(texts, add_special_tokens=special) if texts else []
+    def _encode_texts(self, texts: list[str], *, add_special_tokens: bool) -> list[Any]:
+        if not texts:
+            return []
+        return self._backend.encode_batch(texts, add_special_tokens=add_special_tokens)
 
-    def _templated(self, conversation: Conversation) -> bool:
-        return not conversation.text and (self._has_own or not conversation.plain)
+    def _uses_template(self, conversation: Conversation) -> bool:
+        return not conversation.text and (self._has_template or not conversation.plain)
 
     @cached_property
     def _eos(self) -> int | None:
         return self.tokenizer.eos_token_id
 
 
-def prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
-    """The ids that generation starts from, the answer not begun; of a text, those of the text.
+def prompt_ids(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
+    """Return the ids that generation starts from, the answer not begun; of a text, those of the
+    text.
 
     Raises:
         RowError: the chat template refuses the conversation.
@@ -186,39 +192,36 @@ def prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
     """
     if conversation.text or (conversation.plain and not tokenizer.chat_template):
         return tokenizer(_opening(conversation))["input_ids"]
-    asked = Conversation(conversation.place, conversation.prompt, options=conversation.options)
-    (text,) = template_of(tokenizer).render([(asked, True)])
-    if isinstance(text, RowError):
-        raise text
+    prompt = Conversation(conversation.location, conversation.prompt, options=conversation.options)
+    text = require_text(template_of(tokenizer).render_one(prompt, True))
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def template_of(tokenizer: Any, day: date | None = None) -> ChatTemplate:
-    """The tokenizer's chat template, or the plain one for tokenizers that bring none."""
-    return ChatTemplate(tokenizer, tokenizer.chat_template or plain_template(tokenizer), day)
-
-
 def _int32(ids: list[int]) -> np.ndarray:
-    return np.frombuffer(
-        array("i", ids), np.int32
-    )  # twice as fast as np.array, which looks at every number's type
+    # Twice as fast as np.array, which looks at every number's type.
+    return np.frombuffer(array("i", ids), np.int32)
 
 
 def _opening(conversation: Conversation) -> str:
-    """What a row without template begins with: the prompt, or of a text the whole."""
+    """Return what a row without template begins with: the prompt, or of a text the whole."""
     return conversation.messages[0]["content"]
 
 
-def _tokens_of(encoding: Any, span: Span, length: int) -> Span:
-    """The tokens that overlap a span of characters."""
+def _completion(conversation: Conversation) -> str:
+    """Return what follows the opening; nothing where it is the whole."""
+    return "" if conversation.text else conversation.answer or ""
+
+
+def _token_span(encoding: Any, span: Span, length: int) -> Span:
+    """Return the tokens that overlap a span of characters."""
     return Span(
         _token_at(encoding, span.begin, length), _end_token(encoding, span.end, length), span.weight
     )
 
 
 def _end_token(encoding: Any, char: int, length: int) -> int:
-    """The first token that begins at or after `char`; an answer's end is sought from the end of
-    the row, where it mostly is.
+    """Return the first token that begins at or after `char`. An answer's end is sought from the
+    end of the row, where it mostly is.
     """
     end = len(encoding)
     for token in range(end - 1, max(end - _NEAR_END, -1), -1):
@@ -230,8 +233,8 @@ def _end_token(encoding: Any, char: int, length: int) -> int:
 
 
 def _token_at(encoding: Any, char: int, length: int) -> int:
-    """The first token that has `char` or, where no token has it, the next character that one
-    has.
+    """Return the first token that has `char` or, where no token has it, the next character that
+    one has.
     """
     while char < length:
         token = encoding.char_to_token(char)

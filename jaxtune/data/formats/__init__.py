@@ -1,1 +1,1 @@
-"""What a row holds."""
+"""What a row holds: one module a format, and the registry that tells them apart."""

@@ -12,95 +12,98 @@ from typing import Any, BinaryIO
 from jaxtune.data.sources.row import Row, RowError, RowLocation
 
 FileReader = Callable[[BinaryIO, str], Iterator[Row | RowError]]
+"""Yields the rows of an open file; the second argument is its path, for the rows' locations."""
 
 LONGEST = 64 << 20
-"""Bytes of the longest line, cell or array element that is read; what is longer is a bad row."""
-_TEXT_PIECE = 1 << 20
+"""Bytes of the longest line, cell or array element that is read; a longer one is a bad row."""
+_DOCUMENT_BYTES = 1 << 20
 _BATCH = 256
 _COMPRESSED = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".zip")
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_UTF8_BOM, _UTF16_BOMS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 
 
 def reader_of(path: str) -> FileReader | None:
-    """The reader for a file's suffix, that of a compression apart; None where there is none."""
+    """Return the reader for a file's suffix, ignoring that of a compression; None where there is
+    none.
+    """
     name = PurePosixPath(path.lower())
     if name.suffix in _COMPRESSED:
         name = PurePosixPath(name.stem)
     return READERS.get(name.suffix)
 
 
-def read_lines(handle: BinaryIO, path: str) -> Iterator[Row | RowError]:
-    """JSON Lines: an object a line; blank lines are skipped."""
+def read_json_lines(handle: BinaryIO, path: str) -> Iterator[Row | RowError]:
+    """Read JSON Lines: an object a line; blank lines are skipped."""
     for number, line in _lines(handle):
-        place = RowLocation(path, number)
+        location = RowLocation(path, number)
         if line is None:
-            yield RowError(place, f"a line of more than {LONGEST >> 20} MiB")
-        elif number == 1 and line.startswith(_UTF16):
-            yield RowError(place, "the file is UTF-16. Convert it to UTF-8.")
+            yield RowError(location, f"a line of more than {LONGEST >> 20} MiB")
+        elif number == 1 and line.startswith(_UTF16_BOMS):
+            yield RowError(location, "the file is UTF-16. Convert it to UTF-8.")
             return
         elif line.strip():
-            yield _parsed(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, place)
+            yield _parse(line.removeprefix(_UTF8_BOM) if number == 1 else line, location)
 
 
-def read_json(handle: BinaryIO, path: str) -> Iterator[Row | RowError]:
-    """An array of objects, an object that holds one such array, a single object, or JSON Lines
-    under another name.
+def read_json_file(handle: BinaryIO, path: str) -> Iterator[Row | RowError]:
+    """Read an array of objects, an object that holds one such array, a single object, or JSON
+    Lines under another name.
     """
     raw: Any = handle
     buffered = raw if hasattr(raw, "peek") else io.BufferedReader(raw)
-    first = buffered.peek(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+    first = buffered.peek(1 << 16).removeprefix(_UTF8_BOM).lstrip()
     if first.startswith(b"["):
-        yield from _array(buffered, path)
+        yield from _read_array(buffered, path)
     elif _is_object(first.split(b"\n", 1)[0]):
-        yield from read_lines(buffered, path)
+        yield from read_json_lines(buffered, path)
     else:
-        yield from _whole(buffered.read(LONGEST + 1), path)
+        yield from _read_object(buffered.read(LONGEST + 1), path)
 
 
 def read_table(handle: BinaryIO, path: str) -> Iterator[Row | RowError]:
-    """CSV or TSV with a header line; the separator is that of , ; | and tab which the header has
-    most of.
+    """Read CSV or TSV with a header line; the separator is the one of , ; | and tab that the
+    header has most of.
     """
     with io.TextIOWrapper(
         handle, encoding="utf-8-sig", errors="surrogateescape", newline=""
     ) as text:
-        yield from _table(text, path)
+        yield from _read_cells(text, path)
 
 
-def _table(text: io.TextIOWrapper, path: str) -> Iterator[Row | RowError]:
+def _read_cells(text: io.TextIOWrapper, path: str) -> Iterator[Row | RowError]:
     header = text.readline(1 << 20)
     separator = max(",;|\t", key=header.count)
     names = next(csv.reader([header], delimiter=separator), [])
     lines = csv.reader(text, delimiter=separator)
-    before = csv.field_size_limit(LONGEST)  # a setting of the whole process: put back afterwards
+    before = csv.field_size_limit(LONGEST)  # a setting of the whole process: restored at the end
     try:
         while True:
-            place = RowLocation(path, lines.line_num + 2)
+            location = RowLocation(path, lines.line_num + 2)
             try:
                 cells = next(lines)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield RowError(place, f"not valid CSV: {error}")
+                yield RowError(location, f"not valid CSV: {error}")
                 continue
             if not cells:
                 continue
             if len(cells) != len(names):
                 yield RowError(
-                    place,
+                    location,
                     f"{len(cells)} cells, and the header has {len(names)}. Quote cells that hold "
                     "the separator.",
                 )
             elif not all(map(is_text, cells)):
-                yield RowError(place, "not UTF-8. Convert the file to UTF-8.")
+                yield RowError(location, "not UTF-8. Convert the file to UTF-8.")
             else:
-                yield Row(place, dict(zip(names, cells, strict=True)))
+                yield Row(location, dict(zip(names, cells, strict=True)))
     finally:
         csv.field_size_limit(before)
 
 
 def read_parquet(handle: BinaryIO, path: str) -> Iterator[Row | RowError]:
-    """Parquet, rows numbered from 1."""
+    """Read Parquet, rows numbered from 1."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -117,36 +120,35 @@ def read_parquet(handle: BinaryIO, path: str) -> Iterator[Row | RowError]:
         )
 
 
-def read_text(handle: BinaryIO, path: str) -> Iterator[Row | RowError]:
-    """A text file is one document; one of more than a mebibyte is cut into several at ends of
-    lines.
+def read_text_file(handle: BinaryIO, path: str) -> Iterator[Row | RowError]:
+    """Read a text file as one document, or one of more than a mebibyte as several that end where
+    lines end.
     """
-    piece: list[bytes] = []
+    lines: list[bytes] = []
     size, start = 0, 1
     for number, line in _lines(handle):
-        place = RowLocation(path, number)
         if line is None:
-            yield RowError(place, f"a line of more than {LONGEST >> 20} MiB")
+            yield RowError(RowLocation(path, number), f"a line of more than {LONGEST >> 20} MiB")
             continue
-        piece.append(line)
+        lines.append(line)
         size += len(line)
-        if size >= _TEXT_PIECE:
-            yield _document(piece, RowLocation(path, start))
-            piece, size, start = [], 0, number + 1
-    if any(line.strip() for line in piece):
-        yield _document(piece, RowLocation(path, start))
+        if size >= _DOCUMENT_BYTES:
+            yield _decode_document(lines, RowLocation(path, start))
+            lines, size, start = [], 0, number + 1
+    if any(line.strip() for line in lines):
+        yield _decode_document(lines, RowLocation(path, start))
 
 
 READERS: dict[str, FileReader] = {
-    ".jsonl": read_lines, ".ndjson": read_lines, ".json": read_json, ".csv": read_table,
-    ".tsv": read_table,
-    ".parquet": read_parquet, ".txt": read_text, ".text": read_text,
+    ".jsonl": read_json_lines, ".ndjson": read_json_lines, ".json": read_json_file,
+    ".csv": read_table, ".tsv": read_table, ".parquet": read_parquet,
+    ".txt": read_text_file, ".text": read_text_file,
 }  # fmt: skip
 """Readers by suffix."""
 
 
 def _lines(handle: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """`(number, line)`; None for one that is too long, which is passed over."""
+    """Yield `(number, line)`; None for a line that is too long, which is skipped."""
     number = 0
     while line := handle.readline(LONGEST):
         number += 1
@@ -158,83 +160,79 @@ def _lines(handle: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
             yield number, line
 
 
-def _parsed(line: bytes, place: RowLocation) -> Row | RowError:
+def _parse(line: bytes, location: RowLocation) -> Row | RowError:
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        return RowError(place, f"not UTF-8 ({error.reason}). Convert the file to UTF-8.")
+        return RowError(location, f"not UTF-8 ({error.reason}). Convert the file to UTF-8.")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         return RowError(
-            place, f"not valid JSON: {_reason(error)}. Each line must be one JSON object."
+            location, f"not valid JSON: {_reason(error)}. Each line must be one JSON object."
         )
-    return _row(value, place)
+    return _row_of(value, location)
 
 
-def _row(value: Any, place: RowLocation) -> Row | RowError:
+def _row_of(value: Any, location: RowLocation) -> Row | RowError:
     if isinstance(value, dict):
-        return Row(place, value)
+        return Row(location, value)
     return RowError(
-        place,
+        location,
         f"a {type(value).__name__} instead of a JSON object with messages, prompt and completion, "
         "or text.",
     )
 
 
-def _document(lines: list[bytes], place: RowLocation) -> Row | RowError:
+def _decode_document(lines: list[bytes], location: RowLocation) -> Row | RowError:
     try:
-        return Row(place, {"text": b"".join(lines).decode("utf-8-sig")})
+        return Row(location, {"text": b"".join(lines).decode("utf-8-sig")})
     except UnicodeDecodeError as error:
-        line = place.line + error.object[: error.start].count(b"\n")
+        line = location.line + error.object[: error.start].count(b"\n")
         return RowError(
-            RowLocation(place.file, line), f"not UTF-8 ({error.reason}). Convert the file to UTF-8."
+            RowLocation(location.file, line),
+            f"not UTF-8 ({error.reason}). Convert the file to UTF-8.",
         )
 
 
-def _array(handle: io.BufferedReader, path: str) -> Iterator[Row | RowError]:
-    """The elements of a JSON array, read piece by piece."""
+def _read_array(handle: io.BufferedReader, path: str) -> Iterator[Row | RowError]:
+    """Yield the elements of a JSON array, read a part at a time."""
     with io.TextIOWrapper(handle, encoding="utf-8-sig", errors="surrogateescape") as text:
-        yield from _elements(text, path)
+        yield from _read_elements(text, path)
 
 
-def _elements(text: io.TextIOWrapper, path: str) -> Iterator[Row | RowError]:
+def _read_elements(text: io.TextIOWrapper, path: str) -> Iterator[Row | RowError]:
     decoder, size = json.JSONDecoder(), 1 << 16
     before, _, buffer = text.read(size).partition("[")
     line = 1 + before.count("\n")
     while True:
         rest = buffer.lstrip(" \t\r\n,")
         line += buffer[: len(buffer) - len(rest)].count("\n")
-        buffer, place = rest, RowLocation(path, line)
+        buffer, location = rest, RowLocation(path, line)
         if buffer.startswith("]"):
             return
         try:
             value, end = decoder.raw_decode(buffer)
         except (ValueError, RecursionError) as error:
-            more = (
-                ""
-                if isinstance(error, RecursionError) or len(buffer) > LONGEST
-                else text.read(size)
-            )
+            hopeless = isinstance(error, RecursionError) or len(buffer) > LONGEST
+            more = "" if hopeless else text.read(size)
             if not more:
-                yield RowError(place, f"not valid JSON from here on: {_reason(error)}.")
+                yield RowError(location, f"not valid JSON from here on: {_reason(error)}.")
                 return
-            buffer, size = (
-                buffer + more,
-                size * 2,
-            )  # twice as much each time, so that a long element costs no square
+            # Twice as much each time: the time for a long element stays linear in its length.
+            buffer, size = buffer + more, size * 2
             continue
         line += buffer.count("\n", 0, end)
         yield (
-            _row(value, place)
+            _row_of(value, location)
             if is_text(buffer[:end])
-            else RowError(place, "not UTF-8. Convert the file to UTF-8.")
+            else RowError(location, "not UTF-8. Convert the file to UTF-8.")
         )
         buffer, size = buffer[end:], 1 << 16
 
 
 def is_text(value: str) -> bool:
-    """Whether a string can be written in UTF-8: it has no half of a surrogate pair."""
+    """Return whether a string can be written in UTF-8: it has no half of a surrogate pair."""
     if value.isascii():
         return True
     try:
@@ -251,9 +249,9 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _whole(data: bytes, path: str) -> Iterator[Row | RowError]:
-    """A file that is one object: its rows are those of the one list of objects it holds, or it
-    is a row itself.
+def _read_object(data: bytes, path: str) -> Iterator[Row | RowError]:
+    """Yield the rows of a file that is one object: those of the one list of objects it holds, or
+    else the object itself.
     """
     if len(data) > LONGEST:
         yield RowError(
@@ -262,10 +260,7 @@ def _whole(data: bytes, path: str) -> Iterator[Row | RowError]:
             "line.",
         )
         return
-    parsed = _parsed(
-        data.replace(b"\xef\xbb\xbf", b"", 1) if data.startswith(b"\xef\xbb\xbf") else data,
-        RowLocation(path, 1),
-    )
+    parsed = _parse(data.removeprefix(_UTF8_BOM), RowLocation(path, 1))
     if isinstance(parsed, RowError):
         yield parsed
         return

@@ -1,4 +1,4 @@
-"""A row of a data file, and the place it stands at."""
+"""A row of a data file, and where it stands."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -7,8 +7,8 @@ from jaxtune.core.errors import UserError
 
 
 class RowLocation(NamedTuple):
-    """File and line, from 1; of what has no lines, the number of the row. Line 0 means the file
-    as a whole.
+    """File and line, from 1; where there are no lines, the number of the row. Line 0 means the
+    whole file.
     """
 
     file: str
@@ -23,12 +23,12 @@ class Row:
     """One object of a data file.
 
     Attributes:
-        place: where it stands.
+        location: where it stands.
         value: the object.
 
     """
 
-    place: RowLocation
+    location: RowLocation
     value: dict[str, Any]
 
 
@@ -37,32 +37,32 @@ class RowError(UserError):
     out and listed.
     """
 
-    def __init__(self, place: RowLocation | str, reason: str) -> None:
-        super().__init__(f"{place}: {reason}")
+    def __init__(self, location: RowLocation | str, reason: str) -> None:
+        super().__init__(f"{location}: {reason}")
 
 
 class RowErrors:
-    """What becomes of bad rows.
+    """The bad rows of a source.
 
     Args:
         on_error: `raise` ends at the first, `skip` collects them.
 
     Attributes:
-        found: what is wrong with the rows left out, each with its place.
+        messages: what is wrong with the rows left out, each with its location.
 
     """
 
     def __init__(self, on_error: str) -> None:
         self.on_error = on_error
-        self.found: list[str] = []
+        self.messages: list[str] = []
 
     def add(self, bad: UserError) -> None:
-        """Take note of a bad row.
+        """Record a bad row.
 
         Raises:
-            UserError: `bad` itself, where bad rows are not to be skipped.
+            UserError: `bad` itself, unless bad rows are skipped.
 
         """
         if self.on_error == "raise":
             raise UserError(f"{bad} (data.on_error=skip leaves such rows out and lists them.)")
-        self.found.append(str(bad))
+        self.messages.append(str(bad))

@@ -11,7 +11,7 @@ from jaxtune.core.errors import RunError, UserError
 from jaxtune.data.chat.tokenize import ConversationTokenizer, Example, prompt_ids
 from jaxtune.data.examples import fed_length, in_memory
 from jaxtune.data.formats.conversation import Conversation
-from jaxtune.data.packing import Layout, build_batch, plan_epoch
+from jaxtune.data.packing import Layout, build_batch, schedule_epoch
 from jaxtune.data.prepare import prepare
 from jaxtune.evaluation.evaluate import row_losses
 from jaxtune.objectives.sft import sft
@@ -194,7 +194,7 @@ def packed_losses(model, examples, layout):
 
     found = {}
     lengths = np.asarray([fed_length(example) for example in examples])
-    epoch = plan_epoch(lengths, layout, 0)
+    epoch = schedule_epoch(lengths, layout, 0)
     for rows in map(epoch.batch, range(len(epoch))):
         batch = build(rows, examples, layout.rows, layout.max_length)
         losses = np.asarray(token_losses(state, batch))

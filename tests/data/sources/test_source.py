@@ -18,7 +18,7 @@ import zstandard
 
 from jaxtune.config.schema import DataSection, DataSource
 from jaxtune.core.errors import UserError
-from jaxtune.data.prepare import conversations, prepare
+from jaxtune.data.prepare import prepare, read_conversations
 from jaxtune.data.sources.row import RowError
 from jaxtune.data.sources.source import EVAL, TRAIN, open_source
 from tests.support import tools
@@ -88,13 +88,13 @@ def read(source, part=TRAIN, **settings):
 def test_every_kind_of_file_gives_the_same_rows(name, folder):
     found = read(folder / name)
     assert [row.value for row in found] == ROWS
-    assert all(row.place.file == str(folder / name) for row in found)
+    assert all(row.location.file == str(folder / name) for row in found)
     assert [row.value for row in read(folder / name, rows=2)] == ROWS[:2]
 
 
 def test_places_are_lines(folder):
     def lines(name):
-        return [row.place.line for row in read(folder / name)]
+        return [row.location.line for row in read(folder / name)]
 
     assert lines("rows.jsonl") == [1, 2, 3, 4, 5]
     assert lines("windows.jsonl") == [1, 3, 5, 7, 9]
@@ -130,7 +130,7 @@ def test_urls(folder):
         memory.pipe(f"/bucket/{name}", gzip.compress(data) if name.endswith("gz") else data)
     found = read("memory://bucket/*")
     assert [row.value for row in found] == ROWS
-    assert str(found[-1].place) == "memory:///bucket/b.jsonl.gz:2"
+    assert str(found[-1].location) == "memory:///bucket/b.jsonl.gz:2"
     before = open_source(DataSource(source="memory://bucket/a.jsonl"), TRAIN).identity()
     memory.pipe("/bucket/a.jsonl", b'{"text": "x"}\n')
     assert open_source(DataSource(source="memory://bucket/a.jsonl"), TRAIN).identity() != before
@@ -173,7 +173,7 @@ def test_text_files_are_documents_and_long_ones_are_cut_at_ends_of_lines(tmp_pat
         row.value["text"].endswith("\n") and len(row.value["text"]) < 1.01 * 2**20
         for row in found[1:]
     )
-    assert long.split("\n")[found[2].place.line - 1] == found[2].value["text"].split("\n")[0]
+    assert long.split("\n")[found[2].location.line - 1] == found[2].value["text"].split("\n")[0]
 
 
 def test_sets_that_datasets_saved(tmp_path):
@@ -188,7 +188,7 @@ def test_sets_that_datasets_saved(tmp_path):
     assert [row.value for row in read(tmp_path / "both")] == ROWS[:3]
     assert [row.value for row in read(tmp_path / "both", EVAL)] == ROWS[3:]
     assert [row.value for row in read(tmp_path / "one", rows=2)] == ROWS[:2]
-    assert str(read(tmp_path / "both")[1].place) == f"{tmp_path / 'both'}[train]:2"
+    assert str(read(tmp_path / "both")[1].location) == f"{tmp_path / 'both'}[train]:2"
     with pytest.raises(UserError, match=r"has no split 'dev'. It has train, test"):
         read(tmp_path / "both", split="dev")
 
@@ -233,7 +233,7 @@ def test_files_cut_short_are_said_to_be(name, folder):
 
 
 def rows_of(data, which):
-    return [row.messages[-1]["content"] for row in conversations(data, which)]
+    return [row.messages[-1]["content"] for row in read_conversations(data, which)]
 
 
 def test_a_split_is_stable_and_keeps_equal_prompts_together(tmp_path):
@@ -266,7 +266,7 @@ def test_mixtures(tmp_path):
     data = DataSection(train=[paths[0], DataSource(source=paths[1], weight=0.5)], eval=[*paths])
     words = tools.byte_tokenizer(None, "</s>")
     found = prepare(data, words)
-    assert [(part.count, part.weight) for part in found.parts] == [(6, 1.0), (6, 0.5)]
+    assert [(part.count, part.weight) for part in found.shares] == [(6, 1.0), (6, 0.5)]
     assert [words.decode(item.ids) for item in found.items[4:8]] == [
         "a4</s>",
         "a5</s>",

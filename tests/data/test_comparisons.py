@@ -65,7 +65,7 @@ def test_pairs_of_every_shape_give_the_same_tokens(way, tmp_path, words):
     assert len(found.items) == 6
     for row, item in zip(ROWS, found.items, strict=True):
         assert item.labels == (CHOSEN, REJECTED)
-        for part, key in zip(item.parts, ("chosen", "rejected"), strict=True):
+        for part, key in zip(item.answers, ("chosen", "rejected"), strict=True):
             chat = tools.chat(row["prompt"], row[key])["messages"]
             assert (
                 part.ids.tolist()[: len(part.ids)]
@@ -78,7 +78,7 @@ def test_marked_answers_each_have_another_rows_answer_to_their_prompt(tmp_path, 
     rows = [{"prompt": f"{n}?", "completion": f"answer {n}", "label": n % 2 == 0} for n in range(5)]
     found = pairs(tmp_path, words, rows, "labels")
     for number, item in enumerate(found.items):
-        ours, theirs = item.parts
+        ours, theirs = item.answers
         assert item.labels == (REJECTED if number % 2 else CHOSEN, MISMATCHED)
         assert said(words, ours) == f"answer {number}<|im_end|>"
         assert said(words, theirs).startswith("answer ")

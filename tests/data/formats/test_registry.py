@@ -1,12 +1,14 @@
 """The formats, each as its users write it."""
 
 import json
+from typing import get_args
 
 import pytest
 
 from jaxtune.config.schema import DataSection
-from jaxtune.data.formats.conversation import conversation, detect, preference
-from jaxtune.data.prepare import conversations
+from jaxtune.data.formats.preference import read_pair
+from jaxtune.data.formats.registry import data_formats, detect_format, read_conversation
+from jaxtune.data.prepare import read_conversations
 from jaxtune.data.sources.row import Row, RowError, RowLocation
 from tests.support import tools
 
@@ -52,15 +54,43 @@ def row(value):
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats_are_found_and_read(name):
     value, kind, messages = FORMATS[name]
-    assert detect(value, {}) == kind
+    assert detect_format(value, {}) == kind
     for how in ("auto", kind):
-        found = conversation(row(value), how)
+        found = read_conversation(row(value), how)
         assert found.messages == messages
         assert (found.plain, found.text) == (name == "prompt and completion", name == "text")
 
 
+def test_each_name_of_the_schema_is_a_format_of_its_own_module():
+    names = get_args(DataSection.model_fields["format"].annotation)
+    assert list(data_formats()) == [name for name in names if name != "auto"]
+    assert all(format.name == name for name, format in data_formats().items())
+
+
+AMBIGUOUS = {
+    "preference": [{"prompt", "chosen", "rejected"}, {"messages", "chosen", "rejected"}],
+    "choice": [{"prompt", "choices", "answer"}, {"question", "choices", "text"}],
+    "messages": [{"messages", "prompt", "choices"}, {"messages", "conversations", "text"}],
+    "sharegpt": [{"conversations", "prompt", "completion"}, {"conversation", "text"}],
+    "prompt-completion": [
+        {"prompt", "completion", "question", "choices"},
+        {"prompt", "instruction", "output", "text"},
+    ],
+    "alpaca": [{"instruction", "output", "text"}],
+    "text": [{"text", "question", "answer"}, {"text", "choices"}],
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_keys_of_several_formats_are_one_format(name):
+    for keys in AMBIGUOUS[name]:
+        assert detect_format(dict.fromkeys(keys), {}) == name, keys
+        renamed = dict.fromkeys(f"my_{key}" for key in keys)
+        assert detect_format(renamed, {key: f"my_{key}" for key in keys}) == name, keys
+
+
 BAD = {
-    "no known key": ({"question": "x", "answer": "y"}, "auto", "Say which columns are what"),
+    "no known key": ({"question": "x", "answer": "y"}, "auto", "Say which columns hold what"),
     "a role in capitals": ({"messages": [U | {"role": "User"}]}, "auto", "messages[0]: unknown role 'User'"),
     "a role that is a list": ({"messages": [U | {"role": ["user"]}]}, "auto", "unknown role ['user']"),
     "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "auto", "parts that are not text"),
@@ -79,6 +109,7 @@ BAD = {
     "a turn without words": ({"conversations": [{"from": "gpt"}]}, "auto", "conversations[0]: not an object with 'from'"),
     "a history that is a text": ({"instruction": "x", "output": "y", "history": "z"}, "auto", "'history' is not a list of pairs"),
     "a text that is a list": ({"text": ["x"]}, "auto", "'text' is of type list"),
+    "a question without choices": ({"question": "x", "answer": 0}, "choice", "the key 'choices' is missing"),
     "preferences": ({"prompt": "x", "chosen": "y", "rejected": "z"}, "auto", "data.columns={completion: chosen}"),
 }  # fmt: skip
 
@@ -87,7 +118,7 @@ BAD = {
 def test_bad_rows_say_where_and_what(name):
     value, kind, expected = BAD[name]
     with pytest.raises(RowError) as caught:
-        conversation(row(value), kind)
+        read_conversation(row(value), kind)
     assert str(caught.value).startswith("rows.jsonl:3: ")
     assert expected in str(caught.value)
 
@@ -101,7 +132,7 @@ def test_columns():
     }
 
     def answer(column):
-        return conversation(row(value), columns={"prompt": "question", "completion": column}).answer
+        return read_conversation(row(value), columns={"prompt": "question", "completion": column}).answer
 
     assert answer("answers.text.1") == "two"
     assert answer("{answers.text.0} because {why}") == '2 because {"a": 1}'
@@ -118,35 +149,35 @@ def test_columns():
 
 
 def test_a_prompt_needs_no_completion_to_be_asked():
-    assert conversation(row({"prompt": "1+1?"}), answered=False).messages == [U]
-    assert conversation(row({"instruction": "1+1?"}), "alpaca", answered=False).messages == [U]
+    assert read_conversation(row({"prompt": "1+1?"}), answered=False).messages == [U]
+    assert read_conversation(row({"instruction": "1+1?"}), "alpaca", answered=False).messages == [U]
     with pytest.raises(RowError, match="'completion' is missing"):
-        conversation(row({"prompt": "1+1?"}))
+        read_conversation(row({"prompt": "1+1?"}))
 
 
 def test_preferences():
-    texts = preference(row({"prompt": "1+1?", "chosen": "2", "rejected": "3"}))
-    chats = preference(row({"chosen": [U, A], "rejected": [U, A | {"content": "3"}]}))
-    both = preference(row({"prompt": [U], "chosen": [A], "rejected": [A | {"content": "3"}]}))
+    texts = read_pair(row({"prompt": "1+1?", "chosen": "2", "rejected": "3"}))
+    chats = read_pair(row({"chosen": [U, A], "rejected": [U, A | {"content": "3"}]}))
+    both = read_pair(row({"prompt": [U], "chosen": [A], "rejected": [A | {"content": "3"}]}))
     assert [[part.messages for part in pair] for pair in (texts, chats, both)] == [
         [[U, A], [U, A | {"content": "3"}]]
     ] * 3
     with pytest.raises(RowError, match="do not answer the same prompt"):
-        preference(row({"chosen": [U, A], "rejected": [S, U, A]}))
+        read_pair(row({"chosen": [U, A], "rejected": [S, U, A]}))
     with pytest.raises(RowError, match="the key 'rejected' is missing"):
-        preference(row({"prompt": "x", "chosen": "y"}))
+        read_pair(row({"prompt": "x", "chosen": "y"}))
 
 
 def test_the_first_row_says_what_all_rows_of_a_source_are(tmp_path):
     path = tools.write_rows(
         tmp_path / "rows.jsonl", [{"text": "one"}, {"text": "two", "messages": [U, A]}]
     )
-    assert [found.text for found in conversations(DataSection(train=path), "train")] == [True, True]
+    assert [found.text for found in read_conversations(DataSection(train=path), "train")] == [True, True]
 
 
 def test_digests_tell_rows_and_prompts_apart():
     def digests(*messages, **more):
-        return conversation(row({"messages": list(messages), **more})).digests()
+        return read_conversation(row({"messages": list(messages), **more})).digests()
 
     one, other = digests(U, A), digests(U, A | {"content": "3"})
     assert one == digests(dict(reversed(U.items())), A)
@@ -155,6 +186,6 @@ def test_digests_tell_rows_and_prompts_apart():
     assert one[2] != other[2]
     assert digests(S, U, A)[1] != one[1]
     assert digests(U, A)[1] != digests({"role": "user", "content": "1+1?\0"}, A)[1]
-    text = conversation(row({"text": "x"})).digests()
+    text = read_conversation(row({"text": "x"})).digests()
     assert text[0] == text[1]
     json.dumps(text)
