@@ -1,16 +1,17 @@
-"""From YAML and `key=value` overrides to a `Config`, with errors that name file, line, key and
-the right name.
+"""From YAML and `key=value` overrides to a `Config`.
+
+Errors name the file, the line, the key and the nearest valid name.
 """
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from jaxtune.config.keys import flatten, keys, nest
 from jaxtune.config.schema import Config
 from jaxtune.config.sweep import Sweep
 from jaxtune.core.errors import UserError, nearest
@@ -35,24 +36,19 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_config(
-    path: Path | None = None, overrides: list[str] | None = None, values: dict | None = None
-) -> Config:
-    """The resolved configuration of a run.
+def load_config(path: Path | None = None, overrides: list[str] | None = None) -> Config:
+    """Return the resolved configuration of a run.
 
     Args:
         path: a YAML file, or None for the defaults.
         overrides: `section.key=value` strings; a value is read as YAML.
-        values: nested keys that lie between the file and the overrides.
 
     Raises:
-        UserError: the file is missing or not YAML, a key is unknown, a value has the wrong type;
-            with file, line and key.
+        UserError: the file is missing or not YAML, a key is unknown or a value has the wrong
+            type; with file, line and key.
 
     """
     tree, places = _read(path) if path else ({}, {})
-    for key, value in _flatten(values or {}).items():
-        _assign(tree, key, value)
     for override in overrides or []:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -68,19 +64,34 @@ def load_config(
 
 
 def validated(tree: dict, places: dict[str, str] | None = None, origin: str = "config") -> Config:
-    """A `Config` from nested keys, pydantic's errors turned into one message.
+    """Return a `Config` of nested keys, or raise pydantic's errors as one message.
 
     Args:
         tree: nested dictionaries.
         places: where each dotted key was written, for the message.
-        origin: what to name where `places` does not know.
+        origin: the name of the source of a key that `places` does not have.
+
+    Raises:
+        UserError: they are not a configuration.
 
     """
     return _validated(Config, tree, places or {}, origin)
 
 
+def with_keys(config: Config, values: dict[str, Any], origin: str = "config") -> Config:
+    """Return the configuration with other values of these dotted keys.
+
+    Keys that were not set explicitly stay so (`model_fields_set`).
+
+    Raises:
+        UserError: the values do not make a configuration; the message begins with `origin`.
+
+    """
+    return validated(nest(values, config.model_dump(mode="json", exclude_unset=True)), {}, origin)
+
+
 def load_sweep(path: Path) -> Sweep:
-    """The description of a search.
+    """Return the description of a search.
 
     Raises:
         UserError: as `load_config` does.
@@ -89,17 +100,8 @@ def load_sweep(path: Path) -> Sweep:
     tree, places = _read(path)
     parameters = tree.get("parameters")
     if isinstance(parameters, dict):
-        tree["parameters"] = dict(_of_keys(parameters))
+        tree["parameters"] = flatten(parameters)
     return _validated(Sweep, tree, places, str(path))
-
-
-def _of_keys(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys with dots, also where sections are nested; a mapping with low and high is a range."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and not value.keys() & {"low", "high"}:
-            yield from _of_keys(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _validated(model: type[Model], tree: dict, places: dict[str, str], origin: str) -> Model:
@@ -107,39 +109,27 @@ def _validated(model: type[Model], tree: dict, places: dict[str, str], origin: s
         return model.model_validate(tree)
     except ValidationError as error:
         lines: dict[str, str] = {}
+        # Every branch of a union reports an error: keep that of the branch which got furthest.
         for item in sorted(
             error.errors(), key=lambda item: (-len(item["loc"]), item["type"] != "extra_forbidden")
         ):
             key, line = _explain(model, item, places, origin)
-            lines.setdefault(
-                key, line
-            )  # the branches of a union each report; the one that got furthest is meant
+            lines.setdefault(key, line)
         raise UserError("\n".join(lines.values())) from None
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML, in the order of the schema."""
+    """Return the resolved configuration as YAML, in the order of the schema."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def schema() -> str:
-    """The JSON schema of a configuration file, for editors."""
+    """Return the JSON schema of a configuration file, for editors."""
     return json.dumps(Config.model_json_schema(), indent=2)
 
 
-def keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """All dotted leaf keys of the configuration."""
-    found = []
-    for name, field in model.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            found += keys(section, f"{prefix}{name}.")
-        else:
-            found.append(prefix + name)
-    return found
-
-
 def _read(path: Path) -> tuple[dict, dict[str, str]]:
+    """Return the nested keys of a YAML file, and where each dotted key is written."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -179,18 +169,8 @@ def _locate(node: yaml.Node, path: Path, prefix: str, places: dict[str, str]) ->
         _locate(value, path, name + ".", places)
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= (
-            _flatten(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
-    return flat
-
-
 def _assign(tree: dict, dotted: str, value: Any) -> None:
+    """Set a key of a nested tree; a mapping is merged into one that is there."""
     *parents, last = dotted.split(".")
     for parent in parents:
         if not isinstance(tree.setdefault(parent, {}), dict):
@@ -204,6 +184,7 @@ def _assign(tree: dict, dotted: str, value: Any) -> None:
 def _explain(
     model: type[BaseModel], item: Any, places: dict[str, str], origin: str
 ) -> tuple[str, str]:
+    """Return the key that one of pydantic's errors is about, and a message."""
     parts = [str(part) for part in item["loc"]]
     known = keys(model)
     key = ".".join(parts)
@@ -215,22 +196,20 @@ def _explain(
         return key, f"{place}: {item['msg'].removeprefix('Value error, ')}."
     inner = _inner([str(part) for part in item["loc"]][len(parts) :])
     if item["type"] == "extra_forbidden" and inner:
-        return (
-            key,
-            f"{place}: unknown key '{key}{inner}'. {_expected(model, key).removeprefix('. ')}.",
-        )
+        expected = _expected(model, key).removeprefix(". ")
+        return key, f"{place}: unknown key '{key}{inner}'. {expected}."
     if item["type"] == "extra_forbidden":
         sections = {name.split(".")[0] for name in known}
         candidates = known if "." in key else [*known, *sections]
         return key, f"{place}: unknown key '{key}'.{nearest(key, candidates)}"
-    return (
-        key,
-        f"{place}: {key}{inner} = {item['input']!r}: {item['msg'].lower()}{_expected(model, key)}.",
-    )
+    reason = f"{item['msg'].lower()}{_expected(model, key)}"
+    return key, f"{place}: {key}{inner} = {item['input']!r}: {reason}."
 
 
 def _inner(parts: list[str]) -> str:
-    """Positions and keys within a list, without the types that pydantic names between them."""
+    """Return the positions and keys within a value, without the types that pydantic puts between
+    them.
+    """
     kept = (
         part
         for part in parts
@@ -240,20 +219,19 @@ def _inner(parts: list[str]) -> str:
 
 
 def _inside(key: str, known: list[str]) -> bool:
-    """Whether `key` lies below a known leaf (pydantic appends union branches and list
-    positions).
+    """Return whether `key` lies below a known leaf: pydantic appends union branches and list
+    positions.
     """
     return any(key.startswith(name + ".") for name in known)
 
 
 def _expected(root: type[BaseModel], key: str) -> str:
-    model: Any = root
+    """Return the description of a key as the end of a message."""
+    section: Any = root
+    description = None
     for part in key.split("."):
-        if (
-            not (isinstance(model, type) and issubclass(model, BaseModel))
-            or part not in model.model_fields
-        ):
+        fields = getattr(section, "model_fields", {})
+        if part not in fields:
             return ""
-        field = model.model_fields[part]
-        model = field.annotation
-    return f". {field.description.rstrip('.')}" if field.description else ""
+        description, section = fields[part].description, fields[part].annotation
+    return f". {' '.join(description.split()).rstrip('.')}" if description else ""

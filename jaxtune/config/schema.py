@@ -1,27 +1,57 @@
 """The one typed description of a run. Each default is written here and nowhere else."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-AxisSize = Annotated[int, Field(ge=-1)]
+from jaxtune.config.rules import CONFIG_RULES, DATA_RULES, Rule
+from jaxtune.config.traits import Trait
+from jaxtune.config.types import (
+    AxisSize,
+    Beta,
+    Count,
+    Index,
+    LayerChoice,
+    Names,
+    NonNegative,
+    Positive,
+    Seed,
+    SplitShare,
+)
+
 MetricName = Literal[
     "loss", "accuracy", "accuracy_greedy", "accuracy_norm", "macro_f1", "exact_match", "token_f1",
     "rouge_1", "rouge_2", "rouge_l", "bleu",
     "chrf", "json_valid", "json_match", "margin",
 ]  # fmt: skip
-"""What a state may be judged by: the loss, where less is better, or something where more is."""
+"""The metrics that checkpoints and the trials of a search are compared by."""
+
+
+def lower_is_better(metric: str) -> bool:
+    """Return whether lower values of a metric are better; they are of the loss alone."""
+    return metric == "loss"
 
 
 class Section(BaseModel):
-    """A part of the configuration: frozen, strict about types, closed to unknown keys."""
+    """A part of a configuration: frozen, strict about types, closed to unknown keys.
+
+    Attributes:
+        rules: the rules that its keys must keep.
+
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
     )
+    rules: ClassVar[Sequence[Rule]] = ()
+
+    @model_validator(mode="after")
+    def _keep_rules(self) -> Self:
+        broken = [rule.message for rule in self.rules if rule.is_broken(self)]
+        if broken:
+            raise ValueError("; ".join(broken).format(**dict(self)))
+        return self
 
 
 class ModelSection(Section):
@@ -30,85 +60,83 @@ class ModelSection(Section):
     source: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """A hub id, a Hugging Face directory or a .gguf file."""
     dtype: Literal["auto", "float32", "bfloat16", "int8", "nf4"] = "auto"
-    """Storage of the frozen weights; auto keeps what the file has, int8 and nf4 quantize the
-    blocks' matrices as they are read.
+    """Storage of the frozen weights; auto keeps the file's dtype, int8 and nf4 quantize the
+    matrices of the blocks as they are read.
     """
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Activations and matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU."""
+    """Dtype of activations and matrix products; auto is bfloat16 on TPU and GPU, float32 on CPU."""
     products: Literal["auto", "int8"] = "auto"
     """Products with the frozen matrices in training: auto is the compute dtype; int8, with dtype
-    int8, rounds activations and their gradients to eight bits a token, which is faster where a
-    device has more integer than float arithmetic.
+    int8, rounds activations and their gradients to eight bits per token, which is faster where
+    a device has more integer than float arithmetic.
     """
     new_tokens: list[str] = []
-    """Special tokens to add to the vocabulary; their rows begin at the mean of the others."""
+    """Special tokens to add to the vocabulary; their rows start at the mean of the others."""
 
 
 class AdapterSection(Section):
     """The trainable adapter."""
 
-    method: Literal["lora", "dora", "none"] = "lora"
-    """The kind of adapter; with none the weights themselves train (see trainable)."""
-    rank: Count = 16
+    method: Annotated[Literal["lora", "dora", "none"], Trait.KEEPS_START] = "lora"
+    """The kind of adapter; none trains the weights themselves (see trainable)."""
+    rank: Annotated[Count, Trait.KEEPS_START] = 16
     """Rank r of the update B A."""
-    alpha: Positive = 32
+    alpha: Annotated[Positive, Trait.KEEPS_START] = 32
     """Scale of the update: alpha / rank."""
-    dropout: Beta = 0.0
+    dropout: Annotated[Beta, Trait.KEEPS_START] = 0.0
     """Dropout on the adapter's input, in training only."""
-    rslora: bool = False
+    rslora: Annotated[bool, Trait.KEEPS_START] = False
     """Scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)."""
-    targets: str | Annotated[list[str], Field(min_length=1)] = "all-linear"
-    """Which modules: all-linear (all but the head), a list of names such as [q_proj, v_proj], or
-    a regular expression for a whole name.
+    targets: Annotated[Names, Trait.KEEPS_START] = "all-linear"
+    """Modules to adapt: all-linear (all but the head), a list of names such as [q_proj, v_proj],
+    or a regular expression for a whole name.
     """
-    exclude: str | list[str] = []
-    """Modules to leave out of targets, named like these."""
-    layers: (
-        Annotated[str, Field(pattern=r"^last:[1-9]\d*$")] | list[Annotated[int, Field(ge=0)]] | None
-    ) = None
-    """Which layers are adapted: last:N, or a list of numbers from 0; null is all."""
-    rank_pattern: dict[str, Count] = {}
-    """Other ranks by the end of a module's name or a regular expression, such as {down_proj:
-    32}; the first that fits counts.
+    exclude: Annotated[str | list[str], Trait.KEEPS_START] = []
+    """Modules to leave out of targets, written in the same way."""
+    layers: Annotated[LayerChoice | None, Trait.KEEPS_START] = None
+    """Layers to adapt: last:N, or a list of numbers from 0; null is all."""
+    rank_pattern: Annotated[dict[str, Count], Trait.KEEPS_START] = {}
+    """Ranks of particular modules, by the end of a module's name or a regular expression, such as
+    {down_proj: 32}; the first match wins.
     """
-    alpha_pattern: dict[str, Positive] = {}
-    """Other alphas, likewise."""
+    alpha_pattern: Annotated[dict[str, Positive], Trait.KEEPS_START] = {}
+    """Alphas of particular modules, written in the same way."""
     modules_to_save: list[str] = []
-    """Modules that train whole beside the adapter and are saved with it, such as [lm_head]."""
+    """Modules that train in full beside the adapter and are saved with it, such as [lm_head]."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Biases that train beside it: none, all of the model's, or those of adapted modules."""
+    """Biases that train beside the adapter: none, all of the model's, or the adapted modules'."""
     train_tokens: Literal["none", "new", "all"] = "none"
-    """Rows of embedding and head that train beside: none, those of new tokens, or both matrices
-    whole.
+    """Rows of embedding and head that train beside the adapter: none, the new tokens' (new), or
+    all.
     """
     init: str | None = None
-    """A PEFT adapter directory to start from; default (or null) starts from zero update, pissa
-    from the principal singular vectors.
+    """A PEFT adapter directory to start from; default (or null) starts at a zero update, pissa at
+    the principal singular vectors.
     """
 
     @property
     def start(self) -> str | None:
-        """The directory of the adapter to start from."""
+        """Return the directory of the adapter to start from, if there is one."""
         return None if self.init in (None, "default", "pissa") else self.init
 
 
 class DataSource(Section):
-    """One source of rows, where there are several or where more is to be said of one."""
+    """One source of rows, where there are several or one needs settings of its own."""
 
     source: str
-    """As in data.train: a file, directory, glob, URL or data set of the hub."""
+    """As in data.train: a file, directory, glob, URL or Hub dataset."""
     split: str | None = None
-    """The split of a data set or of a directory; null takes train for training, validation or
-    test for evaluation.
+    """The split of a dataset or directory; null is train for training, and validation or test for
+    evaluation.
     """
     name: str | None = None
-    """The configuration of a data set of the hub that has several."""
+    """The configuration of a Hub dataset that has several."""
     weight: Positive = 1.0
-    """Passes over this source in an epoch: 2 shows each row twice, 0.5 half of the rows, the
-    other half in the next epoch.
+    """Passes over this source in an epoch: 2 shows each row twice; 0.5 shows half of the rows, and
+    the other half in the next epoch.
     """
     rows: Count | None = None
-    """Only the first so many rows; a data set of the hub is then streamed, not downloaded."""
+    """Read only this many rows, from the first; a Hub dataset is then streamed, not downloaded."""
 
 
 Sources = str | Annotated[list[str | DataSource], Field(min_length=1)]
@@ -117,99 +145,83 @@ Sources = str | Annotated[list[str | DataSource], Field(min_length=1)]
 class DataSection(Section):
     """The examples."""
 
+    rules = DATA_RULES
+
     train: Sources | None = None
-    """A file (.jsonl, .json, .csv, .parquet, .txt, also compressed), directory, glob, data set
-    of the hub, or a list of {source, weight, split}.
+    """A file (.jsonl, .json, .csv, .parquet, .txt, also compressed), directory, glob, Hub dataset,
+    or a list of {source, weight, split}.
     """
     eval: Sources | None = None
-    """The same for evaluation; evaluated before, after and every train.eval_every steps."""
-    split: (
-        Annotated[str, Field(pattern=r"^\d+(\.\d+)?%$")]
-        | Annotated[float, Field(gt=0, lt=1)]
-        | None
-    ) = None
-    """Instead of data.eval the part of data.train to evaluate on, such as 5% or 0.05; drawn by a
-    hash of each row's prompt.
+    """The same for evaluation, which runs before, after and every train.eval_every steps."""
+    split: SplitShare | None = None
+    """The share of data.train to hold out for evaluation, instead of data.eval, such as 5% or
+    0.05; chosen by a hash of each row's prompt.
     """
     format: Literal[
-        "auto",
-        "messages",
-        "prompt-completion",
-        "choice",
-        "alpaca",
-        "sharegpt",
-        "text",
+        "auto", "messages", "prompt-completion", "choice", "alpaca", "sharegpt", "text",
         "preference",
-    ] = "auto"
-    """What a row holds; auto finds out from the keys of a source's first row."""
+    ] = "auto"  # fmt: skip
+    """The layout of a row; auto infers it from the keys of a source's first row."""
     columns: dict[str, str] = {}
-    """Where other columns hold what the format wants, such as {prompt: question, completion:
-    "{answers.0} because {reason}"}.
+    """Columns that hold the format's fields under other names, such as {prompt: question,
+    completion: "{answers.0} because {reason}"}.
     """
     on_error: Literal["raise", "skip"] = "raise"
-    """What a bad row does: end the run, or be left out and listed."""
+    """What happens to a bad row: it ends the run, or it is left out and listed."""
     train_on: Literal["responses", "last", "all"] = "responses"
     """Which tokens are supervised: all assistant messages, only the last one, or everything."""
     max_length: Annotated[int, Field(ge=2)] = 1024
-    """Tokens per row; longer examples are cut and counted."""
+    """Tokens per row; longer examples are truncated and counted."""
     packing: bool = True
-    """Whether several examples share a row, without seeing each other."""
+    """Whether several examples share a row, without attending to each other."""
     shuffle: bool = True
-    """Whether the order is drawn anew for every epoch."""
+    """Whether every epoch has a new order."""
 
     @property
     def fraction(self) -> float:
-        """`split` as a fraction; 0 where nothing is split off."""
+        """Return `split` as a fraction; 0 where nothing is held out."""
         return float(self.split[:-1]) / 100 if isinstance(self.split, str) else self.split or 0.0
 
     def entries(self, part: Literal["train", "eval"]) -> list[DataSource]:
-        """The sources of `data.train` or `data.eval`, each with all its settings."""
-        found = self.train if part == "train" else self.eval
-        found = [] if found is None else [found] if isinstance(found, str) else found
-        return [DataSource(source=entry) if isinstance(entry, str) else entry for entry in found]
-
-    @model_validator(mode="after")
-    def _one_evaluation_set(self) -> "DataSection":
-        if self.split is not None and self.eval is not None:
-            raise ValueError("data.split and data.eval are both set. Keep one of them")
-        if not 0 <= self.fraction < 1:
-            raise ValueError(f"data.split ({self.split}) must lie below 100%")
-        return self
+        """Return the sources of `data.train` or `data.eval`, each with all its settings."""
+        given = self.train if part == "train" else self.eval
+        entries = [] if given is None else [given] if isinstance(given, str) else given
+        return [DataSource(source=entry) if isinstance(entry, str) else entry for entry in entries]
 
 
 class OptimizerSection(Section):
     """The optimizer and its schedule, counted in optimizer steps."""
 
     name: Literal["adamw", "adafactor", "lion", "muon", "sgd", "schedule-free"] = "adamw"
-    """The update rule; schedule-free is schedule-free AdamW, which wants the schedule constant."""
+    """The update rule; schedule-free is schedule-free AdamW, whose schedule is constant."""
     learning_rate: Positive | Literal["auto"] = 2.0e-4
-    """Peak learning rate; auto takes Thinking Machines' rule for AdamW (LoRA Without Regret,
-    2025), for Llama and Qwen models.
+    """Peak learning rate; auto is Thinking Machines' rule for AdamW (LoRA Without Regret, 2025),
+    for Llama and Qwen models.
     """
-    rates: dict[str, Annotated[float, Field(ge=0)]] = {}
-    """Peak rates of their own, by the end of a module's name or a regular expression, such as
-    {embed_tokens: 1e-5}.
+    rates: dict[str, NonNegative] = {}
+    """Peak rates of particular modules, by the end of a module's name or a regular expression,
+    such as {embed_tokens: 1e-5}.
     """
     lora_plus: Positive | None = None
-    """By how much the rate of B exceeds that of A (LoRA+); the paper proposes 16."""
+    """Ratio of the learning rate of B to that of A (LoRA+); the paper proposes 16."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """After the warmup: to zero along a cosine or a line, constant, or constant with a linear
-    last fifth.
+    """After the warmup: a cosine or a line to zero, constant, or constant with a linear decay over
+    the last fifth.
     """
-    warmup: Annotated[float, Field(ge=0)] = 0.03
-    """Below 1 a fraction of all steps; otherwise optimizer steps."""
+    warmup: NonNegative = 0.03
+    """Below 1, a fraction of all steps; otherwise optimizer steps."""
     betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    """Decay of the first and second moment; of SGD, Lion and Muon the first is the momentum."""
+    """Decay of the first and second moment; for SGD, Lion and Muon the first is the momentum."""
     eps: Positive = 1.0e-8
     """Added to the root of AdamW's second moment."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay; norms, biases and magnitudes have none."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay; norms, biases and magnitudes are exempt."""
     clip_norm: Positive | None = 1.0
     """Largest global norm of the gradient; null does not clip."""
 
     @model_validator(mode="before")
     @classmethod
-    def _schedule_free_is_constant(cls, given: Any) -> Any:
+    def _default_to_constant(cls, given: Any) -> Any:
         free = isinstance(given, dict) and given.get("name") == "schedule-free"
         return {"schedule": "constant"} | given if free else given
 
@@ -218,93 +230,87 @@ class TrainSection(Section):
     """The training loop."""
 
     objective: Literal["sft", "dpo", "orpo", "kto", "simpo", "distill"] = "sft"
-    """What is minimized: the loss on answers, a preference objective on pairs of answers, or the
-    distance to a teacher.
-    """
-    epochs: Count = 1
+    """The objective: the loss on answers, a preference objective, or the distance to a teacher."""
+    epochs: Annotated[Count, Trait.KEEPS_START] = 1
     """Passes over the data."""
-    steps: Count | None = None
+    steps: Annotated[Count | None, Trait.KEEPS_START] = None
     """Optimizer steps; overrides epochs."""
-    batch_size: Count = 8
+    batch_size: Annotated[Count, Trait.KEEPS_START] = 8
     """Rows (packed rows when packing) per optimizer step, over all devices."""
-    micro_batch_size: Count | None = None
-    """Rows per accumulation step, over all devices; null is the whole batch."""
-    remat: Literal["none", "full", "dots", "offload", "auto"] = "auto"
-    """What the backward pass recomputes: nothing, whole layers, or all but the matrix products;
-    offload: whole layers, their inputs kept in the host's memory; auto: the first of dots, full
-    and offload that the memory of a device seems to allow.
+    micro_batch_size: Annotated[Count | None, Trait.RESUMABLE, Trait.KEEPS_START] = None
+    """Rows per gradient accumulation step, over all devices; null is the whole batch."""
+    remat: Annotated[Literal["none", "full", "dots", "offload", "auto"], Trait.RESUMABLE] = "auto"
+    """What the backward pass recomputes: nothing (none), whole layers (full), all but the matrix
+    products (dots), or whole layers with their inputs kept in host memory (offload); auto is
+    the first of dots, full and offload that a device's memory seems to allow.
     """
-    neftune: Annotated[float, Field(ge=0)] = 0.0
-    """Noise on the embeddings in training (NEFTune); the paper proposes 5."""
-    ema: Beta = 0.0
-    """Decay of an exponential moving average of what trains, which is then evaluated and
-    exported; 0 is none.
+    neftune: Annotated[NonNegative, Trait.KEEPS_START] = 0.0
+    """Scale of the noise on the embeddings in training (NEFTune); the paper proposes 5."""
+    ema: Annotated[Beta, Trait.KEEPS_START] = 0.0
+    """Decay of an exponential moving average of the trainable weights, which is then evaluated and
+    exported; 0 keeps none.
     """
-    eval_every: Count | None = None
-    """Optimizer steps between evaluations on the way: of the loss, or of all figures where
-    checkpoint.best is one of the task's.
+    eval_every: Annotated[Count | None, Trait.KEEPS_START] = None
+    """Optimizer steps between evaluations during training: of the loss, or of all metrics where
+    checkpoint.best is a metric of the task.
     """
     eval_task: Literal["auto", "lm", "classification", "qa", "generation", "choice"] = "auto"
-    """What the evaluation rows are for, as in jaxtune eval --task; auto goes by the answers."""
-    patience: Count | None = None
-    """Training ends after so many evaluations on the way that were no better by checkpoint.best,
-    or by the loss where that is not set.
+    """The task of the evaluation rows, as in jaxtune eval --task; auto goes by the answers."""
+    patience: Annotated[Count | None, Trait.RESUMABLE, Trait.KEEPS_START] = None
+    """Evaluations in a row without a new best (of checkpoint.best, or else the loss) after which
+    training ends.
     """
-    samples: Annotated[int, Field(ge=0)] = 5
-    """Prompts whose answers are kept before and after training and at every evaluation on the
-    way, to be looked at.
-    """
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Seed of adapter, order and dropout."""
+    samples: Annotated[Index, Trait.RESUMABLE] = 5
+    """Prompts whose answers are recorded before and after training and at every evaluation."""
+    seed: Annotated[Seed, Trait.KEEPS_START] = 0
+    """Seed of the adapter, the order of the data and dropout."""
 
 
 class PreferenceSection(Section):
     """Training on preferred and rejected answers."""
 
     beta: Positive | None = None
-    """How strongly the model is held to the reference; null is the objective's own: 0.1, for
-    SimPO 2.
-    """
+    """Strength of the pull toward the reference; null is the objective's own: 0.1, for SimPO 2."""
     dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    """Form of DPO."""
+    """The form of DPO's loss."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of pairs taken to be the wrong way round (conservative DPO)."""
-    margin: Annotated[float, Field(ge=0)] = 1.0
+    """Share of pairs assumed to be labeled the wrong way round (conservative DPO)."""
+    margin: NonNegative = 1.0
     """SimPO's target margin, in units of its reward."""
     desirable_weight: Positive = 1.0
-    """KTO's weight of good answers."""
+    """KTO's weight of desirable answers."""
     undesirable_weight: Positive = 1.0
-    """KTO's weight of bad answers."""
+    """KTO's weight of undesirable answers."""
 
 
 class DistillSection(Section):
-    """Training towards a teacher's predictions."""
+    """Training toward a teacher's predictions."""
 
     teacher: str | None = None
     """The teacher: a model like model.source, with the same tokenizer."""
     top_k: Count = 64
     """How many of the teacher's most likely tokens are compared at each position."""
     temperature: Positive = 1.0
-    """Both distributions are taken at this temperature."""
+    """Temperature of both distributions."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Weight of the teacher; the rest is the loss on the answers."""
+    """Weight of the distance to the teacher; the rest weighs the loss on the answers."""
 
 
 class MeshSection(Section):
-    """Devices along each axis; -1 takes what is left."""
+    """Devices along each axis; -1 is all that remain."""
 
     slices: Count = 1
-    """Slices joined by the data-center network, each with a copy of the weights and its part of
-    the batch.
+    """Slices joined by the data-center network, each with a copy of the weights and a part of the
+    batch.
     """
     data: AxisSize = 1
-    """Copies of the weights, each with its part of the batch."""
+    """Copies of the weights, each with a part of the batch."""
     fsdp: AxisSize = -1
-    """Parts of the weights, each with its part of the batch."""
+    """Shards of the weights, each with a part of the batch."""
     context: AxisSize = 1
-    """Parts of each sequence, for long ones."""
+    """Shards of each sequence, for long sequences."""
     tensor: AxisSize = 1
-    """Parts of each matrix product."""
+    """Shards of each matrix product."""
 
 
 class CheckpointSection(Section):
@@ -313,15 +319,15 @@ class CheckpointSection(Section):
     every: Count = 100
     """Optimizer steps between checkpoints; the last step always has one."""
     keep: Count = 2
-    """How many are kept."""
+    """How many checkpoints are kept."""
     best: MetricName | None = None
-    """Also keep the state with the best evaluation (see train.eval_every), and export it: by the
-    loss, or by a figure of the task (accuracy, macro_f1, exact_match, token_f1, rouge_l, chrf
-    ...), of preferences accuracy or margin.
+    """Also keep, and export, the state with the best evaluation (see train.eval_every): by the
+    loss, or by a metric of the task (accuracy, macro_f1, exact_match, token_f1, rouge_l, chrf
+    ...); for preferences, loss, accuracy or margin.
     """
     dir: str | None = None
-    """Where they lie instead of the run directory: a directory that all processes share, or
-    gs://bucket/folder, s3://bucket/folder.
+    """Where checkpoints are kept instead of the run directory: a directory that all processes
+    share, or gs://bucket/folder, s3://bucket/folder.
     """
 
 
@@ -331,109 +337,54 @@ class RunSection(Section):
     dir: str = "runs/my-run"
     """The run directory."""
     watchdog: Positive | None = 1800
-    """Seconds without a step done after which the stacks of all threads are printed and the run
-    ends; null: never.
+    """Seconds without a finished step after which the run prints the stacks of all threads and
+    ends; null never ends it.
     """
-    profile: Annotated[int, Field(ge=0)] = 0
-    """Steps to record with JAX's profiler, the first two apart; the recording lies in profile/
-    of the run.
-    """
+    profile: Index = 0
+    """Steps to record with JAX's profiler, after the first two, in profile/ of the run."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
-    """Where else the rows of metrics.jsonl go: tensorboard (in tensorboard/ of the run), wandb,
-    trackio.
+    """Trackers that also get the rows of metrics.jsonl; tensorboard writes in tensorboard/ of the
+    run.
     """
 
 
 PREFERENCE = ("dpo", "orpo", "kto", "simpo")
-"""Objectives on pairs of answers, or on answers that are marked good or bad."""
+"""Objectives on pairs of answers, or on answers that are labeled desirable or undesirable."""
 
 
 class Config(Section):
-    """A run of jaxtune, whole."""
+    """The configuration of a run."""
+
+    rules = CONFIG_RULES
 
     model: ModelSection = ModelSection()
     adapter: AdapterSection = AdapterSection()
-    trainable: str | Annotated[list[str], Field(min_length=1)] = "all"
-    """With adapter.method none, what trains: all, last:N (the last N layers), or a list of
-    these, norms, biases, embeddings, head and names.
+    trainable: Annotated[Names, Trait.KEEPS_START] = "all"
+    """The weights that train with adapter.method none: all, last:N (the last N layers), or a list
+    of these, norms, biases, embeddings, head and names.
     """
     data: DataSection = DataSection()
-    optimizer: OptimizerSection = OptimizerSection()
+    optimizer: Annotated[OptimizerSection, Trait.KEEPS_START] = OptimizerSection()
     train: TrainSection = TrainSection()
     preference: PreferenceSection = PreferenceSection()
     distill: DistillSection = DistillSection()
-    mesh: MeshSection = MeshSection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    run: RunSection = RunSection()
+    mesh: Annotated[MeshSection, Trait.RESUMABLE] = MeshSection()
+    checkpoint: Annotated[CheckpointSection, Trait.RESUMABLE, Trait.KEEPS_START] = (
+        CheckpointSection()
+    )
+    run: Annotated[RunSection, Trait.RESUMABLE] = RunSection()
 
     @property
     def on_pairs(self) -> bool:
-        """Whether it trains on preferences."""
+        """Return whether it trains on preferences."""
         return self.train.objective in PREFERENCE
 
     @property
+    def row_length(self) -> int:
+        """Return the tokens of a batch's row: `data.max_length` for each of the answers in it."""
+        return self.data.max_length * (2 if self.on_pairs else 1)
+
+    @property
     def monitor(self) -> str:
-        """The figure by which states are better or worse."""
+        """Return the metric that decides which state is best."""
         return self.checkpoint.best or "loss"
-
-    @model_validator(mode="after")
-    def _micro_batches_divide(self) -> "Config":
-        size, micro = self.train.batch_size, self.train.micro_batch_size
-        if micro is not None and size % micro:
-            raise ValueError(
-                f"train.micro_batch_size ({micro}) must divide train.batch_size ({size})"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _methods_fit(self) -> "Config":
-        weights, optimizer = self.adapter.method == "none", self.optimizer
-        auto, evaluated = (
-            optimizer.learning_rate == "auto",
-            self.data.eval is not None or self.data.split is not None,
-        )
-        wrong = {
-            "checkpoint.best needs evaluations. Set train.eval_every, and data.eval or data.split": self.checkpoint.best
-            is not None
-            and not (self.train.eval_every and evaluated),
-            "checkpoint.best=margin is for preferences. Set checkpoint.best=loss": self.checkpoint.best
-            == "margin"
-            and not self.on_pairs,
-            "of preferences checkpoint.best is loss, accuracy or margin": self.on_pairs
-            and self.checkpoint.best not in (None, "loss", "accuracy", "margin"),
-            "train.patience counts evaluations. Set train.eval_every, and data.eval or data.split": self.train.patience
-            is not None
-            and not (self.train.eval_every and evaluated),
-            "trainable names weights, and adapter.method is an adapter. Set adapter.method=none": not weights
-            and self.trainable != "all",
-            "trainable=all leaves nothing frozen that model.dtype could quantize. Take float32 or bfloat16": weights
-            and self.trainable == "all"
-            and self.model.dtype in ("int8", "nf4"),
-            "model.products=int8 multiplies the codes of model.dtype=int8. Set that too": self.model.products
-            == "int8"
-            and self.model.dtype != "int8",
-            "adapter.init is for adapters, and adapter.method is none": weights
-            and self.adapter.init is not None,
-            "adapter.train_tokens is for adapters. With adapter.method=none name embeddings in trainable": weights
-            and self.adapter.train_tokens != "none",
-            "adapter.init=pissa is for adapter.method=lora": self.adapter.init == "pissa"
-            and self.adapter.method != "lora",
-            "optimizer.lora_plus is for adapters, and adapter.method is none": weights
-            and optimizer.lora_plus is not None,
-            "optimizer.learning_rate=auto is a rule for AdamW and train.objective=sft. Give a number": auto
-            and (optimizer.name != "adamw" or self.train.objective != "sft"),
-            "optimizer.name=schedule-free replaces the schedule. Set optimizer.schedule=constant": optimizer.name
-            == "schedule-free"
-            and optimizer.schedule != "constant",
-            "optimizer.name=schedule-free averages by itself. Set train.ema=0": optimizer.name
-            == "schedule-free"
-            and self.train.ema > 0,
-            "train.objective=distill needs distill.teacher": self.train.objective == "distill"
-            and self.distill.teacher is None,
-            "distill.teacher is set, and train.objective is not distill": self.train.objective
-            != "distill"
-            and self.distill.teacher is not None,
-        }
-        if found := [text for text, holds in wrong.items() if holds]:
-            raise ValueError("; ".join(found))
-        return self

@@ -2,9 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from jaxtune.config.schema import Count, MetricName, Section
+from jaxtune.config.rules import RANGE_RULES, SWEEP_RULES
+from jaxtune.config.schema import MetricName, Section
+from jaxtune.config.types import Count, Seed
 
 Scalar = int | float
 
@@ -12,26 +14,20 @@ Scalar = int | float
 class Range(Section):
     """Numbers from `low` to `high`."""
 
-    low: Scalar
-    """The least; whole numbers at both ends give whole numbers."""
-    high: Scalar
-    """The most."""
-    log: bool = False
-    """Whether drawn evenly on a logarithmic scale."""
-    step: Annotated[Scalar, Field(gt=0)] | None = None
-    """Only low, low + step, low + 2 step ..."""
+    rules = RANGE_RULES
 
-    @model_validator(mode="after")
-    def _is_a_range(self) -> "Range":
-        if not self.low < self.high:
-            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
-        if self.log and (self.low <= 0 or self.step is not None):
-            raise ValueError("log needs low above 0, and no step")
-        return self
+    low: Scalar
+    """The lowest value; whole numbers at both ends give whole numbers."""
+    high: Scalar
+    """The highest value."""
+    log: bool = False
+    """Whether values are drawn uniformly on a logarithmic scale."""
+    step: Annotated[Scalar, Field(gt=0)] | None = None
+    """Draw only low, low + step, low + 2 step ..."""
 
     @property
     def whole(self) -> bool:
-        """Whether it gives whole numbers."""
+        """Return whether it gives whole numbers."""
         return all(
             isinstance(value, int)
             for value in (self.low, self.high, self.step)
@@ -40,40 +36,36 @@ class Range(Section):
 
 
 class Sweep(Section):
-    """What is searched, how, and where it is recorded."""
+    """The description of a search: what is searched, how, and where it is recorded."""
+
+    rules = SWEEP_RULES
 
     parameters: Annotated[
         dict[str, Range | Annotated[list[Any], Field(min_length=1)]], Field(min_length=1)
     ]
     """Keys of a configuration, each with a list of values or with {low, high, log, step}."""
     metric: MetricName = "loss"
-    """By which trials are judged, from the evaluation after training; less is better of the
-    loss, more of anything else.
+    """The metric of the evaluation after training that trials are compared by; lower is better for
+    the loss, higher for all others.
     """
     trials: Count = 20
-    """How many in all, those of earlier calls counted."""
+    """Trials in all, including those of earlier calls."""
     sampler: Literal["tpe", "random", "grid"] = "tpe"
-    """How values are chosen: by what went well before (Optuna's TPE), at random, or all
-    combinations of lists.
+    """How values are chosen: from the results so far (Optuna's TPE), at random, or every
+    combination of lists.
     """
     pruner: Literal["none", "median", "hyperband", "successive-halving"] = "none"
-    """Whether a trial ends early that is worse on the way (see train.eval_every); Optuna's
-    pruners.
+    """Optuna's pruner, which ends a trial early that does worse than others in its evaluations
+    during training (see train.eval_every).
     """
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: Seed = 0
     """Seed of the sampler."""
     dir: str = "runs/sweep"
-    """Where the trials' run directories, the study and the report lie."""
+    """The directory of the trials' run directories, the study and the report."""
     storage: str | None = None
-    """An Optuna storage of your own, such as a database's URL; null is study.db in dir."""
+    """An Optuna storage, such as a database's URL; null is study.db in dir."""
 
-    @model_validator(mode="after")
-    def _a_grid_is_of_lists(self) -> "Sweep":
-        if self.sampler == "grid" and any(
-            isinstance(values, Range) for values in self.parameters.values()
-        ):
-            raise ValueError(
-                "sampler: grid takes lists of values, and a parameter has a range. Write the "
-                "values out, or take tpe"
-            )
-        return self
+    @property
+    def ranges(self) -> list[str]:
+        """Return the parameters that are ranges, not lists."""
+        return [key for key, values in self.parameters.items() if isinstance(values, Range)]

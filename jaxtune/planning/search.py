@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtune.config.load import with_keys
 from jaxtune.config.schema import Config
 from jaxtune.core.errors import UserError
 from jaxtune.planning.planner import Plan, default_parallel, plan
@@ -94,7 +95,7 @@ def _meshes(config: Config, target: Target) -> Iterator[dict[str, int]]:
 def _first_that_fits(config: Config, on: str, mesh: dict[str, int]) -> Found | None:
     for further in _ladder(config, mesh):
         keys = {f"mesh.{axis}": size for axis, size in mesh.items()} | further
-        made = plan(changed(config, keys), on)
+        made = plan(with_keys(config, keys), on)
         if made.fits:
             return Found(keys, made)
     return None
@@ -115,13 +116,3 @@ def _ladder(config: Config, mesh: dict[str, int]) -> Iterator[dict[str, Any]]:
         return
     for dtype in ("int8", "nf4"):
         yield {"train.remat": "full", "train.micro_batch_size": rows, "model.dtype": dtype}
-
-
-def changed(config: Config, keys: dict[str, Any]) -> Config:
-    """The configuration with these dotted keys set."""
-    for key, value in keys.items():
-        section, _, name = key.partition(".")
-        config = config.model_copy(
-            update={section: getattr(config, section).model_copy(update={name: value})}
-        )
-    return config

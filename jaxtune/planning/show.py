@@ -1,9 +1,8 @@
 """A plan as a person reads it."""
 
-from typing import Any
-
 import yaml
 
+from jaxtune.config.keys import nest
 from jaxtune.planning.planner import Plan
 from jaxtune.planning.roofline import ASSUMPTIONS
 from jaxtune.planning.search import Found
@@ -62,7 +61,7 @@ def search_text(found: list[Found], on: str) -> str:
         )
         lines.append(
             yaml.safe_dump(
-                _nested(one.keys), sort_keys=False, default_flow_style=None, width=120
+                nest(one.keys), sort_keys=False, default_flow_style=None, width=120
             ).rstrip()
         )
     return "\n".join(lines)
@@ -148,11 +147,3 @@ def _short(name: str) -> str:
     """The end of JAX's name for where an array comes from."""
     name = name.replace("jit(step)/", "").replace("closed_call/", "")
     return name if len(name) <= _WIDTH else "..." + name[-_WIDTH:]
-
-
-def _nested(keys: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    tree: dict[str, dict[str, Any]] = {}
-    for key, value in keys.items():
-        section, _, name = key.partition(".")
-        tree.setdefault(section, {})[name] = value
-    return tree
