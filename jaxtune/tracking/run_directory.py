@@ -14,8 +14,10 @@ from typing import Any
 import yaml
 from etils import epath
 
+from jaxtune.config.keys import flatten, keys_with
 from jaxtune.config.load import dump, validated
 from jaxtune.config.schema import Config
+from jaxtune.config.traits import Trait
 from jaxtune.core.errors import UserError, first_line, listed
 from jaxtune.core.files import read_json, write_json, write_text
 from jaxtune.tracking.metrics_log import FILE as METRICS
@@ -36,18 +38,6 @@ _OWN = (
     CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, MODEL, REPORT, DATA_SUMMARY, VERIFICATION, PREDICTIONS,
     METRICS, CHECKPOINTS, *TRACKED,
 )  # fmt: skip
-
-# What may change when a run is continued: it alters how the numbers are computed or kept, or how
-# many there are, not which.
-_FREE = (
-    "run.",
-    "checkpoint.",
-    "mesh.",
-    "train.micro_batch_size",
-    "train.remat",
-    "train.patience",
-    "train.samples",
-)
 
 _PACKAGES = (
     "jaxtune",
@@ -132,8 +122,10 @@ class RunDirectory:
     def _check(self, config: Config, data: dict[str, str]) -> None:
         if not (self.path / CONFIG).exists():
             return
-        ours, theirs = _flat(config), _flat(read_config(self.path))
-        differing = [key for key in ours if ours[key] != theirs[key] and not key.startswith(_FREE)]
+        ours = flatten(config.model_dump(mode="json"))
+        theirs = flatten(read_config(self.path).model_dump(mode="json"))
+        fixed = [key for key in ours if key not in keys_with(Trait.RESUMABLE)]
+        differing = [key for key in fixed if ours[key] != theirs[key]]
         advice = f"Set run.dir to another directory, or start over with --fresh, which removes what {self.path} holds."
         if differing:
             changes = listed(f"{key} ({theirs[key]} there, {ours[key]} now)" for key in differing)
@@ -249,12 +241,4 @@ def environment() -> dict[str, Any]:
             "processes": jax.process_count(),
         },
         "git_commit": git.stdout.strip() or None if git else None,
-    }
-
-
-def _flat(config: Config) -> dict[str, Any]:
-    return {
-        f"{section}.{key}" if isinstance(value, dict) else section: inner
-        for section, value in config.model_dump(mode="json").items()
-        for key, inner in (value.items() if isinstance(value, dict) else [("", value)])
     }

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxtune.config.schema import Config
+from jaxtune.config.schema import Config, lower_is_better
 from jaxtune.core import distributed
 from jaxtune.core.errors import RunError, UserError, first_line, listed
 from jaxtune.tracking.run_directory import checkpoint_directory
@@ -215,7 +215,7 @@ class Best:
 
     Args:
         directory: where the run's checkpoints lie.
-        metric: by which; `loss` is better lower, the others higher.
+        metric: the metric to compare; see `config.schema.lower_is_better`.
         warn: see `Checkpoints`.
 
     """
@@ -242,7 +242,9 @@ class Best:
     def offer(self, state: TrainState, metrics: dict[str, float]) -> None:
         """Keep this state if it is better than the one that is kept."""
         value, before = metrics[self.metric], self.value
-        if before is not None and not (value < before if self.metric == "loss" else value > before):
+        if before is not None and not (
+            value < before if lower_is_better(self.metric) else value > before
+        ):
             return
         if distributed.is_main():
             self._noted(int(state.step)).parent.mkdir(parents=True, exist_ok=True)
