@@ -15,30 +15,27 @@ from jaxtune.data.chat.tokenize import prompt_ids
 from jaxtune.data.formats.conversation import Conversation
 from jaxtune.evaluation.evaluate import EvalOptions, Evaluation
 from jaxtune.evaluation.evaluate import evaluate as evaluate_model
-from jaxtune.inference.engine import Engine, Speed
+from jaxtune.inference.engine import Engine
 from jaxtune.inference.sampling import Sampling
+from jaxtune.inference.speed import Speed
 from jaxtune.inference.text import Completion, TextGenerator
+from jaxtune.objectives.objective import Objective
 from jaxtune.planning.planner import Plan
 from jaxtune.planning.planner import plan as plan_run
 from jaxtune.tracking.progress import Reporter
 from jaxtune.tracking.run_directory import is_run, read_config
+from jaxtune.training.callbacks import Callback
 from jaxtune.weights import hub
 from jaxtune.weights.convert import convert_model
 from jaxtune.weights.formats.registry import get_format, get_model_format
+from jaxtune.weights.loaded import LoadedModel
 from jaxtune.weights.peft import open_adapter
 from jaxtune.weights.source import resolve
 from jaxtune.weights.verify import Comparison
 from jaxtune.weights.vocabulary import resize_for_adapter, tokenizer_for
 from jaxtune.workflows.export import export_run
-from jaxtune.workflows.load import (
-    LoadedModel,
-    Pair,
-    base_and_adapter,
-    open_both,
-    open_model,
-    with_tokenizer,
-)
-from jaxtune.workflows.train import Run, run
+from jaxtune.workflows.load import Pair, base_and_adapter, open_both, open_model
+from jaxtune.workflows.train import Metrics, Run, run
 
 Prompt = str | list[dict[str, Any]] | Conversation
 
@@ -63,11 +60,25 @@ def load(
     return loaded.model, loaded.tokenizer
 
 
-def train(config: Config | dict | str | Path, *, fresh: bool = False, quiet: bool = False) -> Run:
+def train(
+    config: Config | dict | str | Path,
+    callbacks: Sequence[Callback] = (),
+    *,
+    objective: Objective | None = None,
+    metrics: Metrics | None = None,
+    fresh: bool = False,
+    quiet: bool = False,
+) -> Run:
     """Train, or go on with a run that was stopped.
 
     Args:
         config: a `Config`, nested keys, or a YAML file.
+        callbacks: see every step and every evaluation, and may end training; see
+            `training.callbacks.Callback`.
+        objective: what to minimize instead of the objective that `train.objective` names; the data
+            is still what that one takes.
+        metrics: further metrics of the evaluations before and after training by name: functions of
+            what the model said, in the rows of predictions.jsonl.
         fresh: remove an earlier run in the same directory instead of going on with it.
         quiet: no progress.
 
@@ -81,7 +92,14 @@ def train(config: Config | dict | str | Path, *, fresh: bool = False, quiet: boo
 
     """
     runtime.start()
-    return run(_config(config), Reporter(quiet), fresh=fresh)
+    return run(
+        _config(config),
+        Reporter(quiet),
+        fresh=fresh,
+        callbacks=callbacks,
+        objective=objective,
+        metrics=metrics,
+    )
 
 
 def evaluate(
@@ -157,7 +175,7 @@ def evaluated(
                 found[0].task if found else task, batch_size, max_new_tokens, bar.update_of
             )
             found.append(
-                evaluate_model(side.model, with_tokenizer(side), side.stop_ids, section, asked)
+                evaluate_model(side.model, side.require_tokenizer(), side.stop_ids, section, asked)
             )
         del side  # the next is opened when this one is gone
     mine, figures = found[0], found[0].figures()
@@ -209,7 +227,7 @@ def harness(
     found: dict[str, Any] = {}
     for side in _sides(model, adapter, base, against):
         found["base" if found else "model"] = run_tasks(
-            HarnessModel(side.model, with_tokenizer(side), side.stop_ids, batch_size, reporter),
+            HarnessModel(side.model, side.require_tokenizer(), side.stop_ids, batch_size, reporter),
             tasks,
             **options,
         )
@@ -296,7 +314,7 @@ def generated(
             "least 1."
         )
     loaded = open_model(model, adapter)
-    tokenizer = with_tokenizer(loaded)
+    tokenizer = loaded.require_tokenizer()
     ids = [
         prompt_ids(tokenizer, as_conversation(prompt, f"prompt {number + 1}"))
         for number, prompt in enumerate(prompts)

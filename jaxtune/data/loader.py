@@ -44,7 +44,7 @@ class DeviceBatch:
         tokens: tokens of examples in it, over all processes.
         padding: positions that hold no token.
         batch: [micro_batches, rows, tokens], rows sharded over the mesh.
-        metrics: what the log shall say of it beside the step's own metrics, such as its rewards.
+        metrics: metrics for the log beside those of the step, such as its rewards.
 
     """
 
@@ -60,7 +60,7 @@ class BatchSchedule:
 
     Args:
         examples: what is trained on.
-        layout: how it is laid into batches.
+        layout: how the examples share rows and batches.
         epochs: passes over the data.
         steps: number of batches; overrides `epochs`.
 

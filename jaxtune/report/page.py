@@ -5,11 +5,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jaxtune.config.keys import flatten
 from jaxtune.core.errors import UserError
 from jaxtune.core.files import read_json, read_jsonl, write_text
 from jaxtune.report.charts import confusion, curve, histogram
 from jaxtune.report.document import document, ends, grid, number, table
-from jaxtune.tracking.metrics_log import metric_names, read_metrics
+from jaxtune.tracking.metrics_log import (
+    AFTER,
+    BEFORE,
+    DURING,
+    metric_names,
+    phase_of,
+    read_metrics,
+)
 from jaxtune.tracking.run_directory import (
     CONFIG,
     DATA_SUMMARY,
@@ -100,7 +108,7 @@ def _with_interval(row: dict[str, Any], name: str) -> str:
 
 def _differing(runs: list[dict[str, Any]]) -> str:
     """The keys in which the runs' configurations are not the same."""
-    flat = [_flat(read_config(Path(run["name"])).model_dump(mode="json")) for run in runs]
+    flat = [flatten(read_config(Path(run["name"])).model_dump(mode="json")) for run in runs]
     keys = list(dict.fromkeys(key for one in flat for key in one))
     differing = [
         key
@@ -111,17 +119,6 @@ def _differing(runs: list[dict[str, Any]]) -> str:
         return "<h2>Configurations</h2><p>All keys are the same.</p>"
     lines = [[key, *(json.dumps(one.get(key)) for one in flat)] for key in differing]
     return f"<h2>What differs in the configurations</h2>{table(['', *(run['name'] for run in runs)], lines)}"
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= (
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict) and value
-            else {prefix + key: value}
-        )
-    return found
 
 
 def _curves(runs: list[dict[str, Any]]) -> str:
@@ -139,7 +136,7 @@ def _curves(runs: list[dict[str, Any]]) -> str:
             if points
         }
 
-    on_the_way = [row for run in runs for row in run["eval"] if "task" not in row]
+    on_the_way = [row for run in runs for row in run["eval"] if phase_of(row) == DURING]
     evaluated = [
         name
         for name in dict.fromkeys(name for row in on_the_way for name in metric_names(row))
@@ -171,7 +168,7 @@ def _one(run: dict[str, Any], named: bool) -> str:
 
 def _measured(run: dict[str, Any]) -> list[dict[str, Any]]:
     """The evaluations before and after training."""
-    return [row for row in run["eval"] if "task" in row]
+    return [row for row in run["eval"] if phase_of(row) in (BEFORE, AFTER)]
 
 
 def _before_after(rows: list[dict[str, Any]]) -> str:

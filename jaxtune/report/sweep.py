@@ -11,12 +11,13 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 
 from jaxtune.config.load import load_sweep
+from jaxtune.config.schema import lower_is_better
 from jaxtune.config.sweep import Range, Sweep
 from jaxtune.core.errors import UserError
 from jaxtune.core.files import write_text
 from jaxtune.report.charts import curve, drawn
 from jaxtune.report.document import Cell, document, ends, grid, number, table
-from jaxtune.tracking.metrics_log import read_metrics
+from jaxtune.tracking.metrics_log import AFTER, BEFORE, phase_of, read_metrics
 
 NAME, BASE, STUDY, TRIALS, REPORT = "sweep.yaml", "base.yaml", "study.db", "trials", "report.html"
 _LEAST, _MANY = (
@@ -58,7 +59,7 @@ def open_study(
         if plan.storage
         else (f"sqlite:///{(directory / STUDY).resolve()}", NAME)
     )
-    direction = "minimize" if plan.metric == "loss" else "maximize"
+    direction = "minimize" if lower_is_better(plan.metric) else "maximize"
     try:
         return optuna.create_study(
             storage=storage,
@@ -98,11 +99,7 @@ def _trials(study: optuna.Study, plan: Sweep, directory: Path) -> str:
     rows = []
     for trial in ordered:
         last = next(
-            (
-                row
-                for row in reversed(_rows(trial, directory))
-                if row["split"] == "eval" and "task" in row
-            ),
+            (row for row in reversed(_rows(trial, directory)) if phase_of(row) in (BEFORE, AFTER)),
             {},
         )
         bounds = (

@@ -4,12 +4,18 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from jaxtune.config.schema import lower_is_better
 from jaxtune.core.files import write_jsonl
 from jaxtune.tracking.trackers import Trackers
 
 FILE = "metrics.jsonl"
+Phase = Literal["before", "during", "after"]
+BEFORE: Phase = "before"
+DURING: Phase = "during"
+AFTER: Phase = "after"
+"""When an evaluation was made, as seen from training: `phase` of its row."""
 
 
 class MetricsLog:
@@ -80,20 +86,30 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def phase_of(row: dict[str, Any]) -> Phase | None:
+    """Return when an evaluation's row was measured; None for a row of training.
+
+    Rows of runs before layout 1 have no `phase`: there those before and after name their task.
+    """
+    if row["split"] != "eval":
+        return None
+    if "phase" in row:
+        return row["phase"]
+    if "task" not in row:
+        return DURING
+    return BEFORE if row["step"] == 0 else AFTER
+
+
 def evals_since_best(rows: list[dict[str, Any]], figure: str) -> int:
     """How many of the evaluations, from the last one back, were no better than one before them.
 
     Args:
         rows: of the log; those that name a task, from before and after training, do not count.
-        figure: by which; less is better of `loss`, more of anything else.
+        figure: the metric to compare; see `config.schema.lower_is_better`.
 
     """
-    on_the_way = (
-        row
-        for row in rows
-        if row["split"] == "eval" and "task" not in row and row.get(figure) is not None
-    )
-    values = [-row[figure] if figure == "loss" else row[figure] for row in on_the_way]
+    on_the_way = (row for row in rows if phase_of(row) == DURING and row.get(figure) is not None)
+    values = [-row[figure] if lower_is_better(figure) else row[figure] for row in on_the_way]
     return len(values) - 1 - values.index(max(values)) if values else 0
 
 

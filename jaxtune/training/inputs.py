@@ -10,15 +10,16 @@ from jaxtune.config.schema import Config
 from jaxtune.core.errors import UserError
 from jaxtune.data.chat.template import plain_template
 from jaxtune.data.examples import Examples
-from jaxtune.data.formats.preference import Comparison
+from jaxtune.data.formats.answers import AnswerComparison
 from jaxtune.data.loader import BatchSchedule
 from jaxtune.data.packing import Layout
 from jaxtune.data.prepare import Which, has_part, prepare
 from jaxtune.models.families.from_hf import from_hf
+from jaxtune.objectives.registry import build_objective
 from jaxtune.tracking.progress import Reporter
 from jaxtune.weights.peft import Adapter, open_adapter
 from jaxtune.weights.source import Source, resolve
-from jaxtune.weights.vocabulary import ResizedSource, resize_for_adapter, tokenizer_for, with_tokens
+from jaxtune.weights.vocabulary import ResizedSource, add_tokens, resize_for_adapter, tokenizer_for
 
 _NAMES = {"train": "Training", "eval": "Evaluation"}
 
@@ -32,8 +33,8 @@ class Inputs:
         adapter: the one to start from, if any.
         teacher: where the teacher comes from, if there is one.
         tokenizer: the model's.
-        plan: every batch of the run.
-        eval_plan: the evaluation's batches, None where there is no evaluation data.
+        schedule: every batch of the run.
+        eval_schedule: the evaluation's batches, None where there is no evaluation data.
 
     """
 
@@ -41,13 +42,15 @@ class Inputs:
     adapter: Adapter | None
     teacher: Source | None
     tokenizer: Any
-    plan: BatchSchedule
-    eval_plan: BatchSchedule | None
+    schedule: BatchSchedule
+    eval_schedule: BatchSchedule | None
 
     @property
-    def plans(self) -> dict[str, BatchSchedule]:
-        """The plans that are there, by part."""
-        return {"train": self.plan} | ({"eval": self.eval_plan} if self.eval_plan else {})
+    def schedules(self) -> dict[str, BatchSchedule]:
+        """The schedules that are there, by part."""
+        return {"train": self.schedule} | (
+            {"eval": self.eval_schedule} if self.eval_schedule else {}
+        )
 
 
 def read_inputs(config: Config, reporter: Reporter, day: date | None = None) -> Inputs:
@@ -68,7 +71,7 @@ def read_inputs(config: Config, reporter: Reporter, day: date | None = None) -> 
         source.config_json(), str(source.config_path)
     )  # what is wrong there is said before the tokenizer is read
     if adapter is None:
-        source = with_tokens(source, config.model.new_tokens)
+        source = add_tokens(source, config.model.new_tokens)
     elif config.model.new_tokens or config.adapter.train_tokens != "none":
         raise UserError(
             "model.new_tokens and adapter.train_tokens: an adapter that is trained further "
@@ -86,20 +89,21 @@ def read_inputs(config: Config, reporter: Reporter, day: date | None = None) -> 
             "files beside the weights."
         )
     train = config.train
-    length = config.data.max_length * (2 if config.on_pairs else 1)  # two answers lie side by side
-    layout = Layout(train.batch_size, length, config.data.packing, config.data.shuffle, train.seed)
-    plan = BatchSchedule(
+    layout = Layout(
+        train.batch_size, config.row_length, config.data.packing, config.data.shuffle, train.seed
+    )
+    schedule = BatchSchedule(
         _examples(config, tokenizer, "train", reporter, day), layout, train.epochs, train.steps
     )
-    held_out = None
+    eval_schedule = None
     if has_part(config.data, "eval"):
-        held_out = BatchSchedule(
+        eval_schedule = BatchSchedule(
             _examples(config, tokenizer, "eval", reporter, day), replace(layout, shuffle=False), 1
         )
-    _give_template(tokenizer, plan.examples)
-    found = Inputs(source, adapter, _teacher(config, tokenizer), tokenizer, plan, held_out)
+    _give_template(tokenizer, schedule.examples)
+    found = Inputs(source, adapter, _teacher(config, tokenizer), tokenizer, schedule, eval_schedule)
     from_hf(source.config_json(), str(source.config_path)).check_tokens(
-        [[part.examples.largest_token] for part in found.plans.values()]
+        [[part.examples.largest_token] for part in found.schedules.values()]
     )
     return found
 
@@ -133,10 +137,10 @@ def _teacher(config: Config, tokenizer: Any) -> Source | None:
     return source
 
 
-def account(plans: dict[str, BatchSchedule], reporter: Reporter) -> None:
+def report_data(schedules: dict[str, BatchSchedule], reporter: Reporter) -> None:
     """Say what will be trained and evaluated on, and what was cut or left out."""
-    for part, plan in plans.items():
-        examples, counts = plan.examples, plan.examples.summary()
+    for part, schedule in schedules.items():
+        examples, counts = schedule.examples, schedule.examples.summary()
         reporter.say(
             f"{_NAMES[part]} data: {counts['rows']:,} rows ({counts['format']}), "
             f"{counts['tokens']:,} tokens, "
@@ -165,14 +169,19 @@ def _examples(
     config: Config, tokenizer: Any, which: Which, reporter: Reporter, day: date | None
 ) -> Examples:
     with reporter.task(f"Tokenizing {_NAMES[which].lower()} data", 100, lazy=True) as task:
-        return prepare(config.data, tokenizer, which, task.update_share, day, comparison(config))
+        return prepare(
+            config.data,
+            tokenizer,
+            which,
+            progress=task.update_share,
+            day=day,
+            comparison=comparison(config),
+        )
 
 
-def comparison(config: Config) -> Comparison | None:
-    """What the objective compares."""
-    if not config.on_pairs:
-        return None
-    return "labels" if config.train.objective == "kto" else "pairs"
+def comparison(config: Config) -> AnswerComparison | None:
+    """Return what the objective compares."""
+    return build_objective(config).compares
 
 
 def _give_template(tokenizer: Any, examples: Examples) -> None:

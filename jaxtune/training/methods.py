@@ -15,33 +15,10 @@ from jaxtune.core.errors import UserError
 from jaxtune.core.sharding import sharding
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.families.from_hf import from_hf
-from jaxtune.objectives.distill import distill
-from jaxtune.objectives.dpo import dpo
-from jaxtune.objectives.kto import kto
-from jaxtune.objectives.objective import Objective
-from jaxtune.objectives.orpo import orpo
-from jaxtune.objectives.sft import SFT
-from jaxtune.objectives.simpo import simpo
 from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import Adapter, attach, open_adapter
 from jaxtune.weights.source import Source
 from jaxtune.weights.vocabulary import ResizedSource
-
-_BETA, _SIMPO_BETA = 0.1, 2.0
-
-
-def objective(config: Config) -> Objective:
-    """What the run minimizes."""
-    numbers, teacher, name = config.preference, config.distill, config.train.objective
-    beta = numbers.beta or (_SIMPO_BETA if name == "simpo" else _BETA)
-    return {
-        "sft": lambda: SFT,
-        "dpo": lambda: dpo(beta, numbers.dpo_loss, numbers.label_smoothing),
-        "simpo": lambda: simpo(beta, numbers.margin, numbers.label_smoothing),
-        "orpo": lambda: orpo(beta),
-        "kto": lambda: kto(beta, numbers.desirable_weight, numbers.undesirable_weight),
-        "distill": lambda: distill(teacher.top_k, teacher.temperature, teacher.share),
-    }[name]()
 
 
 def selected(config: Config) -> tuple[str, ...]:
@@ -164,7 +141,7 @@ def _token_rows(model: CausalLM, source: Source) -> dict[str, tuple[int, ...]]:
     if not isinstance(source, ResizedSource):
         return {}
     return dict.fromkeys(
-        ("embed_tokens", "lm_head")[: 1 if model.lm_head is None else 2], source.fresh
+        ("embed_tokens", "lm_head")[: 1 if model.lm_head is None else 2], source.new_ids
     )
 
 
@@ -207,7 +184,7 @@ def _adopted(adapter: LoRAConfig) -> dict[str, Any]:
     }
 
 
-def described(config: Config, model: CausalLM, train: int, frozen: int, mesh: Mesh) -> str:
+def describe_training(config: Config, model: CausalLM, train: int, frozen: int, mesh: Mesh) -> str:
     """What trains, in a line for a person."""
     names = {"lora": "rsLoRA" if config.adapter.rslora else "LoRA", "dora": "DoRA"}
     if config.adapter.method == "none":

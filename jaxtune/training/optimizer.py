@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxtune.config.schema import OptimizerSection
+from jaxtune.config.schema import Config, OptimizerSection
 from jaxtune.core.errors import UserError, listed
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.names import names_of
@@ -46,12 +46,26 @@ def auto_rate(config: ModelConfig, lora: bool) -> float:
     )
 
 
+def resolve_learning_rate(config: Config, model: ModelConfig) -> Config:
+    """Return the configuration with a number for `optimizer.learning_rate` = auto.
+
+    Raises:
+        UserError: see `auto_rate`.
+
+    """
+    if config.optimizer.learning_rate != "auto":
+        return config
+    rate = auto_rate(model, lora=config.adapter.method != "none")
+    optimizer = config.optimizer.model_copy(update={"learning_rate": rate})
+    return config.model_copy(update={"optimizer": optimizer})
+
+
 def warmup_steps(config: OptimizerSection, steps: int) -> int:
     """Steps of warmup: `warmup` itself, or a fraction of all steps where it is below 1."""
     return math.ceil(config.warmup * steps) if config.warmup < 1 else min(int(config.warmup), steps)
 
 
-def schedule(config: OptimizerSection, steps: int) -> optax.Schedule:
+def learning_rate_schedule(config: OptimizerSection, steps: int) -> optax.Schedule:
     """Learning rate of the step with index 0, 1, 2 ...
 
     The warmup's k-th step (from 1) has k / warmup of the peak, so no step is spent at zero; after
@@ -118,7 +132,7 @@ def leaves_of(trainable: nnx.State, config: ModelConfig) -> list[Leaf]:
     return found
 
 
-def optimizer(
+def build_optimizer(
     config: OptimizerSection, steps: int, leaves: list[Leaf]
 ) -> optax.GradientTransformation:
     """The update rule over a whole run: clipping by the global norm, then the rule, decoupled
@@ -138,7 +152,7 @@ def optimizer(
         if config.clip_norm is None
         else optax.clip_by_global_norm(config.clip_norm)
     )
-    rate, factors = schedule(config, steps), _factors(config, leaves)
+    rate, factors = learning_rate_schedule(config, steps), _factors(config, leaves)
     rest = optax.chain(
         optax.add_decayed_weights(
             config.weight_decay, partial(_like, [leaf.matrix for leaf in leaves])
@@ -154,7 +168,7 @@ def optimizer(
     return optax.chain(clip, rule)
 
 
-def evaluated(config: OptimizerSection, opt_state: Any, trainable: nnx.State) -> nnx.State:
+def eval_params(config: OptimizerSection, opt_state: Any, trainable: nnx.State) -> nnx.State:
     """The leaves to evaluate and export: those that train, but for schedule-free AdamW, which
     averages them.
     """

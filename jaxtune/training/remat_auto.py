@@ -11,7 +11,7 @@ from jaxtune.core.hardware import platform
 from jaxtune.core.sharding import axis_size
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.kernels.blockwise import BLOCK
-from jaxtune.objectives.cross_entropy import most_at_once
+from jaxtune.objectives.cross_entropy import max_chunk_tokens
 
 _SHARE = 0.9  # of the memory that an estimate may fill
 # Arrays of the MLP's and of the model's width that one layer's backward pass holds at once, by
@@ -62,11 +62,12 @@ def activation_bytes(config: Config, model: CausalLM, mesh: Mesh | None, policy:
         for axis in ("batch", "seq", "kept_seq", "act_mlp", "vocab")
     }
     train, shape, item = config.train, model.config, model.compute_dtype.itemsize
-    rows = (train.micro_batch_size or train.batch_size) * (2 if config.on_pairs else 1)
-    tokens = -(-rows * config.data.max_length // (parts["batch"] * parts["seq"]))
+    rows = train.micro_batch_size or train.batch_size
+    answers = rows * config.row_length // config.data.max_length
+    tokens = -(-rows * config.row_length // (parts["batch"] * parts["seq"]))
     wide = (
         (shape.experts.size if shape.experts else shape.intermediate_size)
-        * (shape.experts.chosen if shape.experts else 1)
+        * (shape.experts.per_token if shape.experts else 1)
         // parts["act_mlp"]
     )
     heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim // parts["act_mlp"]
@@ -77,11 +78,11 @@ def activation_bytes(config: Config, model: CausalLM, mesh: Mesh | None, policy:
         "dots": inputs + heads + shape.hidden_size + 2 * wide,
     }[policy]
     work = _WIDE * wide + _NARROW * shape.hidden_size
-    logits = _LOGITS * most_at_once() * (shape.vocab_size // parts["vocab"]) * 4
+    logits = _LOGITS * max_chunk_tokens() * (shape.vocab_size // parts["vocab"]) * 4
     square = min(BLOCK, config.data.max_length) ** 2
     scores = (
         _SCORES
-        * -(-rows // parts["batch"])
+        * -(-answers // parts["batch"])
         * (shape.num_heads // parts["act_mlp"] or 1)
         * square
         * 4

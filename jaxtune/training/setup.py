@@ -17,17 +17,24 @@ from jaxtune.adapters.inject import partition_trainable
 from jaxtune.config.schema import Config
 from jaxtune.core import distributed
 from jaxtune.core.files import shown
-from jaxtune.core.hardware import bytes_here, capacity
+from jaxtune.core.hardware import bytes_per_device, device_capacity
 from jaxtune.core.mesh import make_mesh
 from jaxtune.data.loader import BatchSchedule, check_divides
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.kernels.quantized import QuantizedTensor
+from jaxtune.objectives.objective import Objective
+from jaxtune.objectives.registry import build_objective
 from jaxtune.tracking.progress import Reporter
-from jaxtune.training.inputs import account, read_inputs
-from jaxtune.training.methods import described, objective, trained_model
-from jaxtune.training.optimizer import auto_rate, evaluated, leaves_of, optimizer
+from jaxtune.training.inputs import read_inputs, report_data
+from jaxtune.training.methods import describe_training, trained_model
+from jaxtune.training.optimizer import (
+    build_optimizer,
+    eval_params,
+    leaves_of,
+    resolve_learning_rate,
+)
 from jaxtune.training.remat_auto import MemoryBudget, choose_policy
-from jaxtune.training.state import Frozen, TrainState, init_state, layout
+from jaxtune.training.state import Frozen, TrainState, init_state, state_layout
 from jaxtune.training.step import StepSpec
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import Source
@@ -36,7 +43,7 @@ from jaxtune.weights.vocabulary import ResizedSource
 _COPIES = 4  # of what trains: itself, two moments, a gradient
 
 
-class Assembled(NamedTuple):
+class StepParts(NamedTuple):
     """The step's parts.
 
     Attributes:
@@ -61,9 +68,9 @@ class Setup:
         config: the resolved configuration, its learning rate a number.
         mesh: the devices.
         source, tokenizer: the base model's origin and its tokenizer.
-        spec, trainable, frozen, optimizer: see `Assembled`.
-        plan: every batch of the run.
-        eval_plan: the evaluation's batches, None where there is no evaluation data.
+        spec, trainable, frozen, optimizer: see `StepParts`.
+        schedule: every batch of the run.
+        eval_schedule: the evaluation's batches, None where there is no evaluation data.
 
     """
 
@@ -75,8 +82,13 @@ class Setup:
     trainable: nnx.State
     frozen: Frozen
     optimizer: optax.GradientTransformation
-    plan: BatchSchedule
-    eval_plan: BatchSchedule | None
+    schedule: BatchSchedule
+    eval_schedule: BatchSchedule | None
+
+    @property
+    def num_steps(self) -> int:
+        """Return the optimizer steps of the whole run, over which its schedule goes."""
+        return len(self.schedule)
 
     @property
     def micro_batches(self) -> int:
@@ -84,17 +96,19 @@ class Setup:
         return micro_batches_of(self.config)
 
     @cached_property
-    def layout(self) -> TrainState:
+    def state_layout(self) -> TrainState:
         """Shapes and shardings of the state."""
         train = self.config.train
-        return layout(self.trainable, self.optimizer, train.seed, self.mesh, average=train.ema > 0)
+        return state_layout(
+            self.trainable, self.optimizer, train.seed, self.mesh, average=train.ema > 0
+        )
 
     def initial(self) -> TrainState:
         """The state before the first step. Its leaves are copies: the step donates its state,
         and these are used again.
         """
         train, optimizer = self.config.train, self.optimizer
-        places = jax.tree.map(lambda leaf: leaf.sharding, self.layout)
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.state_layout)
         make = jax.jit(
             lambda leaves: init_state(
                 jax.tree.map(jnp.copy, leaves), optimizer, train.seed, average=train.ema > 0
@@ -105,28 +119,35 @@ class Setup:
 
     def release(self) -> None:
         """Let go of the leaves as training began, once there is a state."""
-        self.trainable = self.layout.trainable
+        self.trainable = self.state_layout.trainable
 
-    def best(self, state: TrainState) -> nnx.State:
+    def eval_params(self, state: TrainState) -> nnx.State:
         """The leaves to evaluate and export: those that train, or their average."""
         return (
-            evaluated(self.config.optimizer, state.opt_state, state.trainable)
+            eval_params(self.config.optimizer, state.opt_state, state.trainable)
             if state.average is None
             else state.average
         )
 
     def model(self, state: TrainState) -> CausalLM:
         """The model to evaluate and export."""
-        return nnx.merge(self.spec.graph, self.best(state), self.frozen.base)
+        return nnx.merge(self.spec.graph, self.eval_params(state), self.frozen.base)
 
 
-def setup(config: Config, reporter: Reporter, day: date | None = None) -> Setup:
-    """Build a run.
+def build_setup(
+    config: Config,
+    reporter: Reporter,
+    day: date | None = None,
+    objective: Objective | None = None,
+) -> Setup:
+    """Build the parts of a run.
 
     Args:
         config: the resolved configuration.
         reporter: progress.
         day: the date for chat templates that print one; today's by default.
+        objective: what to minimize; by default that of `train.objective`, which also says what the
+            data looks like.
 
     Raises:
         UserError: anything that is wrong with the configuration, the data or the weights.
@@ -141,34 +162,39 @@ def setup(config: Config, reporter: Reporter, day: date | None = None) -> Setup:
     )
     check_divides(config, mesh)
     inputs = read_inputs(config, reporter, day)
-    account(inputs.plans, reporter)
+    report_data(inputs.schedules, reporter)
     source = inputs.source
     reporter.say(f"Loading {shown(config.model.source)}")
     model = trained_model(config, source, inputs.adapter, mesh)
-    config = _with_rate(config, model, reporter)
+    if config.optimizer.learning_rate == "auto":
+        config = resolve_learning_rate(config, model.config)
+        reporter.say(f"optimizer.learning_rate=auto: {config.optimizer.learning_rate:.2e}")
     teacher = None
     if inputs.teacher is not None:
         reporter.say(f"Loading {shown(inputs.teacher.name)}, the teacher")
         teacher = load_model(inputs.teacher, mesh, compute=config.model.compute_dtype)
-    parts = assembled(config, model, len(inputs.plan), teacher, mesh)
+    steps = len(inputs.schedule)
+    parts = assemble_step(config, model, steps, teacher, mesh, objective=objective)
     if config.train.remat == "auto" and parts.spec.remat != "dots":
         reporter.say(f"train.remat=auto: {parts.spec.remat}, since more seems not to fit")
-    reporter.say(
-        described(config, model, parameters(parts.trainable), parameters(parts.frozen.base), mesh)
-    )
+    counts = (count_parameters(parts.trainable), count_parameters(parts.frozen.base))
+    reporter.say(describe_training(config, model, *counts, mesh))
     if isinstance(source, ResizedSource) and inputs.adapter is None:
         _announce_tokens(source, config, reporter)
-    return Setup(config, mesh, source, inputs.tokenizer, *parts, inputs.plan, inputs.eval_plan)
+    schedules = (inputs.schedule, inputs.eval_schedule)
+    return Setup(config, mesh, source, inputs.tokenizer, *parts, *schedules)
 
 
-def assembled(
+def assemble_step(
     config: Config,
     model: CausalLM,
     steps: int,
     teacher: CausalLM | None = None,
     mesh: Mesh | None = None,
     memory: int | None = None,
-) -> Assembled:
+    *,
+    objective: Objective | None = None,
+) -> StepParts:
     """What the step is made of.
 
     Args:
@@ -179,46 +205,36 @@ def assembled(
         mesh: the devices; one by default.
         memory: bytes that each has, by which train.remat=auto goes; by default those of this
             machine's.
+        objective: what to minimize; by default that of `train.objective`.
 
     Raises:
         UserError: see `optim.optimizer`.
 
     """
-    train, found = config.train, objective(config)
+    train, objective = config.train, objective or build_objective(config)
     graph, trainable, base = partition_trainable(model)
     structure, leaves = (None, None) if teacher is None else nnx.split(teacher)
     policy = train.remat
     if policy == "auto":
-        fixed = bytes_here((base, leaves)) + _COPIES * bytes_here(trainable)
-        budget = MemoryBudget(capacity() if memory is None else memory, fixed)
+        fixed = bytes_per_device((base, leaves)) + _COPIES * bytes_per_device(trainable)
+        budget = MemoryBudget(device_capacity() if memory is None else memory, fixed)
         policy = distributed.broadcast_from_main(lambda: choose_policy(config, model, mesh, budget))
     spec = StepSpec(
         graph,
-        found,
+        objective,
         policy,
         config.model.products == "int8",
         random=config.adapter.dropout > 0 or train.neftune > 0,
         noise=train.neftune,
         teacher=structure,
     )
-    start = jax.tree.map(_copied, trainable) if found.has_reference else None
-    update = optimizer(config.optimizer, steps, leaves_of(trainable, model.config))
-    return Assembled(spec, trainable, Frozen(base, start, leaves), update)
+    start = jax.tree.map(_copied, trainable) if objective.has_reference else None
+    update = build_optimizer(config.optimizer, steps, leaves_of(trainable, model.config))
+    return StepParts(spec, trainable, Frozen(base, start, leaves), update)
 
 
 def _copied(leaf: Any) -> Any:
     return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.copy(leaf)
-
-
-def _with_rate(config: Config, model: CausalLM, reporter: Reporter) -> Config:
-    """The configuration with a number for the learning rate."""
-    if config.optimizer.learning_rate != "auto":
-        return config
-    rate = auto_rate(model.config, lora=config.adapter.method != "none")
-    reporter.say(f"optimizer.learning_rate=auto: {rate:.2e}")
-    return config.model_copy(
-        update={"optimizer": config.optimizer.model_copy(update={"learning_rate": rate})}
-    )
 
 
 def _announce_tokens(source: ResizedSource, config: Config, reporter: Reporter) -> None:
@@ -237,7 +253,7 @@ def micro_batches_of(config: Config) -> int:
     return config.train.batch_size // (config.train.micro_batch_size or config.train.batch_size)
 
 
-def parameters(state: nnx.State) -> int:
+def count_parameters(state: nnx.State) -> int:
     """Numbers in a state."""
     return sum(
         leaf.size

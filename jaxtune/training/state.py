@@ -58,7 +58,7 @@ def init_state(
     return TrainState(jnp.zeros((), jnp.int32), trainable, moments, jax.random.key(seed), copy)
 
 
-def layout(
+def state_layout(
     trainable: nnx.State,
     optimizer: optax.GradientTransformation,
     seed: int,

@@ -61,14 +61,14 @@ class StepMetrics(NamedTuple):
             of preferences per pair.
         grad_norm: global norm of the mean gradient, before clipping.
         supervised: sum of the supervised tokens' weights.
-        figures: what else the objective tells, such as `margin` and `accuracy`, as means.
+        extra: what else the objective tells, such as `margin` and `accuracy`, as means.
 
     """
 
     loss: jax.Array
     grad_norm: jax.Array
     supervised: jax.Array
-    figures: dict[str, jax.Array]
+    extra: dict[str, jax.Array]
 
 
 def train_step(
@@ -76,7 +76,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     decay: float = 0.0,
     like: TrainState | None = None,
-) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, StepMetrics]]:
+) -> jax.stages.Wrapped:
     """The step function `(state, frozen, batch) -> (state, metrics)`, jitted, its state donated.
 
     The batch has shape [micro_batches, rows, tokens]: gradients are summed over the micro_batches

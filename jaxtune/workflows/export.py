@@ -16,7 +16,7 @@ from jaxtune.core.errors import UserError
 from jaxtune.core.files import read_json, refuse_existing
 from jaxtune.core.mesh import make_mesh
 from jaxtune.models.decoder import CausalLM
-from jaxtune.tracking.metrics_log import read_metrics
+from jaxtune.tracking.metrics_log import AFTER, BEFORE, phase_of, read_metrics
 from jaxtune.tracking.progress import Reporter
 from jaxtune.tracking.run_directory import (
     ADAPTER,
@@ -28,7 +28,7 @@ from jaxtune.tracking.run_directory import (
     read_config,
 )
 from jaxtune.training.checkpoint import Checkpoints
-from jaxtune.training.setup import Setup, setup
+from jaxtune.training.setup import Setup, build_setup
 from jaxtune.weights.convert import convert_model
 from jaxtune.weights.export import export_adapter, export_weights
 from jaxtune.weights.formats.registry import get_format
@@ -81,7 +81,7 @@ def export_run(
         )
     if (directory / ADAPTER).is_dir():
         return out, _export_finished(config, directory, out, to, dtype)
-    parts = setup(config, reporter, first_day(directory))
+    parts = build_setup(config, reporter, first_day(directory))
     checkpoints = Checkpoints(checkpoint_directory(config), config.checkpoint.keep, reporter.say)
     try:
         if checkpoints.latest is None:
@@ -89,7 +89,7 @@ def export_run(
                 f"{directory} has no checkpoint yet. Train first: jaxtune train "
                 f"{directory}/config.yaml"
             )
-        model = parts.model(checkpoints.restore(parts.layout))
+        model = parts.model(checkpoints.restore(parts.state_layout))
     finally:
         checkpoints.close()
     with jax.set_mesh(parts.mesh):
@@ -166,7 +166,7 @@ def export_trained(
             replace=replace,
         )
     texts = [
-        item.ids[:_VERIFY_TOKENS].tolist() for item in parts.plan.examples.items[:_VERIFY_ROWS]
+        item.ids[:_VERIFY_TOKENS].tolist() for item in parts.schedule.examples.items[:_VERIFY_ROWS]
     ]
     texts += [parts.tokenizer(text)["input_ids"] for text in TEXT]
     return export_adapter(
@@ -209,7 +209,7 @@ def about_run(config: Config, directory: Path) -> str:
         yaml.safe_dump(kept, sort_keys=False).rstrip(),
         "```",
     ]
-    rows = [row for row in read_metrics(directory) if row["split"] == "eval" and "task" in row]
+    rows = [row for row in read_metrics(directory) if phase_of(row) in (BEFORE, AFTER)]
     if rows:
         names = [
             name for name, value in rows[-1].items() if isinstance(value, float) and name != "epoch"

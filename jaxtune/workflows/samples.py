@@ -11,10 +11,11 @@ from jaxtune.core.files import read_jsonl, write_jsonl
 from jaxtune.data.batch import REJECTED
 from jaxtune.data.chat.tokenize import prompt_ids
 from jaxtune.data.formats.conversation import Conversation
-from jaxtune.data.prepare import conversations
+from jaxtune.data.prepare import read_conversations
 from jaxtune.inference.engine import Engine
 from jaxtune.models.decoder import CausalLM
 from jaxtune.tracking.run_directory import SAMPLES
+from jaxtune.training.callbacks import Callback
 from jaxtune.training.inputs import comparison
 from jaxtune.training.setup import Setup
 from jaxtune.training.state import TrainState
@@ -23,7 +24,7 @@ _TOKENS = 64
 _OPENING = 200  # characters of a text that are asked to be continued
 
 
-class Samples:
+class Samples(Callback):
     """Prompts with the answers wanted and the answers at several times.
 
     Args:
@@ -51,8 +52,10 @@ class Samples:
         self._rows = _prompts(self._parts)
         self._say(self._parts.model(state), lambda row, text: row.update(before=text, during=[]))
 
-    def during(self, state: TrainState, step: int) -> None:
-        """The answers after so many steps."""
+    def on_evaluation(self, step: int, metrics: dict[str, Any], state: TrainState) -> None:
+        """Note the answers after this step, where it is not the last."""
+        if not self._parts.config.train.samples or step == self._parts.num_steps:
+            return
         self._say(
             self._parts.model(state),
             lambda row, text: row["during"].append({"step": step, "text": text}),
@@ -74,8 +77,8 @@ def _prompts(parts: Setup) -> list[dict[str, Any]]:
     words.
     """
     data, found = parts.config.data, []
-    for row in conversations(
-        data, "train" if parts.eval_plan is None else "eval", comparison=comparison(parts.config)
+    for row in read_conversations(
+        data, "train" if parts.eval_schedule is None else "eval", comparison=comparison(parts.config)
     ):
         if len(found) == parts.config.train.samples:
             break
@@ -89,7 +92,7 @@ def _prompts(parts: Setup) -> list[dict[str, Any]]:
                 text[_OPENING : 3 * _OPENING],
             )
         sample = {
-            "place": str(row.place),
+            "place": str(row.location),
             "prompt": prompt,
             "wanted": wanted,
             "plain": row.plain,

@@ -23,9 +23,11 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from jaxtune.config.load import dump, keys, load_config, load_sweep, validated
+from jaxtune.config.keys import keys, keys_with
+from jaxtune.config.load import dump, load_config, load_sweep, with_keys
 from jaxtune.config.schema import Config
 from jaxtune.config.sweep import Range, Sweep
+from jaxtune.config.traits import Trait
 from jaxtune.core import distributed, runtime
 from jaxtune.core.errors import Interrupted, RunError, UserError, listed, nearest
 from jaxtune.core.files import read_jsonl, write_jsonl, write_text
@@ -38,24 +40,16 @@ from jaxtune.report.sweep import (
     trial_directory,
     write_sweep_report,
 )
+from jaxtune.tracking.metrics_log import BEFORE, metric_names, phase_of, read_metrics
 from jaxtune.tracking.metrics_log import FILE as METRICS
-from jaxtune.tracking.metrics_log import metric_names, read_metrics
 from jaxtune.tracking.progress import Reporter
 from jaxtune.tracking.run_directory import SAMPLES
+from jaxtune.training.callbacks import Callback
+from jaxtune.training.state import TrainState
 from jaxtune.workflows.train import run
 
 _STARTS, _REASON, _SAME = "starts", "reason", "same as"
 _MOST_STARTS = 3  # a trial that has ended the program so often is given up
-# Keys that leave the model as it is before training, so that its evaluation then is the same in all
-# trials.
-_AFTER_THE_START = (
-    "optimizer.", "checkpoint.", "adapter.rank", "adapter.alpha", "adapter.dropout",
-    "adapter.rslora", "adapter.targets", "adapter.layers",
-    "adapter.exclude", "adapter.method", "trainable", "train.epochs", "train.steps",
-    "train.batch_size", "train.micro_batch_size",
-    "train.neftune", "train.ema", "train.seed", "train.patience", "train.eval_every",
-)  # fmt: skip
-
 
 # What a trial may end with that costs only this trial; the last is, for one, a device's memory that
 # is too small for it.
@@ -182,11 +176,11 @@ class _Search:
                 places["checkpoint.dir"] = (
                     f"{self.base.checkpoint.dir.rstrip('/')}/{directory.name}"
                 )
-            config = _with(self.base, values | places)
+            config = with_keys(self.base, values | places, "parameters")
             result = run(
                 config,
                 self.reporter,
-                watch=lambda step, figures: self._watched(trial, step, figures),
+                callbacks=[_TellStudy(self, trial)],
             )
         except optuna.TrialPruned:
             self.study.tell(trial.number, state=TrialState.PRUNED)
@@ -219,7 +213,13 @@ class _Search:
         self.study.tell(trial.number, state=TrialState.FAIL)
         self.reporter.say(f"Trial {trial.number + 1} failed: {reason}")
 
-    def _watched(self, trial: Trial, step: int, figures: dict[str, Any]) -> None:
+    def tell(self, trial: Trial, step: int, figures: dict[str, Any]) -> None:
+        """Tell the study of an evaluation.
+
+        Raises:
+            TrialPruned: the trial is worse than others at this point.
+
+        """
         if step == 0 and self.plan.metric not in figures:
             names = ", ".join(metric_names(figures))
             raise _NoSuchFigure(
@@ -239,14 +239,14 @@ class _Search:
         """What an earlier trial measured before training, where that is the same for all."""
         if (
             directory.exists()
-            or not all(key.startswith(_AFTER_THE_START) for key in self.plan.parameters)
+            or not self.plan.parameters.keys() <= keys_with(Trait.KEEPS_START)
             or self.base.adapter.init
         ):
             return
         for other in sorted((self.directory / TRIALS).glob("*")):
             if (other / SAMPLES).exists():
                 rows = [
-                    row for row in read_metrics(other)[:1] if row["step"] == 0 and "task" in row
+                    row for row in read_metrics(other)[:1] if phase_of(row) == BEFORE
                 ]
                 if rows:
                     directory.mkdir(parents=True)
@@ -259,6 +259,17 @@ class _Search:
                         [{name: row[name] for name in row if name != "after"} for row in kept],
                     )
                     return
+
+
+class _TellStudy(Callback):
+    """Tells the study of a trial's evaluations; what the study raises ends the trial."""
+
+    def __init__(self, search: _Search, trial: Trial) -> None:
+        self._search, self._trial = search, trial
+
+    def on_evaluation(self, step: int, metrics: dict[str, Any], state: TrainState) -> None:
+        """Tell of one evaluation."""
+        self._search.tell(self._trial, step, metrics)
 
 
 def _check(base: Config, plan: Sweep) -> None:
@@ -282,15 +293,7 @@ def _check(base: Config, plan: Sweep) -> None:
                 f"parameters: {key} is not searched: every trial has a run directory of its own."
             )
         for value in (options.low, options.high) if isinstance(options, Range) else options:
-            _with(base, {key: value})
-
-
-def _with(base: Config, values: dict[str, Any]) -> Config:
-    tree = base.model_dump(mode="json")
-    for dotted, value in values.items():
-        section, _, name = dotted.rpartition(".")
-        (tree[section] if section else tree)[name] = value
-    return validated(tree, origin="parameters")
+            with_keys(base, {key: value}, "parameters")
 
 
 def _refuse_another(directory: Path, base: Config, plan: Sweep) -> None:

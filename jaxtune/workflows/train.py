@@ -1,6 +1,6 @@
 """A whole run: evaluate, train, evaluate, export, report."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -14,14 +14,18 @@ from jaxtune.config.schema import Config
 from jaxtune.core import distributed, runtime
 from jaxtune.core.errors import UserError
 from jaxtune.core.files import write_json, write_jsonl
-from jaxtune.data.inspect import histogram
+from jaxtune.data.inspect import length_histogram
 from jaxtune.evaluation.evaluate import EvalOptions, evaluate
+from jaxtune.objectives.objective import Objective
 from jaxtune.report.page import write_report
 from jaxtune.tracking.metrics_log import (
+    AFTER,
+    BEFORE,
     MetricsLog,
     NullMetricsLog,
-    evals_since_best,
+    Phase,
     metric_names,
+    phase_of,
     read_metrics,
 )
 from jaxtune.tracking.progress import Reporter
@@ -38,16 +42,19 @@ from jaxtune.tracking.run_directory import (
     recall,
 )
 from jaxtune.tracking.trackers import Trackers, check_trackers
+from jaxtune.training.batch_source import ScheduledBatches
+from jaxtune.training.callbacks import Callback, EarlyStopping, KeepBest, SayEvaluation
 from jaxtune.training.checkpoint import Best, Checkpoints
-from jaxtune.training.loop import Evaluator, fit
+from jaxtune.training.evaluator import Evaluator
+from jaxtune.training.loop import Evaluate, fit
 from jaxtune.training.methods import adopt_adapter
-from jaxtune.training.setup import Setup, setup
+from jaxtune.training.setup import Setup, build_setup
 from jaxtune.training.state import TrainState
 from jaxtune.weights.verify import Comparison
 from jaxtune.workflows.export import export_trained, output
 from jaxtune.workflows.samples import Samples
 
-Watch = Callable[[int, dict[str, float]], None]
+Metrics = Mapping[str, Callable[[list[dict[str, Any]]], float]]
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,13 @@ class Run:
 
 
 def run(
-    config: Config, reporter: Reporter, *, fresh: bool = False, watch: Watch | None = None
+    config: Config,
+    reporter: Reporter,
+    *,
+    fresh: bool = False,
+    callbacks: Sequence[Callback] = (),
+    objective: Objective | None = None,
+    metrics: Metrics | None = None,
 ) -> Run:
     """Train as `config` says, or go on where an earlier call was stopped.
 
@@ -85,8 +98,11 @@ def run(
         config: the run.
         reporter: where progress is shown.
         fresh: remove an earlier run in the same directory instead of going on with it.
-        watch: called with the step and the figures of the evaluation before training and of every
-            one on the way; what it raises ends the run.
+        callbacks: see every step and every evaluation, the one before training included.
+        objective: what is minimized instead of the objective that the configuration names; the data
+            is still what that one takes.
+        metrics: further metrics of the evaluations before and after training by name: functions of
+            what the model said, in the rows of predictions.jsonl.
 
     Raises:
         UserError, RunError, Interrupted: see `api.train` and `training.loop.fit`.
@@ -97,8 +113,8 @@ def run(
         check_trackers(config)
         config = adopt_adapter(config)
         day = date.fromisoformat(distributed.broadcast_from_main(lambda: _begun(config, fresh)))
-        parts = setup(config, reporter, day)
-        plans = (("data.train", parts.plan), ("data.eval", parts.eval_plan))
+        parts = build_setup(config, reporter, day, objective)
+        plans = (("data.train", parts.schedule), ("data.eval", parts.eval_schedule))
         digests = {key: plan.examples.digest for key, plan in plans if plan}
         distributed.assert_same("configuration", dump(config))
         distributed.assert_same("training or evaluation data", str(digests))
@@ -112,7 +128,8 @@ def run(
                     Path(config.run.dir),
                     reporter,
                     directory.keep_copy if directory else None,
-                    watch,
+                    callbacks,
+                    metrics or {},
                 )
         finally:
             if directory:
@@ -132,39 +149,34 @@ def _run(
     directory: Path,
     reporter: Reporter,
     keep_copy: Callable[[], None] | None,
-    watch: Watch | None,
+    callbacks: Sequence[Callback],
+    metrics: Metrics,
 ) -> Run:
-    config, total = parts.config, len(parts.plan)
+    config = parts.config
     _write(write_json, directory / DATA_SUMMARY, _data_summary(parts))
-    checkpoints = Checkpoints(
-        checkpoint_directory(config), config.checkpoint.keep, reporter.say, keep_copy
-    )
-    best = (
-        Best(checkpoint_directory(config), config.checkpoint.best, reporter.say)
-        if config.checkpoint.best
-        else None
-    )
+    where = checkpoint_directory(config)
+    checkpoints = Checkpoints(where, config.checkpoint.keep, reporter.say, keep_copy)
+    best = Best(where, config.checkpoint.best, reporter.say) if config.checkpoint.best else None
     begins = checkpoints.latest is None
-    state = parts.initial() if begins else checkpoints.restore(parts.layout)
+    state = parts.initial() if begins else checkpoints.restore(parts.state_layout)
     parts.release()
     if not begins:
-        reporter.say(f"Going on after step {int(state.step)} of {total} ({directory})")
+        reporter.say(f"Going on after step {int(state.step)} of {parts.num_steps} ({directory})")
     log = (
         MetricsLog(directory, int(state.step), Trackers(config, reporter.say))
         if distributed.is_main()
         else NullMetricsLog()
     )
     try:
-        before = _measured(parts, state, log, directory, 0, reporter)
+        before = _measured(parts, state, log, reporter, step=0, metrics=metrics)
         _check_figure(config, before)
-        if before and watch:
-            watch(0, before)
+        if before and begins:
+            for callback in callbacks:
+                callback.on_evaluation(0, before, state)
         samples = Samples(parts, directory, int(state.step))
         samples.before(state)
-        on_the_way = EvalCallback(parts, log, best, samples, directory, reporter, watch)
-        if not on_the_way.enough():
-            with reporter.task("Training", total, int(state.step)) as task:
-                state = fit(parts, state, log, checkpoints, task, on_the_way)
+        built_in = [SayEvaluation(reporter.say), *([KeepBest(best)] if best else []), samples]
+        state = _trained(parts, state, log, checkpoints, reporter, [*built_in, *callbacks])
         checkpoints.wait()
         ended = int(state.step)
         if best is not None and best.step not in (None, ended):
@@ -172,8 +184,8 @@ def _run(
                 f"The evaluation was best after step {best.step} ({best.metric} "
                 f"{best.value:.4f}): that state is taken"
             )
-            state = best.restore(parts.layout)
-        after = _measured(parts, state, log, directory, ended, reporter)
+            state = best.restore(parts.state_layout)
+        after = _measured(parts, state, log, reporter, step=ended, metrics=metrics)
     finally:
         log.close()
         for opened in (checkpoints, best):
@@ -203,43 +215,82 @@ def _write(write: Callable[..., Any], *arguments: Any) -> None:
         write(*arguments)
 
 
+def _trained(
+    parts: Setup,
+    state: TrainState,
+    log: MetricsLog,
+    checkpoints: Checkpoints,
+    reporter: Reporter,
+    callbacks: Sequence[Callback],
+) -> TrainState:
+    """Train to the end, or until a callback says that it is enough."""
+    train, stop_reason = parts.config.train, None
+    if train.patience is not None:
+        stopping = EarlyStopping(Path(parts.config.run.dir), parts.config.monitor, train.patience)
+        callbacks, stop_reason = [*callbacks, stopping], stopping.reason()
+    if stop_reason is None:
+        source = ScheduledBatches(parts.schedule, parts.micro_batches, parts.mesh)
+        with reporter.task("Training", parts.num_steps, int(state.step)) as task:
+            result = fit(
+                parts,
+                state,
+                source,
+                log=log,
+                checkpoints=checkpoints,
+                task=task,
+                evaluate=_evaluate_during(parts),
+                callbacks=callbacks,
+            )
+        state, stop_reason = result.state, result.stopped_by
+    if stop_reason is not None:
+        reporter.say(f"{stop_reason}: training ends here")
+    return state
+
+
 def _measured(
-    parts: Setup, state: TrainState, log: MetricsLog, directory: Path, step: int, reporter: Reporter
+    parts: Setup,
+    state: TrainState,
+    log: MetricsLog,
+    reporter: Reporter,
+    *,
+    step: int,
+    metrics: Metrics,
 ) -> dict[str, Any] | None:
-    """The evaluation before (step 0) or after training: from the log where an earlier call has
-    it, else made and logged.
+    """Evaluate before (step 0) or after training: from the log where an earlier call has it, else
+    measured and logged.
     """
-    if parts.eval_plan is None:
+    directory, phase = Path(parts.config.run.dir), AFTER if step else BEFORE
+    if parts.eval_schedule is None:
         return None
-    found = distributed.broadcast_from_main(lambda: _logged(directory, step))
-    if found:
-        return found
-    with reporter.task("Evaluating before" if step == 0 else "Evaluating after", 1) as bar:
-        model = parts.model(state)
+    logged = distributed.broadcast_from_main(lambda: _logged(directory, step, phase))
+    if logged:
+        return logged
+    with reporter.task(f"Evaluating {phase}", 1) as bar:
         if parts.config.on_pairs:
             result = {
                 "task": "preference",
-                "rows": parts.eval_plan.examples.rows,
-                **Evaluator(parts, parts.eval_plan)(state),
+                "rows": parts.eval_schedule.examples.rows,
+                **Evaluator(parts, parts.eval_schedule)(state),
             }
         else:
-            asked = EvalOptions(parts.config.train.eval_task, progress=bar.update_of)
-            found = evaluate(
-                model, parts.tokenizer, parts.source.stop_ids(), parts.config.data, asked
-            )
-            result = found.figures()
-            if step and found.predictions:
-                _write(write_jsonl, directory / PREDICTIONS, found.predictions)
-    row = {"split": "eval", "step": step, "epoch": _epoch(parts, step), **result}
+            options = EvalOptions(parts.config.train.eval_task, progress=bar.update_of)
+            model, stop_ids = parts.model(state), parts.source.stop_ids()
+            evaluation = evaluate(model, parts.tokenizer, stop_ids, parts.config.data, options)
+            result = evaluation.figures()
+            result |= {name: float(of(evaluation.predictions)) for name, of in metrics.items()}
+            if step and evaluation.predictions:
+                _write(write_jsonl, directory / PREDICTIONS, evaluation.predictions)
+    epoch = _epoch(parts, step)
+    row = {"split": "eval", "step": step, "epoch": epoch, "phase": phase, **result}
     log.write(row)
     return row
 
 
-def _logged(directory: Path, step: int) -> dict[str, Any] | None:
+def _logged(directory: Path, step: int, phase: Phase) -> dict[str, Any] | None:
     rows = (
         row
         for row in read_metrics(directory)
-        if row["split"] == "eval" and row["step"] == step and "task" in row
+        if phase_of(row) == phase and row["step"] == step
     )
     return next(rows, None)
 
@@ -254,88 +305,39 @@ def _check_figure(config: Config, before: dict[str, Any] | None) -> None:
         )
 
 
-class EvalCallback:
-    """The evaluation every `train.eval_every` steps: logged, offered to the best state, with
-    answers to look at.
-
-    Args:
-        parts: the run.
-        log: gets a row for each.
-        best: keeps the best state, where that is wanted.
-        samples: the answers.
-        directory: the run directory.
-        reporter: told of each.
-        watch: see `run`.
-
+def _evaluate_during(parts: Setup) -> Evaluate | None:
+    """Return what measures a state during training: the objective's loss, and the whole evaluation
+    where the run goes by another metric.
     """
+    if parts.eval_schedule is None:
+        return None
+    config, measure_loss = parts.config, Evaluator(parts, parts.eval_schedule)
 
-    def __init__(
-        self,
-        parts: Setup,
-        log: MetricsLog,
-        best: Best | None,
-        samples: Samples,
-        directory: Path,
-        reporter: Reporter,
-        watch: Watch | None,
-    ) -> None:
-        self._parts, self._log, self._best, self._samples = parts, log, best, samples
-        self._directory, self._reporter, self._watch = directory, reporter, watch
-        self._loss = Evaluator(parts, parts.eval_plan) if parts.eval_plan else None
+    def measure(state: TrainState) -> dict[str, float]:
+        metrics = measure_loss(state)
+        if config.monitor in metrics:
+            return metrics
+        options, model = EvalOptions(config.train.eval_task), parts.model(state)
+        evaluation = evaluate(
+            model, parts.tokenizer, parts.source.stop_ids(), config.data, options
+        ).figures()
+        return {name: evaluation[name] for name in metric_names(evaluation)}
 
-    def __call__(self, state: TrainState, step: int) -> bool:
-        """Whether training shall end after it."""
-        if self._loss is None:
-            return False
-        config, figures = self._parts.config, self._loss(state)
-        if config.monitor not in figures:
-            asked = EvalOptions(config.train.eval_task)
-            model, stops = self._parts.model(state), self._parts.source.stop_ids()
-            found = evaluate(model, self._parts.tokenizer, stops, config.data, asked).figures()
-            figures = {name: found[name] for name in metric_names(found)}
-        self._log.write(
-            {"split": "eval", "step": step, "epoch": _epoch(self._parts, step), **figures}
-        )
-        self._reporter.say(
-            f"step {step}: evaluation "
-            + ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        )
-        if self._best is not None:
-            self._best.offer(state, figures)
-        if config.train.samples and step < len(self._parts.plan):
-            self._samples.during(state, step)
-        if self._watch:
-            self._watch(step, figures)
-        return self.enough()
-
-    def enough(self) -> bool:
-        """Whether the last evaluations were no better for longer than the run's patience."""
-        config = self._parts.config
-        if config.train.patience is None:
-            return False
-        since = distributed.broadcast_from_main(
-            lambda: evals_since_best(read_metrics(self._directory), config.monitor)
-        )
-        if since >= config.train.patience:
-            self._reporter.say(
-                f"No better {config.monitor} in {since} evaluations (train.patience): training "
-                "ends here"
-            )
-        return since >= config.train.patience
+    return measure
 
 
 def _epoch(parts: Setup, step: int) -> float:
-    return round(parts.plan.epoch(step - 1), 6) if step else 0.0
+    return round(parts.schedule.epoch(step - 1), 6) if step else 0.0
 
 
 def _data_summary(parts: Setup) -> dict[str, Any]:
-    plans = {"train": parts.plan, "eval": parts.eval_plan}
+    plans = {"train": parts.schedule, "eval": parts.eval_schedule}
     return {
         name: {
             **plan.examples.summary(),
             "packing_efficiency": round(plan.efficiency(), 4),
             "steps": len(plan),
-            "lengths": histogram(plan.examples.lengths),
+            "lengths": length_histogram(plan.examples.lengths),
         }
         for name, plan in plans.items()
         if plan

@@ -23,7 +23,7 @@ from jaxtune.core.mesh import make_mesh
 from jaxtune.data.batch import Batch
 from jaxtune.data.loader import on_devices
 from jaxtune.training.methods import trained_model
-from jaxtune.training.setup import assembled, parameters
+from jaxtune.training.setup import assemble_step, count_parameters
 from jaxtune.training.state import init_state
 from jaxtune.training.step import train_step
 from jaxtune.weights.bundled import smollm2
@@ -46,9 +46,9 @@ class Side:
         )
         model = trained_model(config, resolve(str(smollm2())), None, mesh)
         self.layers = model.config.num_layers
-        spec, leaves, self.frozen, update = assembled(config, model, 1000)
+        spec, leaves, self.frozen, update = assemble_step(config, model, 1000)
         self.state, self.batch = init_state(leaves, update, 0), batch
-        self.trains, self.rest = parameters(leaves), parameters(self.frozen.base)
+        self.trains, self.rest = count_parameters(leaves), count_parameters(self.frozen.base)
         self.program = train_step(spec, update).lower(self.state, self.frozen, batch).compile()
         self.temporary, self.seconds = self.program.memory_analysis().temp_size_in_bytes, []
 

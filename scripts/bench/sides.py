@@ -83,13 +83,13 @@ class Jaxtune:
         import numpy as np
 
         from jaxtune.config.load import load_config
-        from jaxtune.core.hardware import give_back
+        from jaxtune.core.hardware import release_freed_memory
         from jaxtune.core.mesh import make_mesh
         from jaxtune.data.batch import Batch
         from jaxtune.data.loader import BatchSchedule, on_devices
         from jaxtune.data.packing import Layout
         from jaxtune.training.methods import trained_model
-        from jaxtune.training.setup import assembled
+        from jaxtune.training.setup import assemble_step
         from jaxtune.training.state import init_state
         from jaxtune.training.step import train_step
         from jaxtune.weights.source import resolve
@@ -110,7 +110,7 @@ class Jaxtune:
                 f"train.remat={remat}",
             ]
         )
-        spec, trainable, self.frozen, update = assembled(
+        spec, trainable, self.frozen, update = assemble_step(
             config, trained_model(config, source, None, self.mesh), 1000
         )
         self.run = train_step(spec, update)
@@ -131,7 +131,7 @@ class Jaxtune:
                 (on_devices(plan.batch(k), 1, self.mesh), plan.tokens(k))
                 for k in range(len(plan) - 1)
             ]
-        self.ready, self.give_back = jax.block_until_ready, give_back
+        self.ready, self.give_back = jax.block_until_ready, release_freed_memory
         self.programs = {}
 
     def __call__(self, number):

@@ -273,14 +273,13 @@ def test_a_hung_run_prints_where_it_stands_and_ends(finished, tmp_path):
     for step in (6, 9):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
     code = (
-        "import importlib, time, jaxtune.cli.main as main\n"
-        "loop = importlib.import_module('jaxtune.training.loop')\n"
-        "whole = loop.batches\n"
+        "import time, jaxtune.cli.main as main, jaxtune.training.batch_source as batch_source\n"
+        "whole = batch_source.batches\n"
         "def hanging(*arguments):\n"
         "    for number, loaded in enumerate(whole(*arguments)):\n"
         "        if number == 2: time.sleep(1000)\n"
         "        yield loaded\n"
-        "loop.batches = hanging\n"
+        "batch_source.batches = hanging\n"
         f"raise SystemExit(main.main(['train', r'{tmp_path / 'run' / 'config.yaml'}', "
         "'run.watchdog=25']))\n"
     )

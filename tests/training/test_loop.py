@@ -2,8 +2,6 @@
 records on request.
 """
 
-import importlib
-
 import jax
 import pytest
 from jax._src.array import ArrayImpl
@@ -12,11 +10,11 @@ from jaxtune.config.load import load_config
 from jaxtune.core.mesh import make_mesh
 from jaxtune.tracking.metrics_log import read_metrics
 from jaxtune.tracking.progress import Reporter
+from jaxtune.training import loop, setup
 from jaxtune.weights import export
 from jaxtune.workflows.train import run
 from tests.support import tools
 
-loop, setup = (importlib.import_module(f"jaxtune.training.{name}") for name in ("loop", "setup"))
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 EPOCHS = 3
 
@@ -60,7 +58,7 @@ def events(monkeypatch):
 
         monkeypatch.setattr(owner, name, call)
 
-    watched(loop._Compiled, "__call__", "dispatch")
+    watched(loop._CompiledStep, "__call__", "dispatch")
     watched(loop.Recorder, "record", "record")
     value = ArrayImpl._value
 
@@ -102,11 +100,11 @@ def test_nothing_is_compiled_after_the_first_steps(train, events):
 
 
 def test_learning_rates_are_the_schedules(train):
-    from jaxtune.training.optimizer import schedule
+    from jaxtune.training.optimizer import learning_rate_schedule
 
     found = train("optimizer.warmup=3")
     rows = [row for row in read_metrics(found.dir) if row["split"] == "train"]
-    rate = schedule(load_config(overrides=["optimizer.warmup=3"]).optimizer, len(rows))
+    rate = learning_rate_schedule(load_config(overrides=["optimizer.warmup=3"]).optimizer, len(rows))
     assert [row["learning_rate"] for row in rows] == pytest.approx(
         [float(rate(step)) for step in range(len(rows))]
     )

@@ -11,6 +11,7 @@ from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
 from jaxtune.data.loader import on_devices
 from tests.support import peft_side, tools
+from tests.support.cases import thinned
 from tests.support.preferences import answers, labels_of, side_by_side
 from tests.support.steps import Steps, batch_of, leaves, ragged_batch, random_rows
 
@@ -57,7 +58,7 @@ def batches(name, packed):
     return found
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", thinned(METHODS, "int8 dora", "last", "dpo"))
 def test_accumulation_packing_and_mesh_change_no_loss(name, base):
     keys = [key.format(base=base) for key in METHODS[name]]
 
@@ -98,7 +99,7 @@ SELECTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("name", thinned(SELECTIONS, "all", "head and one layer's queries"))
 def test_ten_steps_of_weights_equal_pytorchs(name, tmp_path, one_device):
     entries, trains = SELECTIONS[name]
     config = tools.tiny_config(attention_bias=True)
@@ -183,7 +184,7 @@ def test_entries_that_mean_nothing_are_refused(entries, message, base, one_devic
         Steps(base, one_device, "adapter.method=none", f"trainable={entries}")
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", thinned(["none", "dots", "full"], "full"))
 @pytest.mark.parametrize(
     "keys", [["model.dtype=nf4"], ["adapter.method=dora"]], ids=["nf4", "dora"]
 )

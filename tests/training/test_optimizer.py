@@ -13,7 +13,7 @@ from transformers.optimization import Adafactor
 from jaxtune.config.schema import OptimizerSection
 from jaxtune.core.errors import UserError
 from jaxtune.models.layers import Dropout
-from jaxtune.training.optimizer import Leaf, auto_rate, evaluated, optimizer
+from jaxtune.training.optimizer import Leaf, auto_rate, build_optimizer, eval_params
 from jaxtune.training.setup import Setup
 from tests.support import tools
 from tests.support.steps import Steps, leaves, ragged_batch
@@ -48,7 +48,7 @@ LEAVES = [
 def ours(**numbers):
     """The parameters after the steps."""
     config = OptimizerSection(**(DETERMINISTIC | numbers))
-    rule = optimizer(config, STEPS, LEAVES)
+    rule = build_optimizer(config, STEPS, LEAVES)
     parameters, gradients = problem()
     parameters = jax.tree.map(jnp.asarray, parameters)
     with jax.numpy_dtype_promotion("standard"):
@@ -56,7 +56,7 @@ def ours(**numbers):
         for gradient in gradients:
             updates, state = rule.update(gradient, state, parameters)
             parameters = optax.apply_updates(parameters, updates)
-        return evaluated(config, state, parameters)
+        return eval_params(config, state, parameters)
 
 
 def theirs(make):
@@ -178,7 +178,7 @@ def test_schedule_free_is_its_algorithm():
 
 def test_rates_of_groups_and_lora_plus():
     config = OptimizerSection(**DETERMINISTIC, name="sgd", betas=[0.0, 0.0], rates={"norm": 1e-3})
-    rule = optimizer(config, STEPS, LEAVES)
+    rule = build_optimizer(config, STEPS, LEAVES)
     ones = {"matrix": jnp.ones((2, 3, 3)), "vector": jnp.ones((2, 3))}
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = rule.update(ones, rule.init(ones), ones)
@@ -187,7 +187,7 @@ def test_rates_of_groups_and_lora_plus():
     with pytest.raises(
         UserError, match=r"optimizer.rates: 'nrm' fits nothing that trains; there are norm, q_proj"
     ):
-        optimizer(config.model_copy(update={"rates": {"nrm": 1.0}}), STEPS, LEAVES)
+        build_optimizer(config.model_copy(update={"rates": {"nrm": 1.0}}), STEPS, LEAVES)
 
 
 def test_the_automatic_rate_is_the_published_rule():
@@ -225,7 +225,7 @@ def test_the_average_is_what_is_evaluated(chat_model, one_device):
         None,
         None,
     )
-    for name, value in leaves(setup.best(run.state)).items():
+    for name, value in leaves(setup.eval_params(run.state)).items():
         np.testing.assert_allclose(value, expected[name], atol=1e-6)
         if "lora_B" in name:
             assert np.abs(value - leaves(run.state.trainable)[name]).max() > 1e-4

@@ -10,9 +10,10 @@ from jaxtune.config.load import load_config
 from jaxtune.core.errors import UserError
 from jaxtune.core.files import read_jsonl
 from jaxtune.core.mesh import make_mesh
-from jaxtune.tracking.metrics_log import evals_since_best, read_metrics
+from jaxtune.tracking.metrics_log import DURING, evals_since_best, phase_of, read_metrics
 from jaxtune.tracking.progress import Reporter
 from jaxtune.training import setup
+from jaxtune.training.callbacks import Callback
 from jaxtune.training.checkpoint import steps_saved
 from jaxtune.workflows.train import run
 from tests.support import tools
@@ -49,7 +50,7 @@ def evaluations(directory):
     return {
         row["step"]: row
         for row in read_metrics(Path(directory))
-        if row["split"] == "eval" and "task" not in row
+        if phase_of(row) == DURING
     }
 
 
@@ -82,15 +83,16 @@ def test_patience_outlives_a_kill(chat_model, files, tmp_path):
     )
     last = max(evaluations(whole.dir))
 
-    def kill(step, figures):
-        if step == last - 2:
-            raise Killed
+    class Kill(Callback):
+        def on_evaluation(self, step, metrics, state):
+            if step == last - 2:
+                raise Killed
 
     with pytest.raises(Killed):
         run(
             config(tmp_path / "cut", chat_model, files, train__patience=2, checkpoint__every=3),
             Reporter(True),
-            watch=kill,
+            callbacks=[Kill()],
         )
     result = jaxtune.train(
         config(tmp_path / "cut", chat_model, files, train__patience=2, checkpoint__every=3),

@@ -22,6 +22,7 @@ from jaxtune.weights.peft import open_adapter
 from jaxtune.workflows.export import export_run
 from jaxtune.workflows.train import run
 from tests.support import tools
+from tests.support.cases import thinned
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
@@ -61,7 +62,7 @@ def train(tmp_path, monkeypatch, chat_model):
     return call
 
 
-@pytest.mark.parametrize("objective", ["dpo", "orpo", "simpo", "kto"])
+@pytest.mark.parametrize("objective", thinned(["dpo", "orpo", "simpo", "kto"], "dpo", "kto"))
 def test_a_preference_run_raises_margin_and_accuracy(objective, train):
     found = train(
         f"train.objective={objective}", "preference.beta=0.5", "train.eval_every=3", data="pairs"
@@ -141,7 +142,7 @@ RESUMED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", thinned(RESUMED, "weights, muon, an average", "dpo"))
 def test_a_run_that_was_stopped_ends_as_the_one_that_was_not(name, train, monkeypatch):
     """After a restart the reference is still what training started from, and the averages go on."""
     keys, data = RESUMED[name], "pairs" if name == "dpo" else "chats"
@@ -158,7 +159,7 @@ def test_a_run_that_was_stopped_ends_as_the_one_that_was_not(name, train, monkey
 
     def stop(self, pending):
         record(self, pending)
-        if pending.index == 3:
+        if pending.loaded.index == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
