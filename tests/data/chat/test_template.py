@@ -15,11 +15,11 @@ from tests.support.chat_families import FAMILIES, MARKED, Family, tokenizer
 def talk(*contents, system=None, **last):
     """A conversation of user and assistant in turn."""
     roles = ("user", "assistant")
-    found = [
+    messages = [
         {"role": roles[number % 2], "content": content} for number, content in enumerate(contents)
     ]
-    found[-1] |= last
-    return ([{"role": "system", "content": system}] if system is not None else []) + found
+    messages[-1] |= last
+    return ([{"role": "system", "content": system}] if system is not None else []) + messages
 
 
 TALKS = {
@@ -48,7 +48,9 @@ def masked(words, pieces):
     """
     text = "".join(piece for piece, _ in pieces)
     encoded = words(text, add_special_tokens=False, return_offsets_mapping=True)
-    answer = np.repeat([chosen for _, chosen in pieces], [len(piece) for piece, _ in pieces])
+    answer = np.repeat(
+        [supervised for _, supervised in pieces], [len(piece) for piece, _ in pieces]
+    )
     return encoded["input_ids"], [
         bool(answer[begin:end].any()) for begin, end in encoded["offset_mapping"]
     ]
@@ -61,9 +63,9 @@ def test_ids_and_mask_of_every_family(name, kind):
     words = tokenizer(family, kind)
     for title, messages in TALKS.items():
         if messages[0]["role"] == "system" and not family.system:
-            (found,) = ConversationTokenizer(words, "responses")([Conversation("row", messages)])
-            assert isinstance(found, RowError)
-            assert "System role not supported" in str(found)
+            (error,) = ConversationTokenizer(words, "responses")([Conversation("row", messages)])
+            assert isinstance(error, RowError)
+            assert "System role not supported" in str(error)
             continue
         wholly = family.account(messages)
         assert words.apply_chat_template(messages, tokenize=False) == "".join(
@@ -110,7 +112,7 @@ def rewrites(name, messages):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_many_rows_at_once_are_the_same_as_each_alone(name):
-    """Rows like one that was looked at thoroughly take a short way; it must lead to the same."""
+    """Rows like one that was seen before take a short way; it must lead to the same."""
     words = tokenizer(FAMILIES[name], "bytes")
     rows = [Conversation(title, messages) for title, messages in TALKS.items()]
     rows += [
@@ -119,11 +121,11 @@ def test_many_rows_at_once_are_the_same_as_each_alone(name):
     ]
     together = ConversationTokenizer(words, "responses")
     for _ in range(2):
-        for row, found in zip(rows, together(rows), strict=True):
+        for row, documents in zip(rows, together(rows), strict=True):
             (alone,) = ConversationTokenizer(words, "responses")([row])
-            assert isinstance(found, RowError) == isinstance(alone, RowError)
-            if not isinstance(found, RowError):
-                assert [(part.ids.tolist(), part.spans) for part in found] == [
+            assert isinstance(documents, RowError) == isinstance(alone, RowError)
+            if not isinstance(documents, RowError):
+                assert [(part.ids.tolist(), part.spans) for part in documents] == [
                     (part.ids.tolist(), part.spans) for part in alone
                 ], row
 
@@ -135,17 +137,17 @@ def test_marks_of_the_template_are_transformers_assistant_mask(title):
         (documents,) = ConversationTokenizer(words, "responses")([Conversation("row", messages)])
         if documents[0].rewritten:
             continue
-        found = words.apply_chat_template(
+        encoded = words.apply_chat_template(
             messages, return_dict=True, return_assistant_tokens_mask=True
         )
-        assert documents[0].ids.tolist() == found["input_ids"]
-        ours, theirs = documents[0].example().supervised, np.array(found["assistant_masks"], bool)
+        assert documents[0].ids.tolist() == encoded["input_ids"]
+        ours, theirs = documents[0].example().supervised, np.array(encoded["assistant_masks"], bool)
         # Of a last character that is several tokens transformers marks the first only; the others
         # complete it.
         extra = np.flatnonzero(ours & ~theirs)
         assert not (theirs & ~ours).any()
         assert all(
-            "\ufffd" in words.decode(found["input_ids"][index]) and ours[index - 1]
+            "\ufffd" in words.decode(encoded["input_ids"][index]) and ours[index - 1]
             for index in extra
         )
         assert len(extra) == 0 or title != "chatml"
@@ -180,8 +182,8 @@ def test_weights_of_messages_and_the_last_answer():
     assert answers(words, messages, "last") == [("6<|im_end|>", 1.0)]
     messages[5]["weight"] = 0
     assert answers(words, messages, "last") == []
-    (found,) = ConversationTokenizer(words, "all")([Conversation("row", messages)])
-    assert "needs data.train_on=responses" in str(found)
+    (error,) = ConversationTokenizer(words, "all")([Conversation("row", messages)])
+    assert "needs data.train_on=responses" in str(error)
     example = tools.tokenize(words, Conversation("row", talk("1", "2")), "all")
     assert example.supervised.all()
 
@@ -195,10 +197,10 @@ def test_thoughts_are_what_the_assistant_says():
         "<think>\none and one\n</think>\n\n2<|im_end|>",
         "<think>\nit is\n</think>\n\nyes<|im_end|>",
     ]  # fmt: skip
-    (found,) = ConversationTokenizer(words, "responses")(
+    (error,) = ConversationTokenizer(words, "responses")(
         [Conversation("row", talk("1+1?", "<think>\nhm\n</think>\n\n2"))]
     )
-    assert "changes the text of messages[1]" in str(found)
+    assert "changes the text of messages[1]" in str(error)
 
 
 def test_calls_of_tools_are_what_the_assistant_says_and_tools_reach_the_template():

@@ -47,11 +47,11 @@ def conversation(messages=TALK, plain=False):
 def supervised_texts(tokenizer, example):
     """Runs of supervised tokens, decoded."""
     runs, previous = [], False
-    for token, chosen in zip(example.ids, example.supervised, strict=True):
-        if chosen:
+    for token, supervised_now in zip(example.ids, example.supervised, strict=True):
+        if supervised_now:
             runs = runs + [[]] if not previous else runs
             runs[-1].append(int(token))
-        previous = chosen
+        previous = supervised_now
     return [tokenizer.decode(run) for run in runs]
 
 
@@ -124,14 +124,16 @@ def test_truncation_that_leaves_nothing_drops_the_row_and_counts_it(tmp_path):
     ]
     rows.append({"messages": [{"role": "user", "content": "no answer"}]})
     path = tools.write_rows(tmp_path / "rows.jsonl", rows)
-    found = prepare(DataSection(train=path, max_length=100), tokenizer)
-    assert [list(places) for places in (found.truncated, found.cut_off, found.unanswered)] == [
+    examples = prepare(DataSection(train=path, max_length=100), tokenizer)
+    assert [
+        list(locations) for locations in (examples.truncated, examples.cut_off, examples.unanswered)
+    ] == [
         [f"{path}:2", f"{path}:3"],
         [f"{path}:2"],
         [f"{path}:4"],
     ]
-    assert len(found.items) == 2
-    assert all(item.supervised[1:].any() and fed_length(item) <= 100 for item in found.items)
+    assert len(examples.items) == 2
+    assert all(item.supervised[1:].any() and fed_length(item) <= 100 for item in examples.items)
     with pytest.raises(UserError, match="no row has a supervised token"):
         prepare(DataSection(train=path, max_length=5), tokenizer)
     with pytest.raises(RunError, match="no supervised token"):
@@ -192,7 +194,7 @@ def packed_losses(model, examples, layout):
             ..., 0
         ]
 
-    found = {}
+    losses_by_token = {}
     lengths = np.asarray([fed_length(example) for example in examples])
     epoch = schedule_epoch(lengths, layout, 0)
     for rows in map(epoch.batch, range(len(epoch))):
@@ -202,11 +204,11 @@ def packed_losses(model, examples, layout):
             at = 0
             for index in row:
                 for position in range(lengths[index]):
-                    found[index, position] = (
+                    losses_by_token[index, position] = (
                         losses[number, at + position] * batch.weights[number, at + position]
                     )
                 at += lengths[index]
-    return found
+    return losses_by_token
 
 
 def test_packed_loss_is_the_unpacked_loss_token_by_token(chat_model, one_device):

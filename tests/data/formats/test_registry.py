@@ -55,10 +55,10 @@ def row(value):
 def test_formats_are_found_and_read(name):
     value, kind, messages = FORMATS[name]
     assert detect_format(value, {}) == kind
-    for how in ("auto", kind):
-        found = read_conversation(row(value), how)
-        assert found.messages == messages
-        assert (found.plain, found.text) == (name == "prompt and completion", name == "text")
+    for data_format in ("auto", kind):
+        read = read_conversation(row(value), data_format)
+        assert read.messages == messages
+        assert (read.plain, read.text) == (name == "prompt and completion", name == "text")
 
 
 def test_each_name_of_the_schema_is_a_format_of_its_own_module():
@@ -132,7 +132,9 @@ def test_columns():
     }
 
     def answer(column):
-        return read_conversation(row(value), columns={"prompt": "question", "completion": column}).answer
+        return read_conversation(
+            row(value), columns={"prompt": "question", "completion": column}
+        ).answer
 
     assert answer("answers.text.1") == "two"
     assert answer("{answers.text.0} because {why}") == '2 because {"a": 1}'
@@ -172,19 +174,22 @@ def test_the_first_row_says_what_all_rows_of_a_source_are(tmp_path):
     path = tools.write_rows(
         tmp_path / "rows.jsonl", [{"text": "one"}, {"text": "two", "messages": [U, A]}]
     )
-    assert [found.text for found in read_conversations(DataSection(train=path), "train")] == [True, True]
+    assert [each.text for each in read_conversations(DataSection(train=path), "train")] == [
+        True,
+        True,
+    ]
 
 
 def test_digests_tell_rows_and_prompts_apart():
     def digests(*messages, **more):
         return read_conversation(row({"messages": list(messages), **more})).digests()
 
-    one, other = digests(U, A), digests(U, A | {"content": "3"})
-    assert one == digests(dict(reversed(U.items())), A)
-    assert one[1] == other[1]
-    assert one[0] != other[0]
-    assert one[2] != other[2]
-    assert digests(S, U, A)[1] != one[1]
+    right, wrong = digests(U, A), digests(U, A | {"content": "3"})
+    assert right == digests(dict(reversed(U.items())), A)
+    assert right[1] == wrong[1]
+    assert right[0] != wrong[0]
+    assert right[2] != wrong[2]
+    assert digests(S, U, A)[1] != right[1]
     assert digests(U, A)[1] != digests({"role": "user", "content": "1+1?\0"}, A)[1]
     text = read_conversation(row({"text": "x"})).digests()
     assert text[0] == text[1]

@@ -86,9 +86,9 @@ def read(source, part=TRAIN, **settings):
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_kind_of_file_gives_the_same_rows(name, folder):
-    found = read(folder / name)
-    assert [row.value for row in found] == ROWS
-    assert all(row.location.file == str(folder / name) for row in found)
+    rows = read(folder / name)
+    assert [row.value for row in rows] == ROWS
+    assert all(row.location.file == str(folder / name) for row in rows)
     assert [row.value for row in read(folder / name, rows=2)] == ROWS[:2]
 
 
@@ -128,9 +128,9 @@ def test_urls(folder):
     for name, part in (("a.jsonl", ROWS[:3]), ("b.jsonl.gz", ROWS[3:])):
         data = "".join(json.dumps(row) + "\n" for row in part).encode()
         memory.pipe(f"/bucket/{name}", gzip.compress(data) if name.endswith("gz") else data)
-    found = read("memory://bucket/*")
-    assert [row.value for row in found] == ROWS
-    assert str(found[-1].location) == "memory:///bucket/b.jsonl.gz:2"
+    rows = read("memory://bucket/*")
+    assert [row.value for row in rows] == ROWS
+    assert str(rows[-1].location) == "memory:///bucket/b.jsonl.gz:2"
     before = open_source(DataSource(source="memory://bucket/a.jsonl"), TRAIN).identity()
     memory.pipe("/bucket/a.jsonl", b'{"text": "x"}\n')
     assert open_source(DataSource(source="memory://bucket/a.jsonl"), TRAIN).identity() != before
@@ -165,15 +165,15 @@ def test_text_files_are_documents_and_long_ones_are_cut_at_ends_of_lines(tmp_pat
     long = "".join(f"line {n}\n" for n in range(200_000))
     (tmp_path / "a.txt").write_text("one\n\ntwo é\n")
     (tmp_path / "b.txt").write_text(long)
-    found = read(tmp_path)
-    assert found[0].value == {"text": "one\n\ntwo é\n"}
-    assert "".join(row.value["text"] for row in found[1:]) == long
-    assert len(found) == 4
+    rows = read(tmp_path)
+    assert rows[0].value == {"text": "one\n\ntwo é\n"}
+    assert "".join(row.value["text"] for row in rows[1:]) == long
+    assert len(rows) == 4
     assert all(
         row.value["text"].endswith("\n") and len(row.value["text"]) < 1.01 * 2**20
-        for row in found[1:]
+        for row in rows[1:]
     )
-    assert long.split("\n")[found[2].location.line - 1] == found[2].value["text"].split("\n")[0]
+    assert long.split("\n")[rows[2].location.line - 1] == rows[2].value["text"].split("\n")[0]
 
 
 def test_sets_that_datasets_saved(tmp_path):
@@ -226,10 +226,10 @@ def test_files_cut_short_are_said_to_be(name, folder):
     whole = path.read_bytes()
     for size in (1, len(whole) // 2, len(whole) - 3):
         path.write_bytes(whole[:size])
-        found = read(path)
-        assert isinstance(found[-1], RowError), size
-        assert str(path) in str(found[-1])
-        assert [row.value for row in found[:-1]] == ROWS[: len(found) - 1]
+        rows = read(path)
+        assert isinstance(rows[-1], RowError), size
+        assert str(path) in str(rows[-1])
+        assert [row.value for row in rows[:-1]] == ROWS[: len(rows) - 1]
 
 
 def rows_of(data, which):
@@ -265,15 +265,15 @@ def test_mixtures(tmp_path):
     ]
     data = DataSection(train=[paths[0], DataSource(source=paths[1], weight=0.5)], eval=[*paths])
     words = tools.byte_tokenizer(None, "</s>")
-    found = prepare(data, words)
-    assert [(part.count, part.weight) for part in found.shares] == [(6, 1.0), (6, 0.5)]
-    assert [words.decode(item.ids) for item in found.items[4:8]] == [
+    examples = prepare(data, words)
+    assert [(part.count, part.weight) for part in examples.shares] == [(6, 1.0), (6, 0.5)]
+    assert [words.decode(item.ids) for item in examples.items[4:8]] == [
         "a4</s>",
         "a5</s>",
         "b0</s>",
         "b1</s>",
     ]
-    assert found.summary()["rows"] == 12
+    assert examples.summary()["rows"] == 12
     assert rows_of(data, "eval") == [f"{name}{n}" for name in "ab" for n in range(6)]
 
 
@@ -316,8 +316,8 @@ def test_data_sets_of_the_hub(tmp_path, monkeypatch):
             check=False,
         )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert found == [
+    printed = [json.loads(line) for line in done.stdout.splitlines()]
+    assert printed == [
         ["org/model[train]", ROWS],
         ["org/model[test]", ROWS[:1]],
         ["org/model[train]", ROWS[:2]],
