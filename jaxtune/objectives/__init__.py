@@ -1,1 +1,1 @@
-"""What is minimized, one file a method."""
+"""What training minimizes: a registry, and one file for each objective."""

@@ -15,70 +15,69 @@ from jaxtune.core.sharding import axis_size, constrain, num_shards
 from jaxtune.models.kernels.dot import dot
 from jaxtune.models.layers import matmul, softcap
 
-CHUNK = (
-    256  # tokens; an accelerator reads the head anew for each chunk, so that fewer would starve it
-)
-GPU_CHUNK = (
-    1024  # a turn there is some kernels, whose start and condition cost as much for few tokens
-)
-CPU_CHUNK = 128  # there the logits are what is moved, and of fewer tokens more stay in the cache
-_NEVER = -1e9
+# Tokens in a chunk.
+CHUNK = 256  # an accelerator reads the whole head for each chunk; smaller ones would starve it
+GPU_CHUNK = 1024  # launching a chunk's kernels and checking its condition cost the same at any size
+CPU_CHUNK = 128  # moving logits is what costs; those of fewer tokens stay in the cache
+_MASKED = -1e9
 
 
-def most_at_once() -> int:
-    """Tokens of a device whose logits exist at the same time, at most."""
+def max_chunk_tokens() -> int:
+    """Return the largest number of tokens whose logits exist at the same time on a device."""
     return {"cpu": CPU_CHUNK, "gpu": GPU_CHUNK}.get(platform(), CHUNK)
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """A batch's tokens cut into chunks for a loop; each device takes so many of its own tokens at
-    every turn, and none are moved.
+    """A split of a batch's tokens into chunks for a loop. In each chunk every device takes `size`
+    of its own tokens, so no token moves to another device.
 
-    Args:
-        shape: rows and tokens a row.
+    Attributes:
+        shape: rows, and tokens per row.
 
     """
 
     shape: tuple[int, ...]
 
     @property
-    def groups(self) -> tuple[int, int]:
-        """Into how many parts the mesh cuts the rows, and each row's tokens."""
+    def shards(self) -> tuple[int, int]:
+        """Return the number of parts the mesh splits the rows into, and each row's tokens."""
         return num_shards("batch", self.shape[0]), num_shards("seq", self.shape[1])
 
     @property
     def size(self) -> int:
-        """Tokens that a device takes at a turn."""
-        return min(most_at_once(), math.prod(self.shape) // math.prod(self.groups))
+        """Return the number of tokens a device takes per chunk."""
+        return min(max_chunk_tokens(), math.prod(self.shape) // math.prod(self.shards))
 
-    def cut(
-        self, part: Float[Array, "batch seq *rest"]
-    ) -> Float[Array, "turns groups tokens *rest"]:
-        """The turns' tokens, the last ones filled with zeros."""
-        return self.turns(self.lines(part))
+    def split(
+        self, x: Float[Array, "batch seq *rest"]
+    ) -> Float[Array, "chunks shards tokens *rest"]:
+        """Split a batch's tokens into chunks, the last ones padded with zeros."""
+        return self.split_chunks(self.split_shards(x))
 
     def join(
-        self, turns: Float[Array, "turns groups tokens *rest"]
+        self, chunks: Float[Array, "chunks shards tokens *rest"]
     ) -> Float[Array, "batch seq *rest"]:
-        """The inverse of `cut`."""
-        return self.whole(self.in_line(turns))
+        """Undo `split`."""
+        return self.join_shards(self.join_chunks(chunks))
 
-    def lines(self, part: Float[Array, "batch seq *rest"]) -> Float[Array, "groups tokens *rest"]:
-        """Each device's tokens one after the other, filled with zeros to a whole number of
-        turns.
-        """
-        (rows, tokens), rest = self.groups, part.shape[2:]
-        split = part.reshape(rows, self.shape[0] // rows, tokens, self.shape[1] // tokens, *rest)
+    def split_shards(
+        self, x: Float[Array, "batch seq *rest"]
+    ) -> Float[Array, "shards tokens *rest"]:
+        """Lay each device's tokens in one line, padded with zeros to a whole number of chunks."""
+        (rows, tokens), rest = self.shards, x.shape[2:]
+        split = x.reshape(rows, self.shape[0] // rows, tokens, self.shape[1] // tokens, *rest)
         lines = jnp.moveaxis(split, 2, 1).reshape(rows * tokens, -1, *rest)
         lines = jnp.pad(lines, ((0, 0), (0, -lines.shape[1] % self.size), *(((0, 0),) * len(rest))))
         return constrain(lines, "tokens", None, *((None,) * len(rest)))
 
-    def whole(self, lines: Float[Array, "groups tokens *rest"]) -> Float[Array, "batch seq *rest"]:
-        """The inverse of `lines`."""
-        (rows, tokens), rest = self.groups, lines.shape[2:]
-        here = (self.shape[0] // rows, self.shape[1] // tokens)
-        split = lines[:, : math.prod(here)].reshape(rows, tokens, *here, *rest)
+    def join_shards(
+        self, lines: Float[Array, "shards tokens *rest"]
+    ) -> Float[Array, "batch seq *rest"]:
+        """Undo `split_shards`."""
+        (rows, tokens), rest = self.shards, lines.shape[2:]
+        local = (self.shape[0] // rows, self.shape[1] // tokens)
+        split = lines[:, : math.prod(local)].reshape(rows, tokens, *local, *rest)
         return constrain(
             jnp.moveaxis(split, 1, 2).reshape(*self.shape, *rest),
             "batch",
@@ -86,61 +85,57 @@ class Chunks:
             *((None,) * len(rest)),
         )
 
-    def turns(
-        self, lines: Float[Array, "groups tokens *rest"]
-    ) -> Float[Array, "turns groups tokens *rest"]:
-        """Lines as the turns' tokens."""
+    def split_chunks(
+        self, lines: Float[Array, "shards tokens *rest"]
+    ) -> Float[Array, "chunks shards tokens *rest"]:
+        """Split the lines of all devices into chunks."""
         return jnp.moveaxis(lines.reshape(lines.shape[0], -1, self.size, *lines.shape[2:]), 1, 0)
 
-    def in_line(
-        self, turns: Float[Array, "turns groups tokens *rest"]
-    ) -> Float[Array, "groups tokens *rest"]:
-        """The inverse of `turns`."""
-        return jnp.moveaxis(turns, 0, 1).reshape(turns.shape[1], -1, *turns.shape[3:])
+    def join_chunks(
+        self, chunks: Float[Array, "chunks shards tokens *rest"]
+    ) -> Float[Array, "shards tokens *rest"]:
+        """Undo `split_chunks`."""
+        return jnp.moveaxis(chunks, 0, 1).reshape(chunks.shape[1], -1, *chunks.shape[3:])
 
 
-def whole_head(head: Float[Array, "vocab embed"]) -> Float[Array, "rows embed"]:
-    """The head as a loop over chunks needs it: cut over the vocabulary only, gathered once and not
-    at every turn.
+def gather_head(head: Float[Array, "vocab embed"]) -> Float[Array, "rows embed"]:
+    """Gather the head once, before a loop over chunks, and shard it over the vocabulary only.
 
-    Where the vocabulary does not divide over its mesh axis, rows of zeros are added; `logits_of`
-    hides them.
+    Where the vocabulary does not divide over its mesh axis, rows of zeros are added;
+    `compute_logits` masks them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     missing = 0 if mesh.empty else -head.shape[0] % axis_size(mesh, "vocab")
     return constrain(jnp.pad(head, ((0, missing), (0, 0))) if missing else head, "vocab", None)
 
 
-def logits_of(
-    hidden: Float[Array, "groups tokens embed"],
+def compute_logits(
+    hidden: Float[Array, "shards tokens embed"],
     head: Float[Array, "rows embed"],
     vocab: int,
     cap: float | None,
-) -> Float[Array, "groups tokens rows"]:
-    """Float32 logits, those of rows beyond the vocabulary so low that they are never chosen."""
+) -> Float[Array, "shards tokens rows"]:
+    """Return float32 logits; those of rows beyond the vocabulary have no probability."""
     logits = softcap(matmul(hidden, head).astype(jnp.float32), cap)
     if head.shape[0] != vocab:
-        logits = jnp.where(
-            jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) < vocab,
-            logits,
-            _NEVER,
-        )
+        rows = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        logits = jnp.where(rows < vocab, logits, _MASKED)
     return constrain(logits, "tokens", None, "vocab")
 
 
-def at(
+def select_targets(
     values: Float[Array, "*tokens vocab"], targets: Int[Array, "*tokens"]
 ) -> Float[Array, "*tokens"]:
-    """Each token's value at its target; a sum, since a look-up would gather a vocabulary that is
-    sharded.
+    """Return each token's value at its target.
+
+    It is a sum over the vocabulary, since indexing would gather a vocabulary that is sharded.
     """
     return jnp.sum(jnp.where(_is_target(values, targets), values, 0.0), axis=-1)
 
 
 def _is_target(values: jax.Array, targets: jax.Array) -> jax.Array:
-    return (
-        jax.lax.broadcasted_iota(targets.dtype, values.shape, values.ndim - 1) == targets[..., None]
-    )
+    rows = jax.lax.broadcasted_iota(targets.dtype, values.shape, values.ndim - 1)
+    return rows == targets[..., None]
 
 
 def linear_cross_entropy(
@@ -150,12 +145,12 @@ def linear_cross_entropy(
     weights: Float[Array, "batch seq"],
     cap: float | None = None,
 ) -> Float[Array, ""]:
-    """sum_t w_t (logsumexp(z_t) - z_t[y_t]) with z_t = h_t W^T, or c tanh(h_t W^T / c) under a cap,
-    in nats.
+    """Return sum_t w_t (logsumexp(z_t) - z_t[y_t]) in nats, where z_t = h_t W^T, or
+    c tanh(h_t W^T / c) under a cap.
 
-    The gradient with respect to `hidden` is made in the forward pass, chunk by chunk, so that the
-    backward pass needs no logits; the gradient with respect to `head` is made only where someone
-    asks for it.
+    The forward pass computes the gradient with respect to `hidden` chunk by chunk, so the backward
+    pass needs no logits. It computes the gradient with respect to `head` only where one is asked
+    for.
 
     Args:
         hidden: states before the head, any float dtype.
@@ -180,23 +175,23 @@ def _primal(hidden, head, targets, weights, cap: float | None) -> jax.Array:
 def _forward(
     hidden, head, targets, weights, cap: float | None, *, hidden_gradient: bool, head_gradient: bool
 ):
-    chunks, vocab, head = Chunks(targets.shape), head.shape[0], whole_head(head)
-    arranged, restored = _supervised_first(chunks, weights)
+    chunks, vocab, head = Chunks(targets.shape), head.shape[0], gather_head(head)
+    arrange, restore = _order_supervised_first(chunks, weights)
 
-    def step(sums, inputs):
-        return jax.lax.cond(jnp.any(inputs[2] != 0), look, pass_over, sums, *inputs)
+    def scan_chunk(sums, inputs):
+        return jax.lax.cond(jnp.any(inputs[2] != 0), add_chunk, skip_chunk, sums, *inputs)
 
-    def look(sums, h, y, w):
+    def add_chunk(sums, h, y, w):
         loss, head_sum = sums
-        logits = logits_of(h, head, vocab, cap)
+        logits = compute_logits(h, head, vocab, cap)
         top = jnp.max(logits, axis=-1)
         # The barrier keeps one exponential for the sum and the gradient; fused into the sum it
         # would be computed twice.
         exps = jax.lax.optimization_barrier(jnp.exp(logits - top[..., None]))
         total = jnp.sum(exps, axis=-1)
-        loss += jnp.sum(w * (top + jnp.log(total) - at(logits, y)))
-        # total (softmax(logits) - onehot(y)), under a cap times its slope; normalized after the
-        # product, where it is cheap
+        loss += jnp.sum(w * (top + jnp.log(total) - select_targets(logits, y)))
+        # total (softmax(logits) - onehot(y)), times the cap's slope where there is one; divided by
+        # total after the product, where it is cheap
         error = exps - jnp.where(_is_target(exps, y), total[..., None], 0.0)
         error = (error if cap is None else error * (1 - jnp.square(logits / cap))).astype(h.dtype)
         scale, gradient = (w / total)[..., None], None
@@ -204,35 +199,41 @@ def _forward(
             gradient = (dot(error, head, 0).astype(jnp.float32) * scale).astype(h.dtype)
         if head_gradient:
             scaled = (error.astype(jnp.float32) * scale).astype(h.dtype)
-            both = (((0, 1), (0, 1)), ((), ()))
-            head_sum += jax.lax.dot_general(scaled, h, both, preferred_element_type=jnp.float32)
+            over_tokens = (((0, 1), (0, 1)), ((), ()))
+            head_sum += jax.lax.dot_general(
+                scaled, h, over_tokens, preferred_element_type=jnp.float32
+            )
         return (loss, head_sum), gradient
 
-    def pass_over(sums, h, y, w):
+    def skip_chunk(sums, h, y, w):
         return sums, jnp.zeros_like(h) if hidden_gradient else None
 
     start = (
         jnp.zeros((), jnp.float32),
         jnp.zeros(head.shape, jnp.float32) if head_gradient else None,
     )
-    parts = tuple(chunks.turns(arranged(chunks.lines(part))) for part in (hidden, targets, weights))
-    (loss, head_sum), turns = jax.lax.scan(step, start, parts)
-    gradient = None if turns is None else chunks.whole(restored(chunks.in_line(turns)))
+    inputs = tuple(
+        chunks.split_chunks(arrange(chunks.split_shards(x))) for x in (hidden, targets, weights)
+    )
+    (loss, head_sum), gradients = jax.lax.scan(scan_chunk, start, inputs)
+    gradient = (
+        None if gradients is None else chunks.join_shards(restore(chunks.join_chunks(gradients)))
+    )
     return loss, gradient, None if head_sum is None else head_sum[:vocab]
 
 
-def _supervised_first(
+def _order_supervised_first(
     chunks: Chunks, weights: Float[Array, "batch seq"]
 ) -> tuple[Callable, Callable]:
-    """How to arrange lines so that what has no weight comes last, and how to undo it: then a turn
-    has either many tokens or none.
+    """Return a function that moves the tokens without weight to the end of their device's line, and
+    one that undoes it.
 
-    A turn without any has no logits. On accelerators the order stays, since there the exchange
-    costs two copies of the hidden states.
+    Chunks are then full of supervised tokens or have none, and one that has none computes no
+    logits. On accelerators the order stays: reordering would copy the hidden states twice.
     """
     if platform() != "cpu":
         return (lambda lines: lines), (lambda lines: lines)
-    order = jnp.argsort(chunks.lines(weights) == 0, axis=1, stable=True)
+    order = jnp.argsort(chunks.split_shards(weights) == 0, axis=1, stable=True)
     return (lambda lines: _take(lines, order)), (
         lambda lines: _take(lines, jnp.argsort(order, axis=1))
     )

@@ -7,26 +7,39 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune.data.batch import CHOSEN, Batch
+from jaxtune.config.schema import Config
+from jaxtune.data.batch import Batch
 from jaxtune.objectives.objective import ForwardOptions, Models, Objective, Sums
+from jaxtune.objectives.pairs import split_pairs, sum_pairs
+from jaxtune.objectives.registry import register
 from jaxtune.objectives.sequence_log_probs import sequence_log_probs
+
+BETA = 0.1
+
+
+@register("dpo")
+def build_dpo(config: Config) -> Objective:
+    """Build the objective from the section `preference`."""
+    section = config.preference
+    return dpo(section.beta or BETA, section.dpo_loss, section.label_smoothing)
 
 
 def dpo(beta: float, kind: str, smoothing: float) -> Objective:
-    """The objective over pairs.
+    """Return the objective on pairs.
 
-    With z = log pi(c)/ref(c) - log pi(r)/ref(r): -(1 - e) log sigmoid(beta z) - e log sigmoid(-beta
-    z), e the smoothing; for `ipo` (z - 1 / (2 beta))^2, the log-probabilities taken a token.
+    With z = log pi(c)/ref(c) - log pi(r)/ref(r) and e the smoothing, the loss of a pair is
+    -(1 - e) log sigmoid(beta z) - e log sigmoid(-beta z). For the kind `ipo` it is
+    (z - 1 / (2 beta))^2, and log-probabilities are means over an answer's tokens.
     """
 
     def loss(models: Models, batch: Batch, options: ForwardOptions, shared: Any) -> Sums:
         assert models.reference is not None
-        ours, theirs = (
+        policy, reference = (
             sequence_log_probs(models.policy, batch, options),
             jax.lax.stop_gradient(sequence_log_probs(models.reference, batch)),
         )
-        ratio = ours.mean - theirs.mean if kind == "ipo" else ours.total - theirs.total
-        chosen, rejected = ours.pairs(ratio)
+        ratio = policy.mean - reference.mean if kind == "ipo" else policy.total - reference.total
+        chosen, rejected = split_pairs(ratio)
         z = chosen - rejected
         if kind == "ipo":
             losses = jnp.square(z - 1 / (2 * beta))
@@ -34,19 +47,6 @@ def dpo(beta: float, kind: str, smoothing: float) -> Objective:
             losses = -(1 - smoothing) * jax.nn.log_sigmoid(
                 beta * z
             ) - smoothing * jax.nn.log_sigmoid(-beta * z)
-        return pair_sums(batch, losses, beta * z)
+        return sum_pairs(batch, losses, beta * z)
 
-    return Objective(loss, has_reference=True)
-
-
-def pair_sums(batch: Batch, losses: jax.Array, margin: jax.Array) -> Sums:
-    """The sums over the pairs that are there; `margin` is by how much the chosen answer's reward
-    exceeds the other's.
-    """
-    assert batch.labels is not None
-    there = (batch.labels[:, ::2] == CHOSEN).astype(jnp.float32)
-    figures = {
-        "margin": jnp.sum(margin * there),
-        "accuracy": jnp.sum(jnp.where(margin > 0, there, 0.0)),
-    }
-    return jnp.sum(losses * there), jnp.sum(there), figures
+    return Objective(loss, has_reference=True, compares="pairs")

@@ -1,8 +1,8 @@
-"""What every objective shares: the models it may ask, and what it returns."""
+"""What every objective shares: the models it runs, the options of a pass, the sums it returns."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jaxtyping import Array, Float
@@ -13,8 +13,13 @@ from jaxtune.models.layers import Dropout
 
 
 class Models(NamedTuple):
-    """The model that trains; the one it started as, for objectives that ask for it; the teacher,
-    likewise.
+    """The models an objective may run.
+
+    Attributes:
+        policy: the model that trains.
+        reference: the same model as training began, for objectives with a reference.
+        teacher: the model to distill from, if there is one.
+
     """
 
     policy: CausalLM
@@ -23,8 +28,13 @@ class Models(NamedTuple):
 
 
 class ForwardOptions(NamedTuple):
-    """How the model that trains is run: keys of its random numbers (None in evaluation),
-    NEFTune's alpha, the remat policy.
+    """How the model that trains is run.
+
+    Attributes:
+        dropout: keys of the random numbers; None in evaluation.
+        noise: NEFTune's alpha.
+        remat: the remat policy; see `models.remat`.
+
     """
 
     dropout: Dropout | None = None
@@ -36,10 +46,48 @@ DETERMINISTIC = ForwardOptions()
 """Nothing is random and nothing is recomputed, as in evaluation."""
 
 
+class Sums(NamedTuple):
+    """What an objective returns for a part of the global batch.
+
+    Nothing is divided here: the sums over all parts are divided once, by the global weight, so the
+    result does not depend on how the batch is split.
+
+    Attributes:
+        loss: sum of the losses.
+        weight: what all sums are divided by in the end, such as the number of supervised tokens.
+        metrics: sums of further metrics by name, to be divided by the same weight.
+
+    """
+
+    loss: Float[Array, ""]
+    weight: Float[Array, ""]
+    metrics: dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What training minimizes.
+
+    Attributes:
+        loss: a function `(models, batch, options, shared) -> Sums`.
+        has_reference: whether it uses `models.reference`.
+        shared: a function `(models, batch)` whose sum over the global batch every call of `loss`
+            needs and receives as `shared`; None: there is nothing of the kind.
+        compares: what it compares: two answers to one prompt (`pairs`), or answers that are marked
+            good or bad (`labels`); None: no answers.
+
+    """
+
+    loss: Callable[[Models, Batch, ForwardOptions, Any], Sums]
+    has_reference: bool = False
+    shared: Callable[[Models, Batch], Any] | None = None
+    compares: Literal["pairs", "labels"] | None = None
+
+
 def hidden_and_head(
     model: CausalLM, batch: Batch, options: ForwardOptions
 ) -> tuple[Float[Array, "batch seq embed"], Float[Array, "vocab embed"]]:
-    """`(h, W)` over all tokens of a batch: the logits are h W^T, before a soft-cap."""
+    """Return `(h, W)` for all tokens of a batch: the logits are h W^T, before a soft-cap."""
     hidden, _ = model.hidden_states(
         batch.input_ids,
         segment_ids=batch.segment_ids,
@@ -49,27 +97,3 @@ def hidden_and_head(
         remat_policy=options.remat,
     )
     return model.head(hidden, options.dropout)
-
-
-Sums = tuple[Float[Array, ""], Float[Array, ""], dict[str, jax.Array]]
-"""Sum of the losses, sum of what it is divided by over the global batch, and sums of further
-figures, divided likewise.
-"""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """A method.
-
-    Attributes:
-        loss: `(models, batch, pass, shared)` to sums; nothing is divided there, so that no cut of a
-            batch changes it.
-        has_reference: whether it asks the model that training started from.
-        shared: sums over the global batch that each part of it needs beforehand, by `(models,
-            batch)`; None: nothing.
-
-    """
-
-    loss: Callable[[Models, Batch, ForwardOptions, Any], Sums]
-    has_reference: bool = False
-    shared: Callable[[Models, Batch], Any] | None = None

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxtune.data.batch import Batch
 from jaxtune.models.decoder import CausalLM
-from jaxtune.objectives.cross_entropy import Chunks, at, logits_of, whole_head
+from jaxtune.objectives.cross_entropy import Chunks, compute_logits, gather_head, select_targets
 from jaxtune.objectives.objective import DETERMINISTIC, ForwardOptions, hidden_and_head
 
 
@@ -17,9 +17,9 @@ class SequenceLogProbs(NamedTuple):
     """The answers in a batch, a column for each segment of a row.
 
     Attributes:
-        total: sum of the supervised tokens' log-probabilities, in nats; each weighted as its token
-            is.
-        tokens: sum of these weights, 1 where there is no answer.
+        total: sum of the log-probabilities of the supervised tokens, each times its weight, in
+            nats.
+        tokens: sum of these weights; 1 where there is no answer.
 
     """
 
@@ -28,18 +28,14 @@ class SequenceLogProbs(NamedTuple):
 
     @property
     def mean(self) -> Float[Array, "batch segments"]:
-        """Log-probability a token."""
+        """Return the log-probability per token."""
         return self.total / self.tokens
-
-    def pairs(self, values: Float[Array, "batch segments"]) -> tuple[jax.Array, jax.Array]:
-        """`values` of the segments 1, 3, 5 ... and of 2, 4, 6 ..."""
-        return values[:, ::2], values[:, 1::2]
 
 
 def sequence_log_probs(
     model: CausalLM, batch: Batch, options: ForwardOptions = DETERMINISTIC
 ) -> SequenceLogProbs:
-    """The model's log-probabilities of all answers in a batch that has labels."""
+    """Return the model's log-probabilities of all answers in a batch that has labels."""
     assert batch.labels is not None
     hidden, head = hidden_and_head(model, batch, options)
     weighted = (
@@ -59,15 +55,16 @@ def token_log_probs(
     targets: Int[Array, "batch seq"],
     cap: float | None,
 ) -> Float[Array, "batch seq"]:
-    """Log softmax(h W^T)[y] of every token, float32; logits exist for a chunk of tokens at a
-    time, in the backward pass again.
+    """Return log softmax(h W^T)[y] of every token, float32.
+
+    Logits exist for one chunk of tokens at a time; the backward pass computes them again.
     """
-    chunks, vocab, head = Chunks(targets.shape), head.shape[0], whole_head(head)
+    chunks, vocab, head = Chunks(targets.shape), head.shape[0], gather_head(head)
 
     @jax.checkpoint
-    def turn(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def compute_chunk(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         h, y = inputs
-        logits = logits_of(h, head, vocab, cap)
-        return at(logits, y) - jax.nn.logsumexp(logits, axis=-1)
+        logits = compute_logits(h, head, vocab, cap)
+        return select_targets(logits, y) - jax.nn.logsumexp(logits, axis=-1)
 
-    return chunks.join(jax.lax.map(turn, (chunks.cut(hidden), chunks.cut(targets))))
+    return chunks.join(jax.lax.map(compute_chunk, (chunks.split(hidden), chunks.split(targets))))

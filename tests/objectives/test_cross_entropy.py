@@ -70,13 +70,13 @@ def test_turns_without_a_supervised_token_have_no_logits(monkeypatch):
     """Supervised tokens that are spread over a row are gathered into as few turns as they fill."""
     monkeypatch.setattr(cross_entropy, "CPU_CHUNK", 8)
     made = []
-    real = cross_entropy.logits_of
+    real = cross_entropy.compute_logits
 
     def counted(hidden, *rest):
         jax.debug.callback(lambda: made.append(1), ordered=True)
         return real(hidden, *rest)
 
-    monkeypatch.setattr(cross_entropy, "logits_of", counted)
+    monkeypatch.setattr(cross_entropy, "compute_logits", counted)
     hidden, head, targets, weights = arrays(64)
     for supervised, turns in (
         ([], 0),
