@@ -1,1 +1,1 @@
-"""The decoder, one file an idea."""
+"""The decoder, from its layers to the families of models it computes."""

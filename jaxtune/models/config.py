@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -13,9 +14,12 @@ from jaxtune.core.errors import UserError
 class RopeConfig:
     """Rotary position embedding: its base and how it is stretched to longer texts.
 
-    `kind` is one of default, linear, dynamic, llama3, yarn, longrope; `options` holds that kind's
-    numbers under the names of `config.json`; `partial` is the share of a head's dimensions that is
-    rotated.
+    Attributes:
+        kind: default, linear, dynamic, llama3, yarn or longrope.
+        theta: the base.
+        options: that kind's numbers, under the names of `config.json`.
+        partial: the share of a head's dimensions that is rotated.
+
     """
 
     kind: str = "default"
@@ -24,12 +28,12 @@ class RopeConfig:
     partial: float = 1.0
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The option `name`, or `default`."""
+        """Return the option `name`, or `default`."""
         return dict(self.options).get(name, default)
 
     @property
     def by_length(self) -> bool:
-        """Whether the frequencies depend on how long the text is."""
+        """Return whether the frequencies depend on the length of the text."""
         return self.kind in ("dynamic", "longrope")
 
 
@@ -39,8 +43,8 @@ class LayerConfig:
 
     Attributes:
         window: a token sees itself and the window - 1 tokens before; None: all of them.
-        rope: which of the model's rotary embeddings; None: no position at all (NoPE).
-        sparse: whether the feed-forward part is a mixture of experts.
+        rope: index of one of the model's rotary embeddings; None: no positions (NoPE).
+        sparse: whether the feed-forward network is a mixture of experts.
 
     """
 
@@ -51,13 +55,18 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """A mixture of experts: `chosen` of `count` feed-forward networks of `size` for every token.
+    """A mixture of experts: several feed-forward networks, a few of which see each token.
 
-    `normalize`: whether the chosen experts' probabilities are scaled to sum to one.
+    Attributes:
+        count: experts in a layer.
+        per_token: experts that each token goes through.
+        size: width of an expert's hidden layer.
+        normalize: whether the probabilities of a token's experts are scaled to sum to one.
+
     """
 
     count: int
-    chosen: int
+    per_token: int
     size: int
     normalize: bool
 
@@ -66,8 +75,12 @@ class ExpertsConfig:
 class NormConfig:
     """Normalization: x / rms(x) * (offset + weight).
 
-    `wide`: whether the weight is multiplied in float32, before the result is rounded to the compute
-    dtype, or after.
+    Attributes:
+        eps: added to the mean square of x.
+        offset: added to the weight.
+        wide: whether the weight is multiplied in float32, before the result is rounded to the
+            compute dtype, or after.
+
     """
 
     eps: float
@@ -77,27 +90,26 @@ class NormConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder's shape and variations. `raw` is the `config.json` it came from, written back
-    unchanged on export.
+    """A decoder's shape and variations.
 
     Attributes:
         ropes: the rotary embeddings that layers choose from.
-        layers: one entry a layer.
+        layers: one entry per layer.
         norms: where the block normalizes: `pre` (input of attention and MLP), `post` (their output)
             or `sandwich` (both).
-        qk_norm: queries and keys are normalized by `head`, over all heads together (`full`), or not
-            at all.
+        qk_norm: whether queries and keys are normalized per head (`head`), over all heads together
+            (`full`), or not at all.
         qkv_bias, o_bias, mlp_bias: which linear maps have a bias.
         fused: q, k and v in one matrix (`qkv_proj`), gate and up in one (`gate_up_proj`).
-        attention_scale: what q k^T is multiplied with.
-        attention_softcap, logit_softcap: c in c tanh(x / c), on scores and logits; None: not at
-            all.
-        vocab_padding: further rows of embedding and head that no token has, so that they divide
-            over a mesh; logits have none of them.
-        layer_boundaries: numbers of layers at which a stack is cut though their structure is the
-            same, because other leaves of them train.
-        embedding_scale, residual_scale, logit_scale: multipliers of the embeddings, of what a block
-            adds, of the logits.
+        attention_scale: the factor of q k^T.
+        attention_softcap, logit_softcap: c in c tanh(x / c), on scores and logits; None: no cap.
+        vocab_padding: additional rows of embedding and head that belong to no token, so that both
+            divide over a mesh; logits leave them out.
+        layer_boundaries: layers at which a new stack begins although their structure is the same,
+            because different leaves of them train.
+        embedding_scale, residual_scale, logit_scale: factors of the embeddings, of what a block
+            adds, and of the logits.
+        raw: the `config.json` it came from, written back unchanged on export.
 
     """
 
@@ -131,8 +143,8 @@ class ModelConfig:
     raw: dict[str, Any] = field(compare=False, hash=False, repr=False, default_factory=dict)
 
     def check_tokens(self, rows: Iterable[Sequence[int] | np.ndarray]) -> None:
-        """That the model has every token of these rows; an index too large would be read as the
-        last one.
+        """Check that the model has every token of these rows; without a check, indexing would
+        replace a token that is too large with the last one.
 
         Raises:
             UserError: it has not.
@@ -142,45 +154,37 @@ class ModelConfig:
         if largest >= self.vocab_size:
             raise UserError(
                 f"The tokenizer gives token {largest}, and the model has {self.vocab_size} "
-                "tokens. Use the model's own tokenizer, or name "
-                "the tokens that are new in model.new_tokens when training."
+                "tokens. Use the model's own tokenizer, or name the new tokens in "
+                "model.new_tokens when training."
             )
 
     @property
     def num_layers(self) -> int:
-        """Layers of the decoder."""
+        """Return the number of layers."""
         return len(self.layers)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The sliding windows that layers have, each once; None is a layer that sees everything
-        before.
-        """
+        """Return the different sliding windows of the layers; None stands for no window."""
         return tuple(dict.fromkeys(layer.window for layer in self.layers))
 
     @property
     def segments(self) -> tuple[range, ...]:
-        """Runs of layers of one structure, each of which is a stack of arrays and one compiled
+        """Return the runs of layers of one structure: each is a stack of arrays and one compiled
         layer.
         """
         layers = self.layers
-        layer_boundaries = [
+        boundaries = [
             at
             for at in range(1, len(layers))
             if at in self.layer_boundaries or layers[at].sparse != layers[at - 1].sparse
         ]
-        return tuple(
-            range(start, stop)
-            for start, stop in zip(
-                [0, *layer_boundaries], [*layer_boundaries, len(self.layers)], strict=True
-            )
-        )
+        limits = [0, *boundaries, len(layers)]
+        return tuple(range(start, stop) for start, stop in pairwise(limits))
 
     @property
     def rope_limit(self) -> int | None:
-        """The length of text beyond which other frequencies apply to all of it (longrope); None:
-        there is none.
-        """
+        """Return the length beyond which a text has other frequencies (longrope), or None."""
         limits = [
             kind.get("original_max_position_embeddings", self.max_positions)
             for kind in self.ropes

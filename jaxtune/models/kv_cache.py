@@ -1,5 +1,5 @@
-"""The key/value cache of generation: slot s of a row holds position s, so ragged rows need no
-padding on the left.
+"""The key/value cache of generation: slot s of a row holds position s, so rows of different lengths
+need no padding on the left.
 """
 
 from typing import NamedTuple
@@ -26,36 +26,35 @@ class KVCache(NamedTuple):
         values: jax.Array,
         positions: Int[Array, "batch seq"],
     ) -> "KVCache":
-        """The cache with a layer's new keys and values at their positions; what has a negative
-        one, padding, is not kept.
+        """Write a layer's new keys and values at their positions; padding, whose position is
+        negative, is not kept.
         """
-        positions = jnp.where(
-            positions < 0, self.keys.shape[2], positions
-        )  # out of bounds, and so dropped
-        place = (layer, jnp.arange(keys.shape[0])[:, None], positions)
+        # Padding goes out of bounds, where it is dropped.
+        positions = jnp.where(positions < 0, self.keys.shape[2], positions)
+        index = (layer, jnp.arange(keys.shape[0])[:, None], positions)
         written = (
-            self.keys.at[place].set(keys.astype(self.keys.dtype), mode="drop"),
-            self.values.at[place].set(values.astype(self.values.dtype), mode="drop"),
+            self.keys.at[index].set(keys.astype(self.keys.dtype), mode="drop"),
+            self.values.at[index].set(values.astype(self.values.dtype), mode="drop"),
         )
         return KVCache(
             *(constrain(part, None, "batch", None, "act_heads", None) for part in written)
         )
 
     def repeat(self, batch: int) -> "KVCache":
-        """The cache of one row for `batch` rows that go on from it."""
+        """Repeat the cache of one row for `batch` rows that continue it."""
         return KVCache(
             *(jnp.broadcast_to(part, (part.shape[0], batch, *part.shape[2:])) for part in self)
         )
 
 
 def make_kv_cache(config: ModelConfig, batch: int, slots: int, dtype: np.dtype) -> KVCache:
-    """An empty cache for all layers.
+    """Make an empty cache for all layers.
 
     Args:
         config: the model's shape.
         batch: rows.
         slots: positions per row, prompt and generated tokens together.
-        dtype: storage of keys and values, the model's compute dtype.
+        dtype: storage of keys and values: the model's compute dtype.
 
     """
     shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)

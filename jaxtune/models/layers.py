@@ -1,5 +1,6 @@
-"""The leaves of a decoder: linear map, embedding, normalization. Weights have Hugging Face's
-names and layout.
+"""The leaves of a decoder: linear map, embedding, normalization.
+
+Weights have Hugging Face's names and layout.
 """
 
 import zlib
@@ -16,7 +17,12 @@ from jaxtyping import Array, Float, Int, Key
 from jaxtune.core.sharding import constrain, divides_evenly
 from jaxtune.models.config import NormConfig
 from jaxtune.models.kernels.dot import dot, weight_grad
-from jaxtune.models.kernels.quantized import Axes, QuantizedTensor, product, product_back
+from jaxtune.models.kernels.quantized import (
+    Axes,
+    QuantizedTensor,
+    quantized_matmul,
+    quantized_matmul_back,
+)
 from jaxtune.models.remat import PROJECTION, named
 
 INIT_STD = 0.02
@@ -32,15 +38,15 @@ ACTIVATIONS = {
 
 
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
-    """C tanh(x / c), which keeps x within -c and c; x itself where c is None."""
+    """Return c tanh(x / c), which keeps x within -c and c; x itself where the cap c is None."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def matmul(
     x: jax.Array, weight: jax.Array | QuantizedTensor, axes: Axes = (None, None)
 ) -> jax.Array:
-    """X W^T in x's dtype, with W of Hugging Face's layout [out, in]; float32 means float32 on every
-    platform.
+    """Return x W^T in x's dtype, W in Hugging Face's layout [out, in]; float32 means float32 on
+    every platform.
 
     Args:
         x: [..., in].
@@ -48,18 +54,18 @@ def matmul(
         axes: logical names of out and in, for a quantized W.
 
     """
-    return product(x, weight, axes) if isinstance(weight, QuantizedTensor) else _matmul(x, weight)
+    if isinstance(weight, QuantizedTensor):
+        return quantized_matmul(x, weight, axes)
+    return _matmul(x, weight)
 
 
 def matmul_back(
     dy: jax.Array, weight: jax.Array | QuantizedTensor, axes: Axes = (None, None)
 ) -> jax.Array:
-    """Dy W, the gradient of `matmul` with respect to x."""
-    return (
-        product_back(dy, weight, axes)
-        if isinstance(weight, QuantizedTensor)
-        else dot(dy, weight, 0)
-    )
+    """Return dy W, the gradient of `matmul` with respect to x."""
+    if isinstance(weight, QuantizedTensor):
+        return quantized_matmul_back(dy, weight, axes)
+    return dot(dy, weight, 0)
 
 
 def _plain(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -67,7 +73,7 @@ def _plain(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _matmul_fwd(x: Any, weight: Any) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array]]:
-    """What the backward pass needs: x only where the weight trains."""
+    """Return the product and what the backward pass needs: x only where the weight trains."""
     return _plain(x.value, weight.value), (x.value if weight.perturbed else None, weight.value)
 
 
@@ -85,27 +91,28 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd, symbolic_zeros=True)
 
 
 class Dropout:
-    """The random numbers of one forward pass in training: a key for every row, so that no cut of
-    the batch changes them.
+    """The random numbers of one forward pass in training: a key for every row, so they do not
+    depend on how the batch is split.
     """
 
     def __init__(self, keys: Key[Array, " batch"]) -> None:
         self.keys = keys
 
     def fold(self, number: int | jax.Array) -> "Dropout":
-        """The same rows' keys for the part of the model that has this number."""
+        """Return the same rows' keys for the part of the model that has this number."""
         return Dropout(jax.vmap(jax.random.fold_in, in_axes=(0, None))(self.keys, number))
 
     def uniform(self, shape: tuple[int, ...], name: str) -> Float[Array, "batch ..."]:
-        """Numbers from -1 to 1 of a shape for every row."""
+        """Draw an array of this shape for every row, uniform from -1 to 1."""
         keys = self.fold(zlib.crc32(name.encode())).keys
         return jax.vmap(lambda key: jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0))(keys)
 
     def __call__(
         self, x: Float[Array, "batch seq embed"], rate: float, name: str
     ) -> Float[Array, "batch seq embed"]:
-        """X with entries zeroed at `rate` and the rest scaled by 1 / (1 - rate); `name` tells
-        the layer's draws apart.
+        """Zero the entries of x at `rate` and scale the rest by 1 / (1 - rate).
+
+        `name` tells a layer's draws apart.
         """
         keys = self.fold(zlib.crc32(name.encode())).keys
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
@@ -116,7 +123,7 @@ class Linear(nnx.Module):
     """y = x W^T (+ b), with W of shape [out, in].
 
     Args:
-        axes: logical axis names of W, from which its sharding and an adapter's follow.
+        axes: logical axis names of W; its sharding and an adapter's follow from them.
 
     """
 
@@ -137,28 +144,29 @@ class Linear(nnx.Module):
     def __call__(
         self, x: Float[Array, "*batch in"], dropout: Dropout | None = None
     ) -> Float[Array, "*batch out"]:
-        """The linear map; `dropout` is for adapters that wrap it."""
+        """Return y; `dropout` is for adapters that wrap the layer."""
         return named(self.product(x), PROJECTION)
 
     def times_weight(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """X W^T."""
+        """Return x W^T."""
         return matmul(x, self.weight[...], self.weight.get_metadata()["axes"])
 
     def as_head(
         self, x: Float[Array, "*batch in"], dropout: Dropout | None
     ) -> tuple[jax.Array, jax.Array]:
-        """`(h, W)` with y = h W^T, for a head whose product is taken elsewhere, in chunks."""
+        """Return `(h, W)` with y = h W^T, for a head whose product is computed in chunks."""
         return x, self.weight[...]
 
     def product(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """X W^T (+ b), without a name that a remat policy would keep it by."""
+        """Return x W^T (+ b), unnamed: no remat policy keeps it."""
         y = self.times_weight(x)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 class Router(nnx.Module):
-    """The scores of a mixture's experts: x W^T. It is no `Linear`, as in transformers, so
-    adapters on linear layers leave it alone.
+    """The scores of a mixture's experts: x W^T.
+
+    As in transformers it is not a `Linear`, so adapters on linear layers leave it alone.
     """
 
     def __init__(self, inputs: int, experts: int, *, dtype: np.dtype, rngs: nnx.Rngs) -> None:
@@ -166,12 +174,12 @@ class Router(nnx.Module):
         self.weight = nnx.Param(init(rngs.params(), (experts, inputs), dtype), axes=(None, "embed"))
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch experts"]:
-        """Scores before the softmax."""
+        """Return the scores before the softmax."""
         return matmul(x, self.weight[...])
 
 
 class Embedding(nnx.Module):
-    """One row of the table [vocab, embed] per token."""
+    """A table [vocab, embed] with a row per token."""
 
     def __init__(self, vocab: int, embed: int, *, dtype: np.dtype, rngs: nnx.Rngs) -> None:
         init = jax.nn.initializers.normal(INIT_STD)
@@ -180,10 +188,10 @@ class Embedding(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "batch seq"], dtype: np.dtype
     ) -> Float[Array, "batch seq embed"]:
-        """The tokens' rows in the compute dtype.
+        """Return the tokens' rows in the compute dtype.
 
-        Where the table is cut over `embed`, each device looks up its part of the rows for all
-        devices that share it, and what is exchanged are rows, not the table.
+        Where the table is sharded over `embed`, each device looks up its part of the rows for all
+        devices that share it, so that they exchange rows and not the table.
         """
         if not divides_evenly("batch", tokens.shape[0]):
             return self.weight[...][tokens].astype(dtype)
@@ -193,8 +201,8 @@ class Embedding(nnx.Module):
     def as_head(
         self, x: Float[Array, "*batch embed"], dropout: Dropout | None
     ) -> tuple[jax.Array, jax.Array]:
-        """See Linear: the head where it is tied. An adapter on the embedding is none on the
-        head.
+        """Return `(h, W)` like `Linear.as_head`, for a tied head. An adapter on the embedding does
+        not act on the head.
         """
         return x, self.weight[...]
 
@@ -207,7 +215,7 @@ class RMSNorm(nnx.Module):
         self.config = config
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        """The normalized input in its own dtype."""
+        """Return the normalized input in its own dtype."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(
             jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.config.eps

@@ -1,5 +1,5 @@
 """Mixture of experts: every token goes through the few feed-forward networks that its router
-chooses; none is dropped.
+chooses, and no token is dropped.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ from jaxtune.models.layers import ACTIVATIONS, INIT_STD, Dropout, Router
 
 
 class ExpertLinear(nnx.Module):
-    """One linear map for every expert: weight [experts, out, in]."""
+    """A linear map for every expert: weight [experts, out, in]."""
 
     def __init__(
         self,
@@ -42,18 +42,18 @@ class Experts(nnx.Module):
     def __init__(
         self, hidden: int, config: ExpertsConfig, *, dtype: np.dtype, rngs: nnx.Rngs
     ) -> None:
-        stacked = partial(ExpertLinear, count=config.count, dtype=dtype, rngs=rngs)
-        self.gate_proj = stacked(hidden, config.size, (None, "embed"))
-        self.up_proj = stacked(hidden, config.size, (None, "embed"))
-        self.down_proj = stacked(config.size, hidden, ("embed", None))
+        linear = partial(ExpertLinear, count=config.count, dtype=dtype, rngs=rngs)
+        self.gate_proj = linear(hidden, config.size, (None, "embed"))
+        self.up_proj = linear(hidden, config.size, (None, "embed"))
+        self.down_proj = linear(config.size, hidden, ("embed", None))
 
 
 class MoE(nnx.Module):
-    """sum_e p_e down_e(act(gate_e(x)) * up_e(x)) over the chosen experts e, p the router's softmax
+    """sum_e p_e down_e(act(gate_e(x)) * up_e(x)) over a token's experts e, p the router's softmax
     (Shazeer et al. 2017).
 
     Dropless: tokens are sorted by expert and go through one ragged product (Gale et al. 2022).
-    Experts are sharded over the mesh axis of `expert`: a device computes its own experts for the
+    Experts are sharded over the mesh axis of `expert`: each device computes its own experts for the
     tokens of its part of the batch, and the results are summed.
     """
 
@@ -64,7 +64,7 @@ class MoE(nnx.Module):
         self.experts = Experts(config.hidden_size, config.experts, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], dropout: Dropout | None) -> Float[Array, "B T D"]:
-        """The mixture's output."""
+        """Return the mixture's output."""
         weights = tuple(
             part.weight[...].astype(x.dtype)
             for part in (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)
@@ -74,15 +74,14 @@ class MoE(nnx.Module):
         if mesh.empty or mesh.size == 1:
             return self._mixture(x, scores, *weights, first=jnp.zeros((), jnp.int32))
         axis = RULES.expert
-        ways = mesh.shape[axis]
-        spread = self.config.count % ways == 0
+        sharded = self.config.count % mesh.shape[axis] == 0
         rows, expert = (
             partition_spec(mesh, ("batch", "seq", None), x.shape),
-            PartitionSpec(axis if spread else None),
+            PartitionSpec(axis if sharded else None),
         )
 
         def local(x: jax.Array, scores: jax.Array, *weights: jax.Array) -> jax.Array:
-            if not spread:
+            if not sharded:
                 return self._mixture(x, scores, *weights, first=jnp.zeros((), jnp.int32))
             first = jax.lax.axis_index(axis) * weights[0].shape[0]
             return jax.lax.psum(self._mixture(x, scores, *weights, first=first), axis)
@@ -105,19 +104,18 @@ class MoE(nnx.Module):
         *,
         first: jax.Array,
     ) -> Float[Array, "B T D"]:
-        """The share of the experts `first`, first + 1 ... that are given."""
-        here, tokens = gate.shape[0], x.reshape(-1, x.shape[-1])
+        """Return what the given experts, numbered from `first`, add to the mixture."""
+        count, tokens = gate.shape[0], x.reshape(-1, x.shape[-1])
         probs = jax.nn.softmax(scores.reshape(-1, self.config.count).astype(jnp.float32), axis=-1)
-        probs, chosen = jax.lax.top_k(probs, self.config.chosen)
+        probs, expert_ids = jax.lax.top_k(probs, self.config.per_token)
         if self.config.normalize:
             probs = probs / jnp.sum(probs, axis=-1, keepdims=True)
-        local = chosen.reshape(-1) - first
-        local = jnp.where(
-            (local >= 0) & (local < here), local, here
-        )  # another device's experts: sorted to the end, computed nowhere
+        local = expert_ids.reshape(-1) - first
+        # The experts of other devices are sorted to the end and not computed.
+        local = jnp.where((local >= 0) & (local < count), local, count)
         order = jnp.argsort(local, stable=True)
-        sizes = jnp.bincount(local, length=here + 1)[:here].astype(jnp.int32)
-        token = order // self.config.chosen
+        sizes = jnp.bincount(local, length=count + 1)[:count].astype(jnp.int32)
+        token = order // self.config.per_token
         inputs = tokens[token]
         hidden = ACTIVATIONS[self.activation](_ragged(inputs, gate, sizes)) * _ragged(
             inputs, up, sizes
@@ -129,7 +127,9 @@ class MoE(nnx.Module):
 def _ragged(
     x: Float[Array, "rows in"], weight: Float[Array, "e out in"], sizes: jax.Array
 ) -> Float[Array, "rows out"]:
-    """Each run of `sizes` rows times its expert's matrix; rows after the last run give zeros."""
+    """Multiply each run of `sizes` rows with its expert's matrix; rows after the last run give
+    zeros.
+    """
     numbers = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (2,)), ((), ())),
         lhs_ragged_dimensions=[0],

@@ -1,5 +1,5 @@
-"""What Hugging Face calls the parts of our tree, where layers of one structure lie in one leaf
-and so do a layer's experts.
+"""Hugging Face's names for the leaves of a model, in which layers of one structure are stacked and
+so are a layer's experts.
 """
 
 from typing import Any
@@ -11,19 +11,19 @@ STACK, EXPERTS = "layers", "experts"
 
 
 def names_of(path: tuple[Any, ...], config: ModelConfig) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The stack's sizes and Hugging Face's names of the tensors in the leaf at a path of our tree.
+    """Return the sizes of a leaf's stack and Hugging Face's names of the tensors in it.
 
-    A path reads `model.layers.SEGMENT.rest`: the layers of one structure lie in one leaf, and so do
-    a layer's experts.
+    The leaf's path is `model.layers.SEGMENT.rest` where it is stacked. Its leading axes are the
+    layers of the segment and, in a mixture, the experts of a layer.
     """
     parts = tuple(str(part) for part in path)
     if STACK not in parts:
         return (), (_renamed(".".join(parts), config),)
-    cut = parts.index(STACK) + 1
-    layers = config.segments[int(parts[cut])]
-    before, after = ".".join(parts[:cut]), _renamed(".".join(parts[cut + 1 :]), config)
-    stem, found, rest = after.partition(f".{EXPERTS}.")
-    if not found or config.experts is None:
+    at = parts.index(STACK) + 1
+    layers = config.segments[int(parts[at])]
+    before, after = ".".join(parts[:at]), _renamed(".".join(parts[at + 1 :]), config)
+    stem, separator, rest = after.partition(f".{EXPERTS}.")
+    if not separator or config.experts is None:
         return (len(layers),), tuple(f"{before}.{layer}.{after}" for layer in layers)
     experts = range(config.experts.count)
     names = (
@@ -35,6 +35,6 @@ def names_of(path: tuple[Any, ...], config: ModelConfig) -> tuple[tuple[int, ...
 
 
 def _renamed(name: str, config: ModelConfig) -> str:
-    for ours, theirs in FAMILIES[config.raw["model_type"]].renames:
-        name = name.replace(ours, theirs)
+    for part, part_in_files in FAMILIES[config.raw["model_type"]].renames:
+        name = name.replace(part, part_in_files)
     return name

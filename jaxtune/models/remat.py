@@ -1,4 +1,6 @@
-"""Named policies of what the backward pass keeps of a layer and what it computes again."""
+"""Rematerialization policies by name: what is kept of a layer for the backward pass, and what is
+computed again.
+"""
 
 from collections.abc import Callable
 
@@ -12,22 +14,20 @@ from jaxtune.core.hardware import platform
 PROJECTION = "projection"
 """Name of the output of a linear layer, adapter included."""
 LOW = "low_rank"
-"""Name of an adapter's inner product, a few numbers per token."""
+"""Name of an adapter's low-rank activation, a few numbers per token."""
 LAYER = "layer"
 """Name of a layer's input."""
 ATTENTION = "attention"
 """Name of the attention's output and of its softmax's normalizer."""
 CUDNN = "dot_product_attention_fwd_wrapper"
-"""JAX's own primitive of cuDNN's attention: to its results, which are these two, no name can be
-given.
-"""
+"""JAX's primitive for cuDNN's attention; its results are the same two, and cannot be named."""
 
 
 def named(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
-    """X, which a policy may keep by this name.
+    """Return x under a name that a policy may keep.
 
-    On CPU a bfloat16 array is kept as integers of sixteen bits: XLA would take it to float32 and
-    back to put it in its place.
+    On CPU a bfloat16 array is kept as sixteen-bit integers, since XLA would convert it to float32
+    and back to store it.
     """
     return (
         _named_through_bits(name, x)
@@ -37,8 +37,9 @@ def named(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
 
 
 def named_in_rule(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
-    """Like `named`, within a forward rule: nothing is differentiated there, and a policy does
-    not see a name within a rule's rule.
+    """Return x under a name like `named`, inside the forward rule of a custom derivative.
+
+    Nothing is differentiated there, and a policy does not see names in a rule inside that rule.
     """
     return (
         _through_bits(name, x)
@@ -58,31 +59,29 @@ _named_through_bits.defvjp(
 
 
 def as_bits(x: Float[Array, "*shape"]) -> UInt16[Array, "*shape"]:
-    """The bits of bfloat16 numbers."""
+    """Return the bits of bfloat16 numbers."""
     return jax.lax.bitcast_convert_type(x, jnp.uint16)
 
 
 def as_float(bits: UInt16[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The inverse of `as_bits`."""
+    """Undo `as_bits`."""
     return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
 def remat(function: Callable, policy: str) -> Callable:
-    """The layer function under a policy.
+    """Apply a policy to a layer.
 
     Args:
         function: one layer's forward pass.
         policy: `none` keeps everything; `dots` keeps the results of linear layers and of the
             attention and recomputes what is cheap; `full` keeps only the layer's input; `offload`
-            keeps that in the memory of the host.
+            keeps the input in the host's memory.
 
     """
     if policy == "none":
         return function
-    policies, inputs = (
-        jax.checkpoint_policies,
-        (LAYER,) if platform() == "cpu" else (),
-    )  # elsewhere an input is kept unnamed
+    policies = jax.checkpoint_policies
+    inputs = (LAYER,) if platform() == "cpu" else ()  # elsewhere an input is kept without a name
     by_name = policies.save_only_these_names(PROJECTION, LOW, ATTENTION, *inputs)
     keep = {
         "full": policies.nothing_saveable,

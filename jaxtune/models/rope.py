@@ -1,5 +1,5 @@
-"""Rotary position embedding in the half-split form (Su et al. 2021), and the ways it is
-stretched to longer texts.
+"""Rotary position embedding in the half-split form (Su et al. 2021), and how it is stretched to
+longer texts.
 """
 
 import math
@@ -12,7 +12,7 @@ from jaxtune.models.config import RopeConfig
 
 
 class Rope(NamedTuple):
-    """Cosine and sine of every position's phases, float32."""
+    """Cosine and sine of every position's angles, float32."""
 
     cos: Float[Array, "batch seq half"]
     sin: Float[Array, "batch seq half"]
@@ -25,16 +25,16 @@ def rope_cos_sin(
     positions: Int[Array, "batch seq"],
     lengths: Int[Array, "batch seq"],
 ) -> Rope:
-    """Cos and sin of position x inverse frequency, in float32 whatever the compute dtype.
+    """Return the cosine and sine of position x frequency, in float32 whatever the compute dtype.
 
     Args:
         config: kind of RoPE and its numbers.
-        head_dim: size of a head; half as many frequencies, of the share of it that is rotated.
+        head_dim: size of a head; there is a frequency for every two dimensions that are rotated.
         max_positions: the model's `max_position_embeddings`, which some kinds refer to.
         positions: position of each token in its segment.
-        lengths: length of the segment that each token is in, by which `dynamic` and `longrope`
-            choose. transformers takes the longest of the batch; here a text's numbers do not depend
-            on what is computed beside it.
+        lengths: length of each token's segment, on which the frequencies of `dynamic` and
+            `longrope` depend. transformers uses the longest text of the batch; here a text's
+            numbers do not depend on what else is in the batch.
 
     """
     rotated = int(head_dim * config.partial)
@@ -46,29 +46,27 @@ def rope_cos_sin(
 def segment_lengths(
     positions: Int[Array, "batch seq"], segments: Int[Array, "batch seq"]
 ) -> Int[Array, "batch seq"]:
-    """For every token one more than the largest position in its segment."""
+    """Return the length of each token's segment: one more than the largest position in it."""
     same = segments[:, :, None] == segments[:, None, :]
     return jnp.max(jnp.where(same, positions[:, None, :], 0), axis=-1) + 1
 
 
 def no_rotation(like: Rope) -> Rope:
-    """The phases of a layer without positions (NoPE)."""
+    """Return the rotation of a layer without positions (NoPE), which changes nothing."""
     return Rope(jnp.ones_like(like.cos), jnp.zeros_like(like.sin))
 
 
 def apply_rope(
     x: Float[Array, "batch seq heads head_dim"], rope: Rope
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Rotate the pairs (x_i, x_{i + r/2}) of the first r dimensions by their phase; the others
-    pass.
-    """
+    """Rotate the pairs (x_i, x_{i + r/2}) of the first r dimensions; the others pass unchanged."""
     half = rope.cos.shape[-1]
     wide = x.astype(jnp.float32)
     first, second = wide[..., :half], wide[..., half : 2 * half]
     cos, sin = rope.cos[:, :, None, :], rope.sin[:, :, None, :]
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    passed = [wide[..., 2 * half :]] if 2 * half < x.shape[-1] else []
-    return jnp.concatenate(turned + passed, axis=-1).astype(x.dtype)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    rest = [wide[..., 2 * half :]] if 2 * half < x.shape[-1] else []
+    return jnp.concatenate(rotated + rest, axis=-1).astype(x.dtype)
 
 
 def _frequencies(
@@ -93,7 +91,7 @@ def _frequencies(
 def _dynamic_theta(
     config: RopeConfig, size: int, max_positions: int, lengths: Int[Array, "batch seq"]
 ) -> Float[Array, "batch seq"]:
-    """NTK-aware base that grows with the text."""
+    """Return the NTK-aware base, which grows with the length of the text."""
     factor = config.get("factor")
     length = jnp.maximum(lengths, max_positions).astype(jnp.float32)
     stretch = factor * length / max_positions - (factor - 1)
@@ -106,8 +104,8 @@ def _longrope(
     max_positions: int,
     lengths: Int[Array, "batch seq"],
 ) -> tuple[Float[Array, "batch seq half"], float]:
-    """LongRoPE (Ding et al. 2024): a divisor for every frequency, one set for short texts and
-    one for long ones.
+    """Return the frequencies and the scale of LongRoPE (Ding et al. 2024): each frequency has a
+    divisor for short texts and one for long texts.
     """
     context = config.get("original_max_position_embeddings") or max_positions
     short, long = (
@@ -122,8 +120,8 @@ def _longrope(
 
 
 def _llama3(config: RopeConfig, plain: Float[Array, " half"]) -> Float[Array, " half"]:
-    """Llama 3.1: long wavelengths are divided by the factor, short ones kept, a linear blend
-    between.
+    """Return the frequencies of Llama 3.1: low ones are divided by the factor, high ones are kept,
+    and those between are a linear blend.
     """
     factor, context = config.get("factor"), config.get("original_max_position_embeddings")
     low, high = config.get("low_freq_factor"), config.get("high_freq_factor")
@@ -138,8 +136,8 @@ def _llama3(config: RopeConfig, plain: Float[Array, " half"]) -> Float[Array, " 
 def _yarn(
     config: RopeConfig, plain: Float[Array, " half"], head_dim: int, max_positions: int
 ) -> tuple[Float[Array, " half"], float]:
-    """YaRN (Peng et al. 2023, sections 3.2 and 3.4): interpolation by wavelength, and a
-    temperature on the phases.
+    """Return the frequencies and the scale of YaRN (Peng et al. 2023, sections 3.2 and 3.4):
+    interpolation by wavelength, and a temperature of the attention as a factor of both q and k.
     """
     factor = config.get("factor")
     context = config.get("original_max_position_embeddings") or max_positions

@@ -1,4 +1,4 @@
-"""Reading a `config.json` strictly, in either dialect: what nothing asks for was not understood."""
+"""A strict reader of `config.json` in either dialect: a key that nothing asks for is an error."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -43,23 +43,24 @@ class HFConfigReader:
     Args:
         raw: the parsed file.
         where: the file, for messages.
-        defaults: what transformers assumes for this family where the file is silent.
+        defaults: what transformers assumes for this family if the file lacks a key.
 
     """
 
     def __init__(self, raw: Mapping[str, Any], where: str, defaults: Mapping[str, Any]) -> None:
-        self.raw, self.where, self.defaults, self.read = raw, where, defaults, set[str]()
+        self.raw, self.where, self.defaults = raw, where, defaults
+        self.keys_read = set[str]()
 
     def __call__(self, key: str, default: Any = None) -> Any:
-        """The value of `key`, or this family's default."""
-        self.read.add(key)
+        """Return the value of `key`, or this family's default."""
+        self.keys_read.add(key)
         return self.raw[key] if key in self.raw else self.defaults.get(key, default)
 
-    def refuse(self, key: str, allowed: Any, why: str = "") -> None:
-        """Only this value of a key is implemented.
+    def require(self, key: str, allowed: Any, why: str = "") -> None:
+        """Check that a key has the only value that is implemented, or none.
 
         Raises:
-            UserError: it has another.
+            UserError: it has another value.
 
         """
         if (value := self(key, allowed)) not in (allowed, None):
@@ -68,52 +69,54 @@ class HFConfigReader:
             )
 
 
-def rope(
-    read: HFConfigReader, given: Mapping[str, Any] | None = None, default_theta: float | None = None
-) -> RopeConfig:
-    """A rotary embedding, from either dialect, or from `given` where a family has several.
+def read_rope(read: HFConfigReader, given: Mapping[str, Any] | None = None) -> RopeConfig:
+    """Read a rotary embedding in either dialect, or from `given` if a family has several.
 
     Raises:
-        UserError: a kind or a number that is not implemented, or one that is missing.
+        UserError: a kind or an option is not supported, or a required option is missing.
 
     """
     where = read.where
     scaling, parameters = read("rope_scaling"), read("rope_parameters")
-    found = dict((parameters or scaling or {}) if given is None else given)
-    theta = found.pop("rope_theta", None)
-    theta = read("rope_theta", default_theta) if theta is None else theta
-    kind = found.pop("rope_type", None) or found.pop("type", None) or "default"
-    found.pop("type", None)
+    options = dict((parameters or scaling or {}) if given is None else given)
+    theta = options.pop("rope_theta", None)
+    theta = read("rope_theta") if theta is None else theta
+    kind = options.pop("rope_type", None) or options.pop("type", None) or "default"
+    options.pop("type", None)
     kind = "longrope" if kind == "su" else kind
-    partial = found.pop("partial_rotary_factor", None)
+    partial = options.pop("partial_rotary_factor", None)
     partial = read("partial_rotary_factor", 1.0) if partial is None else partial
     if kind not in _ROPE_OPTIONS:
         raise UserError(
             f"{where}: rope_type {kind!r} is not supported; supported are {listed(_ROPE_OPTIONS)}."
         )
     required, optional = _ROPE_OPTIONS[kind]
-    found = {
+    options = {
         key: tuple(value) if isinstance(value, list) else value
-        for key, value in found.items()
+        for key, value in options.items()
         if value is not None
     }
     if "original_max_position_embeddings" in required | optional and (
         length := read("original_max_position_embeddings")
     ):
-        found["original_max_position_embeddings"] = length
-    if missing := sorted(required - found.keys()):
+        options["original_max_position_embeddings"] = length
+    if missing := sorted(required - options.keys()):
         raise UserError(f"{where}: rope_type {kind} needs {listed(missing)}.")
-    if unknown := sorted(found.keys() - required - optional):
+    if unknown := sorted(options.keys() - required - optional):
         raise UserError(
             f"{where}: rope_type {kind} has keys that jaxtune does not understand: "
             f"{listed(unknown)}."
         )
-    return RopeConfig(kind, float(theta), tuple(sorted(found.items())), float(partial))
+    return RopeConfig(kind, float(theta), tuple(sorted(options.items())), float(partial))
 
 
-def layer_types(read: HFConfigReader, otherwise: Callable[[int], str]) -> list[str]:
-    """One of sliding and full attention a layer, as the file lists them or as the family's rule
-    has it.
+def read_layer_types(read: HFConfigReader, otherwise: Callable[[int], str]) -> list[str]:
+    """Return sliding or full attention for every layer: as the file lists them, or by the family's
+    rule.
+
+    Raises:
+        UserError: the list is too short or names something else.
+
     """
     count = read("num_hidden_layers")
     kinds = read("layer_types") or [otherwise(layer) for layer in range(count)]

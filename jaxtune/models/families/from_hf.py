@@ -1,4 +1,4 @@
-"""From a `config.json`, in either dialect, to the architecture that it describes."""
+"""The architecture that a `config.json` in either dialect describes."""
 
 import math
 from dataclasses import replace
@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxtune.core.errors import UserError, listed
 from jaxtune.models.config import LayerConfig, ModelConfig, NormConfig
-from jaxtune.models.families.config_reader import HFConfigReader, rope
+from jaxtune.models.families.config_reader import HFConfigReader, read_rope
 from jaxtune.models.families.table import DEFAULTS, FAMILIES, Family
 from jaxtune.models.layers import ACTIVATIONS
 
@@ -24,7 +24,7 @@ _NEUTRAL = {
     "attn_implementation",
     "max_sequence_length",
 }  # fmt: skip
-# Keys that shape training from scratch and have no part in fine-tuning here.
+# Keys that matter for training from scratch, and not for fine-tuning here.
 _PRETRAINING = {
     "initializer_range", "attention_dropout", "resid_pdrop", "embd_pdrop", "router_aux_loss_coef",
     "router_jitter_noise",
@@ -34,7 +34,7 @@ _INERT = {"full_attn_mod": 1, "interpolate_factor": 1}
 
 
 def from_hf(raw: dict[str, Any], where: str) -> ModelConfig:
-    """The architecture that a `config.json` describes.
+    """Return the architecture that a `config.json` describes.
 
     Args:
         raw: the parsed file, in the dialect of `rope_theta` + `rope_scaling` or of
@@ -42,11 +42,10 @@ def from_hf(raw: dict[str, Any], where: str) -> ModelConfig:
         where: the file, for messages.
 
     Raises:
-        UserError: another architecture, or a key or value whose meaning this code does not
-            implement.
+        UserError: the architecture, a key or a value is not supported.
 
     """
-    family = family_of(raw, where)
+    family = find_family(raw, where)
     read = HFConfigReader(raw, where, DEFAULTS | dict(family.defaults))
     if missing := [
         key
@@ -59,11 +58,7 @@ def from_hf(raw: dict[str, Any], where: str) -> ModelConfig:
             f"{where}: quantization_config: weights quantized by other tools cannot be read. Use "
             "the unquantized model."
         )
-    heads, hidden, count = (
-        read("num_attention_heads"),
-        read("hidden_size"),
-        read("num_hidden_layers"),
-    )
+    heads, hidden = read("num_attention_heads"), read("hidden_size")
     head_dim = read("head_dim") or hidden // heads
     plain = ModelConfig(
         vocab_size=read("vocab_size"),
@@ -75,33 +70,33 @@ def from_hf(raw: dict[str, Any], where: str) -> ModelConfig:
         max_positions=read("max_position_embeddings"),
         norm=NormConfig(read("rms_norm_eps")),
         ropes=(),
-        layers=(LayerConfig(),) * count,
+        layers=(LayerConfig(),) * read("num_hidden_layers"),
         tie_embeddings=read("tie_word_embeddings"),
         attention_scale=1 / math.sqrt(head_dim),
         raw=dict(raw),
     )
-    varied = family.overrides(read)
-    config = replace(plain, **varied)
+    overrides = family.overrides(read)
+    config = replace(plain, **overrides)
     if not config.ropes:
-        config = replace(config, ropes=(rope(read),))
-    if "activation" not in varied:
+        config = replace(config, ropes=(read_rope(read),))
+    if "activation" not in overrides:
         config = replace(config, activation=read("hidden_act"))
     _check(config, read)
     return config
 
 
-def setting(raw: dict[str, Any], key: str) -> Any:
-    """What a `config.json` says of `key`, or what its family assumes where it is silent."""
-    return HFConfigReader(
-        raw, "config.json", DEFAULTS | dict(family_of(raw, "config.json").defaults)
-    )(key)
+def read_setting(raw: dict[str, Any], key: str) -> Any:
+    """Return the value of `key` in a `config.json`, or its family's default if it lacks the key."""
+    family = find_family(raw, "config.json")
+    return HFConfigReader(raw, "config.json", DEFAULTS | dict(family.defaults))(key)
 
 
-def family_of(raw: dict[str, Any], where: str) -> Family:
-    """The family that `model_type` names.
+def find_family(raw: dict[str, Any], where: str) -> Family:
+    """Return the family that `model_type` names.
 
     Raises:
-        UserError: one that is not implemented, or another task's head.
+        UserError: the family is not supported, or the model has another head than a language
+            model's.
 
     """
     kind, names = raw.get("model_type"), raw.get("architectures") or []
@@ -116,12 +111,12 @@ def family_of(raw: dict[str, Any], where: str) -> Family:
 
 
 def _check(config: ModelConfig, read: HFConfigReader) -> None:
-    """What no family may have, and no key left that nothing asked for."""
+    """Raise a UserError for a key that nothing asked for and for what no family supports."""
     where = read.where
     known = (
         _NEUTRAL
         | _PRETRAINING
-        | read.read
+        | read.keys_read
         | {key for key, value in _INERT.items() if read.raw.get(key) == value}
     )
     unknown = [
@@ -131,8 +126,8 @@ def _check(config: ModelConfig, read: HFConfigReader) -> None:
     ]
     if unknown:
         raise UserError(
-            f"{where}: keys that jaxtune does not understand: {listed(unknown)}. Remove what does "
-            "not change the model."
+            f"{where}: keys that jaxtune does not understand: {listed(unknown)}. Remove those that "
+            "do not change the model."
         )
     if config.activation not in ACTIVATIONS:
         raise UserError(
@@ -147,8 +142,8 @@ def _check(config: ModelConfig, read: HFConfigReader) -> None:
     for kind in config.ropes:
         if int(config.head_dim * kind.partial) % 2:
             raise UserError(
-                f"{where}: rotary embeddings over an odd number of dimensions (of head_dim "
-                f"{config.head_dim})."
+                f"{where}: partial_rotary_factor {kind.partial} of head_dim {config.head_dim} is "
+                "an odd number of dimensions; rotary embeddings need an even one."
             )
     if any(layer.window is not None and layer.window < 1 for layer in config.layers):
         raise UserError(f"{where}: sliding_window must be at least 1.")

@@ -1,5 +1,6 @@
-"""The families of models: in which fields of `ModelConfig` each one differs from a plain Llama,
-by its `config.json`.
+"""The families of models: the fields of `ModelConfig` in which each differs from a plain Llama.
+
+A family is an entry of `FAMILIES` and a function that reads these fields from its `config.json`.
 """
 
 import math
@@ -9,11 +10,13 @@ from typing import Any
 
 from jaxtune.core.errors import UserError
 from jaxtune.models.config import ExpertsConfig, LayerConfig, NormConfig
-from jaxtune.models.families.config_reader import FULL, SLIDING, HFConfigReader, layer_types, rope
-
-
-def _plain(read: HFConfigReader) -> dict[str, Any]:
-    return {}
+from jaxtune.models.families.config_reader import (
+    FULL,
+    SLIDING,
+    HFConfigReader,
+    read_layer_types,
+    read_rope,
+)
 
 
 @dataclass(frozen=True)
@@ -22,30 +25,32 @@ class Family:
 
     Attributes:
         architecture: the class of transformers that computes it.
-        overrides: the fields of `ModelConfig` in which it differs from a plain Llama, from its
-            `config.json`.
-        defaults: values that transformers assumes where `config.json` is silent and a plain Llama
-            would differ.
-        renames: parts of our paths and what they are called in files.
+        overrides: a function from its `config.json` to the fields of `ModelConfig` in which it
+            differs from a plain Llama.
+        defaults: what transformers assumes if `config.json` lacks a key, where it is not what it
+            assumes for a plain Llama.
+        renames: pairs of a part of a parameter's path and its name in files.
 
     """
 
     architecture: str
-    overrides: Callable[[HFConfigReader], dict[str, Any]] = _plain
+    overrides: Callable[[HFConfigReader], dict[str, Any]]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     renames: tuple[tuple[str, str], ...] = ()
 
 
-def _by_type(read: HFConfigReader, otherwise: Callable[[int], str]) -> list[LayerConfig]:
-    window = read("sliding_window")
-    return [
+def _typed_layers(
+    read: HFConfigReader, window: int | None, otherwise: Callable[[int], str]
+) -> tuple[LayerConfig, ...]:
+    """Return the layers, with the window where their type is sliding attention."""
+    return tuple(
         LayerConfig(window=window if kind == SLIDING else None)
-        for kind in layer_types(read, otherwise)
-    ]
+        for kind in read_layer_types(read, otherwise)
+    )
 
 
-def _full(read: HFConfigReader) -> tuple[LayerConfig, ...]:
-    kinds = layer_types(read, lambda layer: FULL)
+def _full_layers(read: HFConfigReader) -> tuple[LayerConfig, ...]:
+    kinds = read_layer_types(read, lambda layer: FULL)
     if SLIDING in kinds:
         raise UserError(
             f"{read.where}: layer_types with {SLIDING} are not supported for {read('model_type')}."
@@ -53,28 +58,32 @@ def _full(read: HFConfigReader) -> tuple[LayerConfig, ...]:
     return (LayerConfig(),) * len(kinds)
 
 
-def _whole_rope(read: HFConfigReader) -> None:
-    found = rope(read)
-    if found.partial != 1.0:
+def _require_whole_rope(read: HFConfigReader) -> None:
+    partial = read_rope(read).partial
+    if partial != 1.0:
         raise UserError(
-            f"{read.where}: partial_rotary_factor {found.partial} is not supported for "
+            f"{read.where}: partial_rotary_factor {partial} is not supported for "
             f"{read('model_type')}."
         )
 
 
-def _llama(read: HFConfigReader) -> dict[str, Any]:
-    _whole_rope(read)
+def _attention_bias(read: HFConfigReader) -> dict[str, bool]:
     bias = read("attention_bias")
-    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": read("mlp_bias"), "layers": _full(read)}
+    return {"qkv_bias": bias, "o_bias": bias}
+
+
+def _llama(read: HFConfigReader) -> dict[str, Any]:
+    _require_whole_rope(read)
+    return _attention_bias(read) | {"mlp_bias": read("mlp_bias"), "layers": _full_layers(read)}
 
 
 def _windowed(read: HFConfigReader) -> dict[str, Any]:
-    """Mistral and Mixtral: one window for all layers."""
-    _whole_rope(read)
+    """Return what Mistral and Mixtral share: one window for all layers."""
+    _require_whole_rope(read)
     window = read("sliding_window")
-    layer_types(read, lambda layer: SLIDING)
+    read_layer_types(read, lambda layer: SLIDING)
     if window is None:
-        return {"layers": _full(read)}
+        return {"layers": _full_layers(read)}
     if FULL in (read("layer_types") or []):
         raise UserError(
             f"{read.where}: layer_types with {FULL} beside a sliding_window are not supported for "
@@ -84,56 +93,50 @@ def _windowed(read: HFConfigReader) -> dict[str, Any]:
 
 
 def _mixtral(read: HFConfigReader) -> dict[str, Any]:
-    read.refuse("output_router_logits", False)
-    varied = _windowed(read)
+    read.require("output_router_logits", False)
+    overrides = _windowed(read)
     experts = ExpertsConfig(
         read("num_local_experts"),
         read("num_experts_per_tok"),
         read("intermediate_size"),
         normalize=True,
     )
-    return varied | {
-        "layers": tuple(replace(layer, sparse=True) for layer in varied["layers"]),
+    return overrides | {
+        "layers": tuple(replace(layer, sparse=True) for layer in overrides["layers"]),
         "experts": experts,
     }
 
 
 def _window(read: HFConfigReader) -> int | None:
-    """The window, which the file may name without its being used."""
+    """Return the window if it is used: a file may name one and switch it off."""
     window = read("sliding_window")
     return window if read("use_sliding_window") else None
 
 
 def _qwen_layers(read: HFConfigReader) -> tuple[LayerConfig, ...]:
-    window = _window(read)
-    first = read("max_window_layers")
-    kinds = layer_types(
-        read, lambda layer: SLIDING if window is not None and layer >= first else FULL
+    window, first = _window(read), read("max_window_layers")
+    return _typed_layers(
+        read, window, lambda layer: SLIDING if window is not None and layer >= first else FULL
     )
-    return tuple(LayerConfig(window=window if kind == SLIDING else None) for kind in kinds)
 
 
 def _qwen2(read: HFConfigReader) -> dict[str, Any]:
-    _whole_rope(read)
+    _require_whole_rope(read)
     return {"qkv_bias": True, "layers": _qwen_layers(read)}
 
 
 def _qwen3(read: HFConfigReader) -> dict[str, Any]:
-    _whole_rope(read)
-    bias = read("attention_bias")
-    return {"qk_norm": "head", "qkv_bias": bias, "o_bias": bias, "layers": _qwen_layers(read)}
+    _require_whole_rope(read)
+    return _attention_bias(read) | {"qk_norm": "head", "layers": _qwen_layers(read)}
 
 
 def _qwen3_moe(read: HFConfigReader) -> dict[str, Any]:
-    _whole_rope(read)
-    read.refuse("output_router_logits", False)
+    _require_whole_rope(read)
+    read.require("output_router_logits", False)
     read("max_window_layers")  # transformers gives every layer the window, or none
-    _full(read)
-    window = _window(read)
-    count, step = (
-        read("num_local_experts") or read("num_experts"),
-        read("decoder_sparse_step"),
-    )  # two names for one number
+    _full_layers(read)
+    window, step = _window(read), read("decoder_sparse_step")
+    count = read("num_local_experts") or read("num_experts")  # two names for one number
     dense = set(read("mlp_only_layers") or [])
     sparse = [
         count > 0 and layer not in dense and (layer + 1) % step == 0
@@ -145,104 +148,93 @@ def _qwen3_moe(read: HFConfigReader) -> dict[str, Any]:
         read("moe_intermediate_size"),
         normalize=read("norm_topk_prob"),
     )
-    bias = read("attention_bias")
-    layers = tuple(LayerConfig(window=window, sparse=kind) for kind in sparse)
-    return {
-        "qk_norm": "head",
-        "qkv_bias": bias,
-        "o_bias": bias,
-        "layers": layers,
-        "experts": experts,
-    }
+    layers = tuple(LayerConfig(window=window, sparse=is_sparse) for is_sparse in sparse)
+    return _attention_bias(read) | {"qk_norm": "head", "layers": layers, "experts": experts}
 
 
 def _gemma(read: HFConfigReader) -> dict[str, Any]:
-    """What Gemma 2 and 3 share."""
-    read.refuse("use_bidirectional_attention", False)
+    """Return what Gemma 2 and 3 share."""
+    read.require("use_bidirectional_attention", False)
     read("hidden_act")  # an old name that transformers does not read for this family
-    bias, hidden = read("attention_bias"), read("hidden_size")
-    return {
+    return _attention_bias(read) | {
         "norm": NormConfig(read("rms_norm_eps"), offset=1.0, wide=True),
         "norms": "sandwich",
         "activation": read("hidden_activation"),
-        "embedding_scale": math.sqrt(hidden),
+        "embedding_scale": math.sqrt(read("hidden_size")),
         "attention_scale": read("query_pre_attn_scalar") ** -0.5,
         "logit_softcap": read("final_logit_softcapping"),
-        "qkv_bias": bias,
-        "o_bias": bias,
     }
 
 
 def _gemma2(read: HFConfigReader) -> dict[str, Any]:
-    _whole_rope(read)
-    read.refuse("sliding_window_size", read("sliding_window"))  # an old second name
-    layers = tuple(_by_type(read, lambda layer: FULL if layer % 2 else SLIDING))
+    _require_whole_rope(read)
+    window = read("sliding_window")
+    read.require("sliding_window_size", window)  # an old second name
+    layers = _typed_layers(read, window, lambda layer: FULL if layer % 2 else SLIDING)
     return _gemma(read) | {"layers": layers, "attention_softcap": read("attn_logit_softcapping")}
 
 
 def _gemma3(read: HFConfigReader) -> dict[str, Any]:
-    """Local layers with a window and their own RoPE, global ones with another, stretched."""
-    read.refuse("attn_logit_softcapping", None, " for gemma3_text, as in transformers")
+    """Return the overrides of Gemma 3: local layers have a window and a RoPE of their own, global
+    layers another RoPE, which may be stretched.
+    """
+    read.require("attn_logit_softcapping", None, " for gemma3_text, as in transformers")
     pattern = read("sliding_window_pattern") or read("_sliding_window_pattern")
-    kinds = _by_type(read, lambda layer: SLIDING if (layer + 1) % pattern else FULL)
+    layers = _typed_layers(
+        read, read("sliding_window"), lambda layer: SLIDING if (layer + 1) % pattern else FULL
+    )
     nested, scaling = read("rope_parameters") or {}, read("rope_scaling") or {}
     if nested and not nested.keys() <= {SLIDING, FULL}:
         raise UserError(
             f"{read.where}: rope_parameters of gemma3_text must be given for {SLIDING} and {FULL}."
         )
     local_theta = read("rope_local_base_freq")
-    globally = rope(read, {**scaling, **(nested.get(FULL) or {})})
-    locally = rope(read, {"rope_theta": local_theta, **(nested.get(SLIDING) or {})})
-    layers = tuple(replace(layer, rope=0 if layer.window is None else 1) for layer in kinds)
-    return _gemma(read) | {"qk_norm": "head", "ropes": (globally, locally), "layers": layers}
+    global_rope = read_rope(read, {**scaling, **(nested.get(FULL) or {})})
+    local_rope = read_rope(read, {"rope_theta": local_theta, **(nested.get(SLIDING) or {})})
+    layers = tuple(replace(layer, rope=0 if layer.window is None else 1) for layer in layers)
+    return _gemma(read) | {"qk_norm": "head", "ropes": (global_rope, local_rope), "layers": layers}
 
 
 def _phi3(read: HFConfigReader) -> dict[str, Any]:
-    found = rope(read)
-    read(
-        "original_max_position_embeddings"
-    )  # written by every model of the family, of use to longrope only
-    if found.kind not in ("default", "longrope", "yarn"):
+    rope = read_rope(read)
+    read("original_max_position_embeddings")  # in every file of the family, used by longrope only
+    if rope.kind not in ("default", "longrope", "yarn"):
         raise UserError(
-            f"{read.where}: rope_type {found.kind!r} is not supported for phi3; supported are "
-            "default and longrope."
+            f"{read.where}: rope_type {rope.kind!r} is not supported for phi3; supported are "
+            "default, longrope and yarn."
         )
     window = read("sliding_window")
-    layer_types(read, lambda layer: FULL)
+    read_layer_types(read, lambda layer: FULL)
     layers = (LayerConfig(window=window),) * read("num_hidden_layers")
-    return {"fused": True, "ropes": (found,), "layers": layers}
+    return {"fused": True, "ropes": (rope,), "layers": layers}
 
 
 def _olmo2(read: HFConfigReader) -> dict[str, Any]:
-    _whole_rope(read)
-    bias = read("attention_bias")
+    _require_whole_rope(read)
     norm = NormConfig(read("rms_norm_eps"), wide=True)
-    return {
+    return _attention_bias(read) | {
         "norms": "post",
         "qk_norm": "full",
         "norm": norm,
-        "qkv_bias": bias,
-        "o_bias": bias,
-        "layers": _full(read),
+        "layers": _full_layers(read),
     }
 
 
 def _smollm3(read: HFConfigReader) -> dict[str, Any]:
-    """Some layers have no rotary embedding (NoPE)."""
-    _whole_rope(read)
+    """Return the overrides of SmolLM3, some of whose layers have no rotary embedding (NoPE)."""
+    _require_whole_rope(read)
     count, every = read("num_hidden_layers"), read("no_rope_layer_interval")
     rotary = read("no_rope_layers") or [int((layer + 1) % every != 0) for layer in range(count)]
     window = _window(read)
     read("max_window_layers")  # of Qwen's configuration, which transformers does not read here
-    kinds = layer_types(
-        read, lambda layer: SLIDING if window is not None and not rotary[layer] else FULL
+    layers = _typed_layers(
+        read, window, lambda layer: SLIDING if window is not None and not rotary[layer] else FULL
     )
-    bias = read("attention_bias")
     layers = tuple(
-        LayerConfig(window=window if kind == SLIDING else None, rope=0 if turns else None)
-        for kind, turns in zip(kinds, rotary, strict=False)
+        replace(layer, rope=0 if is_rotary else None)
+        for layer, is_rotary in zip(layers, rotary, strict=False)
     )
-    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": read("mlp_bias"), "layers": layers}
+    return _attention_bias(read) | {"mlp_bias": read("mlp_bias"), "layers": layers}
 
 
 def _granite(read: HFConfigReader) -> dict[str, Any]:
@@ -254,7 +246,7 @@ def _granite(read: HFConfigReader) -> dict[str, Any]:
     }
 
 
-# What transformers assumes of a Llama, and of most others.
+# What transformers assumes for a Llama, and for most others.
 DEFAULTS = {
     "intermediate_size": 11008, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048,
     "rope_theta": 10000.0, "hidden_act": "silu",

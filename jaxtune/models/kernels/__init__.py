@@ -1,1 +1,1 @@
-"""Forms of attention, and products of matrices, quantized ones among them."""
+"""Attention in several forms, and matrix products with plain and with quantized weights."""

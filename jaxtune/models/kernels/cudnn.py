@@ -8,19 +8,17 @@ from jaxtyping import Array, Float
 
 from jaxtune.models.kernels.mask import Mask
 
-_LONGEST = 8192  # tokens a row: the mask of segments is an array of the square of them
+_LONGEST = 8192  # tokens per row: the mask of segments has the square of them
 _LARGEST_HEAD = 128
 
 
-def suits(q_BTNH: jax.Array, cap: float | None) -> bool:
-    """Whether cuDNN takes such arrays, and whether this machine has it: it cannot be compiled
-    for from elsewhere.
+def supports_cudnn(q_BTNH: jax.Array, cap: float | None) -> bool:
+    """Return whether cuDNN accepts such queries and this machine has it; one without a GPU cannot
+    compile for it.
     """
     tokens, size = q_BTNH.shape[1], q_BTNH.shape[3]
-    shaped = tokens % 2 == 0 and tokens <= _LONGEST and size % 8 == 0 and size <= _LARGEST_HEAD
-    return (
-        shaped and cap is None and q_BTNH.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
-    )
+    fits = tokens % 2 == 0 and tokens <= _LONGEST and size % 8 == 0 and size <= _LARGEST_HEAD
+    return fits and cap is None and q_BTNH.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
 
 
 def attend(
@@ -33,8 +31,10 @@ def attend(
     causal: bool,
     implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> Float[Array, "B T N H"]:
-    """As `blockwise`; `causal` says that queries and keys begin at the same token, so that
-    blocks of the future are passed over.
+    """Compute what `attend_blockwise` computes.
+
+    `causal` says that queries and keys begin at the same token, so blocks in the future can be
+    skipped.
     """
     allowed = mask.allowed()[:, None]
     with jax.numpy_dtype_promotion("standard"):  # JAX's function raises bfloat16 to float32

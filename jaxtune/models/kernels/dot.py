@@ -1,5 +1,5 @@
-"""The matrix products of layers, forward and backward, with the precision and the accumulation
-that each platform does best.
+"""The matrix products of layers, forward and backward, with the precision and accumulation that
+suit each platform.
 """
 
 import jax
@@ -14,11 +14,11 @@ from jaxtune.core.sharding import is_multi_device
 def dot(
     x: Float[Array, "*batch inner"], matrix: Float[Array, "..."], axis: int
 ) -> Float[Array, "*batch outer"]:
-    """The product over x's last axis and the matrix's `axis`, in x's dtype; float32 means float32
-    on every platform.
+    """Contract x's last axis with the matrix's `axis`, in x's dtype; float32 means float32 on every
+    platform.
 
-    On CPU a bfloat16 product leaves in float32 and is rounded then, as it is within accelerators:
-    that form alone has fast code.
+    On CPU a bfloat16 product is returned in float32 and then rounded, as accelerators do
+    internally: XLA has fast code for this form only.
     """
     dims = (((x.ndim - 1,), (axis,)), ((), ()))
     wide = jnp.float32 if x.dtype == jnp.bfloat16 and platform() == "cpu" else None
@@ -31,12 +31,12 @@ def dot(
 def weight_grad(
     left: Float[Array, "*batch outer"], right: Float[Array, "*batch inner"]
 ) -> Float[Array, "outer inner"]:
-    """The sum over all tokens of their outer products, float32: a gradient of a matrix."""
+    """Sum the outer products of all tokens, in float32: the gradient of a matrix."""
+    # On a mesh batch and tokens may be sharded over different axes, so they are not merged into
+    # one.
     if not is_multi_device():
         left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
-    tokens = tuple(
-        range(left.ndim - 1)
-    )  # on a mesh not made one axis: rows and tokens may lie on different axes of it
+    tokens = tuple(range(left.ndim - 1))
     return jax.lax.dot_general(
         left,
         right,

@@ -6,11 +6,10 @@ from jaxtyping import Array, Bool, Int
 
 
 class Mask(NamedTuple):
-    """Which key a query may see: one of its own segment at its own position or before, within the
-    window where there is one.
+    """Which keys a query may see: those of its own segment, at its own position or before, within
+    the window if there is one.
 
-    Rotary positions serve as the order, so a packed row needs no other information than its
-    segments and positions.
+    Rotary positions give the order, so a packed row needs nothing but its segments and positions.
     """
 
     query_positions: Int[Array, "B T"]
@@ -20,7 +19,7 @@ class Mask(NamedTuple):
     window: Int[Array, ""] | None = None
 
     def allowed(self) -> Bool[Array, "B T S"]:
-        """The mask as booleans."""
+        """Return the mask as booleans."""
         distance = self.query_positions[:, :, None] - self.key_positions[:, None, :]
         near = distance >= 0
         if self.window is not None:

@@ -1,7 +1,7 @@
-"""Frozen matrices of few bits: how they lie in memory, what they stand for, and products with them.
+"""Quantized frozen matrices: their layout in memory, their values, and products with them.
 
-They are de-quantized where they are used, a layer at a time within the scan; the backward pass
-de-quantizes again instead of keeping the wide matrix.
+They are dequantized where they are used, one layer at a time within the scan; the backward pass
+dequantizes again instead of keeping the wide matrix.
 """
 
 from abc import abstractmethod
@@ -38,38 +38,38 @@ _DECADES = 7
 
 Axes = tuple[str | None, ...]
 GATHERED = replace(RULES, embed=None)
-"""Where a matrix lies while it is used."""
+"""How a matrix is sharded while it is used."""
 
 
 class QuantizedTensor:
-    """A frozen matrix [..., out, in] of few bits. It passes for an array where one asks for its
-    shape or for another dtype.
+    """A quantized matrix [..., out, in]. Like an array it has a shape and can be converted to
+    another dtype.
     """
 
     shape: Any
 
     @property
     def ndim(self) -> int:
-        """Dimensions, those of stacked layers included."""
+        """Return the number of dimensions, those of stacked layers included."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
-        """Numbers that it stands for."""
+        """Return the number of values it represents."""
         return int(np.prod(self.shape, dtype=np.int64))
 
     def __getitem__(self, index: Any) -> "QuantizedTensor":
         if index is not Ellipsis:
-            raise TypeError("A quantized matrix is only used whole.")
+            raise TypeError("A quantized matrix cannot be indexed. Convert it with astype first.")
         return self
 
     @abstractmethod
     def astype(self, dtype: Any) -> Float[Array, "*stack out in"]:
-        """De-quantized."""
+        """Dequantize the matrix."""
 
     @abstractmethod
-    def gathered(self, axes: Axes) -> Self:
-        """The matrix with its codes gathered over the axes that only store it apart, by the
+    def gather(self, axes: Axes) -> Self:
+        """Gather the codes over the mesh axes that shard the matrix in storage only; `axes` are the
         logical names of out and in.
         """
 
@@ -77,17 +77,17 @@ class QuantizedTensor:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NF4(QuantizedTensor):
-    """Four bits a number: W = code * scale of its block of 64 in the row; the scales in eight bits,
-    4.127 bits in all.
+    """Four bits per number: W = code * scale of its block of 64 in the row. With the scales, which
+    have eight bits, it is 4.127 bits per number.
 
     Attributes:
-        codes: two numbers a byte; of each block the first half in the upper bits, the second in the
-            lower.
-        scales: a block's largest absolute number, as the place in the dynamic map of
-            `dynamic_value`.
-        wide: what the map's values are multiplied with, for every 256 scales of a matrix in the
-            order of its rows.
-        offset: what is added to the scales of a matrix.
+        codes: two numbers per byte: of each block, the first half is in the upper bits and the
+            second in the lower.
+        scales: a block's largest absolute value, as an index of the dynamic map; see
+            `decode_dynamic`.
+        wide: the factor of the map's values, one for every 256 scales of a matrix in the order of
+            its rows.
+        offset: added to the scales of a matrix.
 
     """
 
@@ -102,33 +102,33 @@ class NF4(QuantizedTensor):
         return (*self.codes.shape[:-1], 2 * self.codes.shape[-1])
 
     def astype(self, dtype: Any) -> Float[Array, "*stack out in"]:
-        """See QuantizedTensor."""
-        return join_columns(*self.halves(dtype))
+        """Dequantize the matrix."""
+        return join_columns(*self.dequantize_halves(dtype))
 
-    def gathered(self, axes: Axes) -> "NF4":
-        """See QuantizedTensor."""
+    def gather(self, axes: Axes) -> "NF4":
+        """Gather codes and scales; see `QuantizedTensor`."""
         codes, scales = (
             constrain(part, *axes, rules=GATHERED) for part in (self.codes, self.scales)
         )
         return NF4(codes, scales, self.wide, self.offset)
 
-    def halves(
+    def dequantize_halves(
         self, dtype: Any
     ) -> tuple[Float[Array, "*stack out half"], Float[Array, "*stack out half"]]:
-        """De-quantized, the first numbers of all bytes and the second ones: to interleave them
-        would cost copies of the matrix.
+        """Dequantize the first numbers of all bytes and the second ones, apart: interleaving them
+        would copy the matrix.
         """
         blocks, stack = self.scales.shape, self.scales.shape[:-2]
         groups = jnp.repeat(self.wide, SCALES, axis=-1)[..., : blocks[-2] * blocks[-1]].reshape(
             blocks
         )
-        scale = dynamic_value(self.scales) * groups + self.offset.reshape(*stack, 1, 1)
-        # A one that the compiler does not know: else it would keep every number of the code book as
-        # an array of the matrix's size.
-        one = jnp.where(self.offset == self.offset, 1.0, 0.0).reshape(*stack, 1, 1)
-        spread = _repeated(scale, BLOCK // 2)
+        scale = decode_dynamic(self.scales) * groups + self.offset.reshape(*stack, 1, 1)
+        # A one that the compiler does not know: otherwise it would keep every number of the code
+        # book as an array of the matrix's size.
+        unit = jnp.where(self.offset == self.offset, 1.0, 0.0).reshape(*stack, 1, 1)
+        repeated = _repeat_scales(scale, BLOCK // 2)
         first, second = (
-            (nf4_value(part, one) * spread).astype(dtype)
+            (decode_nf4(part, unit) * repeated).astype(dtype)
             for part in (self.codes >> 4, self.codes & 15)
         )
         return first, second
@@ -137,14 +137,16 @@ class NF4(QuantizedTensor):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Int8Rows(QuantizedTensor):
-    """Eight bits a number: W = code * scale of its row, the scale being the row's largest absolute
-    number over 127.
+    """Eight bits per number: W = code * scale of its row.
+
+    The scale is the row's largest absolute value over 127.
 
     Attributes:
-        codes: the numbers, from -127 to 127.
-        scales: of the rows.
-        integer: whether products are taken between integers, the other side rounded to eight bits a
-            token (Dettmers et al. 2022, LLM.int8(), without its outliers).
+        codes: integers from -127 to 127.
+        scales: one per row.
+        integer: whether products are computed between integers, the other factor being rounded to
+            eight bits with a scale per token (Dettmers et al. 2022, LLM.int8(), without its
+            outliers).
 
     """
 
@@ -158,19 +160,19 @@ class Int8Rows(QuantizedTensor):
         return tuple(self.codes.shape)
 
     def astype(self, dtype: Any) -> Float[Array, "*stack out in"]:
-        """See QuantizedTensor."""
+        """Dequantize the matrix."""
         return (self.codes.astype(jnp.float32) * self.scales[..., None]).astype(dtype)
 
-    def gathered(self, axes: Axes) -> "Int8Rows":
-        """See QuantizedTensor."""
+    def gather(self, axes: Axes) -> "Int8Rows":
+        """Gather codes and scales; see `QuantizedTensor`."""
         codes, scales = (
             constrain(self.codes, *axes, rules=GATHERED),
             constrain(self.scales, axes[0], rules=GATHERED),
         )
         return replace(self, codes=codes, scales=scales)
 
-    def times(self, x: Float[Array, "*batch size"], axis: int) -> Float[Array, "*batch other"]:
-        """X contracted with an axis of the codes, in x's dtype."""
+    def multiply(self, x: Float[Array, "*batch size"], axis: int) -> Float[Array, "*batch other"]:
+        """Contract x's last axis with an axis of the codes, in x's dtype."""
         if not self.integer:
             return dot(x, self.codes, axis)
         step = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True) / 127
@@ -182,18 +184,18 @@ class Int8Rows(QuantizedTensor):
         return (product.astype(jnp.float32) * step).astype(x.dtype)
 
 
-def nf4_value(
-    codes: UInt8[Array, "*shape"], one: float | Float[Array, "..."] = 1.0
+def decode_nf4(
+    codes: UInt8[Array, "*shape"], unit: float | Float[Array, "..."] = 1.0
 ) -> Float32[Array, "*shape"]:
-    """The number that each code stands for, by a tree of selects over its bits: on TPU a table
-    look-up moves 280 times the bytes.
+    """Return the number of each code, by a tree of selects over its bits: on TPU a table lookup
+    moves 280 times the bytes.
 
     Args:
         codes: 0 to 15.
-        one: 1, which numbers are multiplied with.
+        unit: 1, the factor of all numbers.
 
     """
-    level = [jnp.float32(value) * one for value in NF4_CODES]
+    level = [jnp.float32(value) * unit for value in NF4_CODES]
     for bit in range(4):
         upper = (codes & (1 << bit)) != 0
         level = [
@@ -205,7 +207,9 @@ def nf4_value(
 def split_columns(
     x: Float[Array, "*batch in"],
 ) -> tuple[Float[Array, "*batch half"], Float[Array, "*batch half"]]:
-    """The columns that meet the first numbers of the bytes, and those that meet the second."""
+    """Split columns into those that meet the first numbers of the bytes and those that meet the
+    second.
+    """
     first, second = jnp.moveaxis(x.reshape(*x.shape[:-1], -1, 2, BLOCK // 2), -2, 0)
     return first.reshape(*x.shape[:-1], -1), second.reshape(*x.shape[:-1], -1)
 
@@ -213,93 +217,91 @@ def split_columns(
 def join_columns(
     first: Float[Array, "*batch half"], second: Float[Array, "*batch half"]
 ) -> Float[Array, "*batch in"]:
-    """The inverse of `split_columns`."""
+    """Undo `split_columns`."""
     parts = [part.reshape(*part.shape[:-1], -1, BLOCK // 2) for part in (first, second)]
     return jnp.stack(parts, axis=-2).reshape(*first.shape[:-1], 2 * first.shape[-1])
 
 
-def _repeated(
+def _repeat_scales(
     scale: Float32[Array, "*stack out blocks"], times: int
 ) -> Float32[Array, "*stack out half"]:
-    """Each scale so many times. On TPU by a product with zeros and ones: a repetition along the
-    lanes would have the codes transposed.
+    """Repeat each scale. On TPU this is a product with zeros and ones: repeating along the lanes
+    would make XLA transpose the codes.
     """
     if platform() != "tpu":
         return jnp.repeat(scale, times, axis=-1)
-    places = jnp.repeat(jnp.eye(scale.shape[-1], dtype=jnp.float32), times, axis=-1)
-    return jnp.matmul(scale, places, precision=jax.lax.Precision.HIGHEST)
+    ones = jnp.repeat(jnp.eye(scale.shape[-1], dtype=jnp.float32), times, axis=-1)
+    return jnp.matmul(scale, ones, precision=jax.lax.Precision.HIGHEST)
 
 
-def dynamic_value(codes: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
-    """The value at a place of the sorted dynamic map (Dettmers et al. 2022, 8-bit optimizers,
-    section 2.1).
+def decode_dynamic(codes: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """Return the value at an index of the sorted dynamic map (Dettmers et al. 2022, 8-bit
+    optimizers, section 2.1).
 
-    Place 127 is zero and 255 is one; at a distance j of 127 lies 10^(d - 6) (0.1 + 0.9 (j - 2^d +
-    1/2) / 2^d) with d = floor(log2 j).
+    Index 127 is zero and 255 is one. At a distance j from 127 the absolute value is
+    10^(d - 6) (0.1 + 0.9 (j - 2^d + 1/2) / 2^d) with d = floor(log2 j).
     """
     signed = codes.astype(jnp.int32) - 127
     distance = jnp.abs(signed)
-    found = jnp.zeros(codes.shape, jnp.float32)
+    absolute = jnp.zeros(codes.shape, jnp.float32)
     for decade in range(_DECADES):
         within = (distance - 2**decade).astype(jnp.float32) + 0.5
         value = jnp.float32(10.0 ** (decade - 6)) * (0.1 + within * jnp.float32(0.9 / 2**decade))
-        found = jnp.where(distance >= 2**decade, value, found)
-    return jnp.where(codes == 255, 1.0, jnp.where(signed < 0, -found, found))
+        absolute = jnp.where(distance >= 2**decade, value, absolute)
+    return jnp.where(codes == 255, 1.0, jnp.where(signed < 0, -absolute, absolute))
 
 
 def with_integer_products(tree: Any) -> Any:
-    """A tree whose matrices of eight bits are multiplied as integers."""
+    """Return a tree whose eight-bit matrices are multiplied as integers."""
 
-    def changed(leaf: Any) -> Any:
+    def use_integers(leaf: Any) -> Any:
         return replace(leaf, integer=True) if isinstance(leaf, Int8Rows) else leaf
 
-    return jax.tree.map(changed, tree, is_leaf=lambda leaf: isinstance(leaf, Int8Rows))
+    return jax.tree.map(use_integers, tree, is_leaf=lambda leaf: isinstance(leaf, Int8Rows))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product(
+def quantized_matmul(
     x: Float[Array, "*batch in"], weight: QuantizedTensor, axes: Axes
 ) -> Float[Array, "*batch out"]:
-    """X W^T in x's dtype; `axes` are the logical names of W's out and in."""
+    """Return x W^T in x's dtype; `axes` are the logical names of W's out and in."""
     return _forward(x, weight, axes)[0]
 
 
-def product_back(
+def quantized_matmul_back(
     dy: Float[Array, "*batch out"], stored: QuantizedTensor, axes: Axes
 ) -> Float[Array, "*batch in"]:
-    """Dy W, the gradient of `product` with respect to x."""
-    weight = stored.gathered(axes)
+    """Return dy W, the gradient of `quantized_matmul` with respect to x."""
+    weight = stored.gather(axes)
     if isinstance(weight, Int8Rows):
-        return weight.times(dy * weight.scales.astype(dy.dtype), 0)
-    return dot(_laid(dy, axes[0]), weight.astype(dy.dtype), 0)
+        return weight.multiply(dy * weight.scales.astype(dy.dtype), 0)
+    return dot(_shard_like(dy, axes[0]), weight.astype(dy.dtype), 0)
 
 
 def _forward(
     x: jax.Array, stored: QuantizedTensor, axes: Axes
 ) -> tuple[jax.Array, QuantizedTensor]:
-    weight = stored.gathered(axes)
+    weight = stored.gather(axes)
     if isinstance(weight, Int8Rows):
-        return weight.times(x, 1) * weight.scales.astype(x.dtype), stored
+        return weight.multiply(x, 1) * weight.scales.astype(x.dtype), stored
     if isinstance(weight, NF4):
-        first, second = weight.halves(x.dtype)
-        low, high = (_laid(half, axes[1]) for half in split_columns(x))
+        first, second = weight.dequantize_halves(x.dtype)
+        low, high = (_shard_like(half, axes[1]) for half in split_columns(x))
         return dot(low, first, 1) + dot(high, second, 1), stored
     return dot(x, weight.astype(x.dtype), 1), stored
 
 
 def _backward(axes: Axes, stored: QuantizedTensor, dy: jax.Array) -> tuple[jax.Array, None]:
-    return product_back(dy, stored, axes), None
+    return quantized_matmul_back(dy, stored, axes), None
 
 
-def _laid(x: Float[Array, "batch seq size"], axis: str | None) -> Float[Array, "batch seq size"]:
-    """An activation where the side of the matrix that it meets lies; left to itself the compiler
-    gathers the matrix instead.
+def _shard_like(
+    x: Float[Array, "batch seq size"], axis: str | None
+) -> Float[Array, "batch seq size"]:
+    """Shard an activation like the axis of the matrix that it meets; otherwise the compiler would
+    gather the matrix.
     """
-    return (
-        constrain(x, "batch", "seq", axis, rules=GATHERED)
-        if x.ndim == len(("batch", "seq", axis))
-        else x
-    )
+    return constrain(x, "batch", "seq", axis, rules=GATHERED) if x.ndim == 3 else x
 
 
-product.defvjp(_forward, _backward)
+quantized_matmul.defvjp(_forward, _backward)

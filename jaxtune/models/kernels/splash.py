@@ -4,7 +4,6 @@ group of query heads.
 Shape letters as in `models.kernels.attention`.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -20,23 +19,23 @@ LANES = 128
 BLOCK = 512
 
 
-def splashes(q_BTNH: jax.Array, shards: int) -> bool:
-    """Whether the kernel takes such queries: bfloat16, since its products have no other
-    precision, and whole lanes of tokens a shard.
+def supports_splash(q_BTNH: jax.Array, shards: int) -> bool:
+    """Return whether the kernel accepts such queries: bfloat16, the only precision of its products,
+    and a whole number of lanes of tokens per shard.
     """
     return q_BTNH.dtype == jnp.bfloat16 and q_BTNH.shape[1] % (LANES * shards) == 0
 
 
 class Splash:
-    """The kernels of an attention, one for each window that layers of the model have.
+    """The kernels of an attention, one for each window of the model's layers.
 
     Args:
-        tokens: queries of a whole row, and keys.
+        tokens: queries of a whole row, and its keys.
         groups: query heads per key/value head.
-        windows: the windows; None is no window.
-        cap: on the scores.
-        shards: into how many parts the queries are cut.
-        interpret: run it where there is no TPU.
+        windows: the windows; None stands for no window.
+        cap: c in c tanh(x / c) on the scores; None: no cap.
+        shards: number of parts the queries are split into.
+        interpret: whether to interpret the kernel, where there is no TPU.
 
     """
 
@@ -61,20 +60,20 @@ class Splash:
                 if window is None
                 else pallas.LocalMask(shape, (window - 1, 0), 0)
             )
-            make = partial(
-                pallas.make_splash_mqa,
+            kernel = pallas.make_splash_mqa(
+                pallas.MultiHeadMask([mask] * groups),
                 block_sizes=sizes,
                 attn_logits_soft_cap=cap,
                 interpret=interpret,
+                head_shards=1,
+                q_seq_shards=shards,
+                residual_checkpoint_name=ATTENTION,
             )
-            heads = pallas.MultiHeadMask([mask] * groups)
-            self.kernels.append(
-                make(heads, head_shards=1, q_seq_shards=shards, residual_checkpoint_name=ATTENTION)
-            )
+            self.kernels.append(kernel)
 
     def specs(self, mesh: AbstractMesh, seq: Any) -> list[Any]:
-        """Partitions of the kernels' own arrays where the queries are cut over the mesh axes
-        `seq`.
+        """Return the partitions of the kernels' own arrays, the queries being sharded over the mesh
+        axes `seq`.
         """
         return [
             kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, seq)))
@@ -91,8 +90,9 @@ class Splash:
         *,
         scale: float,
     ) -> Float[Array, "B T N H"]:
-        """As `blockwise`, on one device; `kernels` are the own ones, as this device has them:
-        each knows its part of the mask.
+        """Compute on one device what `attend_blockwise` computes.
+
+        `kernels` is this device's shard of the attribute: each kernel knows its part of the mask.
         """
         batch, queries, heads, size = q_BTNH.shape
         kv_heads = k_BSKH.shape[2]
@@ -102,23 +102,23 @@ class Splash:
         q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
         k_BKSH, v_BKSH = (part.transpose(0, 2, 1, 3) for part in (k_BSKH, v_BSKH))
         segments = pallas.SegmentIds(mask.query_segments, mask.key_segments)
-        branches = [_over_batch_and_heads(kernel) for kernel in kernels]
+        branches = [_map_batch_and_heads(kernel) for kernel in kernels]
         if len(branches) == 1:
             out_BKGTH = branches[0](q_BKGTH, k_BKSH, v_BKSH, segments)
         else:
             out_BKGTH = jax.lax.switch(
-                self._which(mask.window), branches, q_BKGTH, k_BKSH, v_BKSH, segments
+                self._window_index(mask.window), branches, q_BKGTH, k_BKSH, v_BKSH, segments
             )
         return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, size)
 
-    def _which(self, window: Int[Array, ""] | None) -> Int[Array, ""]:
-        everything = jnp.iinfo(jnp.int32).max
+    def _window_index(self, window: Int[Array, ""] | None) -> Int[Array, ""]:
+        no_window = jnp.iinfo(jnp.int32).max
         sizes = jnp.asarray(
-            [everything if size is None else size for size in self.windows], jnp.int32
+            [no_window if size is None else size for size in self.windows], jnp.int32
         )
         return jnp.argmax(sizes == window)
 
 
-def _over_batch_and_heads(kernel: Any) -> Any:
+def _map_batch_and_heads(kernel: Any) -> Any:
     heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
     return jax.vmap(heads)

@@ -85,7 +85,7 @@ def test_blockwise(block, window, cap, monkeypatch):
     monkeypatch.setattr(blockwise, "BLOCK", block)
     mask = packed(window)
     assert_equals_the_formula(
-        lambda q, k, v: blockwise.blockwise(q, k, v, mask, scale=SCALE, cap=cap),
+        lambda q, k, v: blockwise.attend_blockwise(q, k, v, mask, scale=SCALE, cap=cap),
         mask,
         cap,
         jnp.float32,

@@ -12,7 +12,7 @@ from scipy.stats import norm
 
 from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
-from jaxtune.models.kernels.quantized import NF4_CODES, QuantizedTensor, dynamic_value
+from jaxtune.models.kernels.quantized import NF4_CODES, QuantizedTensor, decode_dynamic
 from jaxtune.models.layers import matmul
 from jaxtune.weights.load import load_model
 from jaxtune.weights.merge import merged
@@ -69,7 +69,7 @@ def published(matrix):
 def test_the_code_book_and_the_map_of_scales_are_the_published_ones():
     np.testing.assert_allclose(NF4_CODES, code_book(), atol=3e-7)
     np.testing.assert_allclose(
-        dynamic_value(jnp.arange(256, dtype=jnp.uint8)), dynamic_map(), rtol=1e-6, atol=1e-9
+        decode_dynamic(jnp.arange(256, dtype=jnp.uint8)), dynamic_map(), rtol=1e-6, atol=1e-9
     )
 
 
@@ -180,7 +180,7 @@ def test_the_base_is_quantized_matrix_by_matrix(wide_model, one_device, monkeypa
         def __del__(self):
             alive[0] -= 1
 
-    read = load.checked
+    read = load.check_source
 
     def checked(source):
         config, tensors = read(source)
