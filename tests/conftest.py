@@ -27,14 +27,33 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 import pytest  # noqa: E402 (the settings above must stand before anything starts a backend)
 
-from jaxtune.core.mesh import make_mesh  # noqa: E402 (likewise)
-from tests.support import tools
+from jaxtune.core.mesh import make_mesh  # noqa: E402
+from tests.support import tools  # noqa: E402
+
+# The files that take longest begin first: no process ends long after the other.
+LONG = [
+    "config/test_effects.py", "evaluation/test_evaluate.py", "planning/test_planner.py",
+    "parity/test_families.py", "workflows/test_sweep.py", "training/test_meshes.py",
+    "weights/test_peft.py", "parity/test_methods.py", "workflows/test_train_by_method.py",
+    "training/test_methods.py", "workflows/test_early_stopping.py", "inference/test_engine.py",
+    "evaluation/test_harness.py",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Sort the tests by file, long files first."""
+
+    def place(item):
+        path = item.path.relative_to(Path(__file__).parent).as_posix()
+        return LONG.index(path) if path in LONG else len(LONG)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """For modules whose every test compiles programs of its own: what they compute counts there,
-    not how fast.
+    """Compile quickly, for modules whose every test compiles programs of its own: what they
+    compute counts there, not how fast.
     """
     jax.config.update("jax_disable_most_optimizations", True)
     yield
@@ -43,8 +62,8 @@ def quick_compilation():
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
-    """Lets go of compiled programs before the kernel's limit of mappings (65,530) is met: beyond
-    it the process crashes.
+    """Drop compiled programs before the process has as many mappings as the kernel allows
+    (65,530): beyond that it crashes.
     """
     yield
     maps = Path("/proc/self/maps")

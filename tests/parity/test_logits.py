@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
 from tests.support import tools
+from tests.support.cases import thinned
 
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 5000.0},
@@ -162,7 +163,9 @@ def test_bfloat16_weights_keep_their_dtype(tmp_path, one_device):
     )
 
 
-@pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize(
+    "mesh_shape", thinned([(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)], (2, 2, 2))
+)
 @pytest.mark.parametrize(
     "sizes",
     [{}, {"vocab_size": 289, "intermediate_size": 50, "hidden_size": 36}],

@@ -21,9 +21,10 @@ from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import attach, open_adapter
 from jaxtune.weights.source import resolve
 from tests.support import peft_side, tools
+from tests.support.cases import thinned
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", thinned(["none", "dots", "full"], "dots"))
 @pytest.mark.parametrize(
     "changes",
     [{}, {"tie_word_embeddings": True, "attention_bias": True, "head_dim": 24}],
@@ -77,6 +78,7 @@ def test_gradients_equal_peft(changes, remat, tmp_path, one_device):
         assert np.linalg.norm(found[name] - value) <= 1e-3 * np.linalg.norm(value), name
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_twenty_steps_of_the_real_model_equal_peft(smollm2, tmp_path):
     """Same adapter to start from, same rows, same order: loss, gradient norm, learning rate and
