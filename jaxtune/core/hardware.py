@@ -1,6 +1,4 @@
-"""Devices: what kind a program is made for, what memory they have, and what programs and arrays
-take of it.
-"""
+"""Devices: their data sheets, their memory, and what programs and arrays take of it."""
 
 import ctypes
 import math
@@ -17,13 +15,13 @@ _UNKNOWN = 8 * _GIB
 
 @dataclass(frozen=True)
 class Chip:
-    """What one chip has.
+    """A chip's data sheet.
 
     Attributes:
-        device_kind: what JAX calls it, or how that begins.
+        device_kind: JAX's name of it, or the beginning of that.
         flops: dense bfloat16 FLOP/s.
         memory: bytes that a program may use.
-        bandwidth: of its memory, bytes/s.
+        bandwidth: memory bandwidth, bytes/s.
         link: bytes/s that one chip sends along one mesh axis within a slice or host.
         network: bytes/s that one chip sends between slices or hosts.
 
@@ -37,8 +35,8 @@ class Chip:
     network: float
 
 
-# Makers' data sheets; a TPU's memory is what its compiler lets a program use. A TPU's `link` is
-# both directions of one torus axis.
+# From the makers' data sheets; a TPU's memory is what its compiler lets a program use, and its
+# `link` is both directions of one torus axis.
 CHIPS = {
     "v4": Chip("TPU v4", 275e12, int(31.25 * _GIB), 1.23e12, 90e9, 6.25e9),
     "v5e": Chip("TPU v5 lite", 197e12, int(15.75 * _GIB), 0.82e12, 90e9, 3.125e9),
@@ -51,21 +49,19 @@ CHIPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Return the dense bfloat16 FLOP/s of a chip by JAX's name of it, or None where it is not
-    known.
-    """
+    """Return the dense bfloat16 FLOP/s of a device kind, or None where it is unknown."""
     return next(
         (chip.flops for chip in CHIPS.values() if device_kind.startswith(chip.device_kind)), None
     )
 
 
 def platform() -> str:
-    """`cpu`, `gpu` or `tpu`: of the current mesh, whose devices may be described only (see
-    `plan`), else of this machine.
+    """Return `cpu`, `gpu` or `tpu`: the platform of the current mesh, whose devices need not exist
+    (see `planning`), else this machine's.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    found = (device.platform if device is not None else None) or jax.default_backend()
-    return "gpu" if found in ("cuda", "rocm") else found
+    name = (device.platform if device is not None else None) or jax.default_backend()
+    return "gpu" if name in ("cuda", "rocm") else name
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ class Memory:
         argument: weights, state and batch.
         output: results.
         alias: results that take the place of arguments.
-        temp: everything between.
+        temp: temporaries.
 
     """
 
@@ -87,26 +83,23 @@ class Memory:
 
     @classmethod
     def of(cls, program: Any) -> "Memory | None":
-        """Of a program of JAX; None where its platform does not tell."""
-        found = program.memory_analysis()
-        if found is None:
+        """Return the memory of a compiled program; None where its platform does not report it."""
+        analysis = program.memory_analysis()
+        if analysis is None:
             return None
-        sizes = (
-            getattr(found, f"{name}_size_in_bytes")
-            for name in ("argument", "output", "alias", "temp")
-        )
-        return cls(*sizes)
+        names = ("argument", "output", "alias", "temp")
+        return cls(*(getattr(analysis, f"{name}_size_in_bytes") for name in names))
 
     @property
     def peak(self) -> int:
-        """Bytes at most: arguments, results that do not replace them, and temporaries, as if all
-        were there at once.
+        """Return an upper bound of the bytes in use: arguments, results that do not replace them,
+        and temporaries, as if all were alive at once.
         """
         return self.argument + self.output - self.alias + self.temp
 
 
-def bytes_here(tree: Any) -> int:
-    """Bytes of a tree of arrays, or of shapes with shardings, on one device."""
+def bytes_per_device(tree: Any) -> int:
+    """Return the bytes on one device of a tree of arrays, or of shapes with shardings."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
@@ -115,22 +108,20 @@ def bytes_here(tree: Any) -> int:
     return total
 
 
-def give_back() -> None:
-    """Return to the system what was freed, such as a compiler's memory, where the C library
-    keeps it otherwise.
-    """
+def release_freed_memory() -> None:
+    """Return freed memory, such as a compiler's, to the system where the C library keeps it."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
-def capacity() -> int:
-    """Bytes that a device of this machine has for programs; CPU devices share the machine's."""
+def device_capacity() -> int:
+    """Return the bytes of a device of this machine; CPU devices share the machine's memory."""
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit:
         return int(limit)
     info = Path("/proc/meminfo")
     lines = dict(line.split(":") for line in info.read_text().splitlines()) if info.exists() else {}
-    whole = int(lines["MemTotal"].split()[0]) * 1024 if "MemTotal" in lines else _UNKNOWN
-    return whole // jax.local_device_count()
+    total = int(lines["MemTotal"].split()[0]) * 1024 if "MemTotal" in lines else _UNKNOWN
+    return total // jax.local_device_count()

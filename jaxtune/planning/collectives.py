@@ -1,6 +1,4 @@
-"""What a compiled program says between its devices: each collective by kind, bytes, how often,
-and the mesh axes it spans.
-"""
+"""The collectives of a compiled program: kind, bytes, how often, and the mesh axes they span."""
 
 import re
 from collections import Counter
@@ -21,18 +19,17 @@ _LOOP = re.compile(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)")
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _BYTES = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "f16": 2,
-    "bf16": 2,
-    "s32": 4,
-    "u32": 4,
-    "f32": 4,
-    "s64": 8,
-    "u64": 8,
-    "f64": 8,
-}
+    "pred": 1, "s8": 1, "u8": 1, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4,
+    "s64": 8, "u64": 8, "f64": 8,
+}  # fmt: skip
+_RESULT = re.compile(
+    r"^\s+(?:ROOT )?%\S+ = ([a-z]\w*)\[([\d,]*)\]\S* "
+    r"(?!parameter|get-tuple-element|bitcast|constant)"
+)
+_NAMED_GROUPS = re.compile(
+    r"replica_groups=mesh\[(.*?)\]"
+    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}"
+)
 _BETWEEN = re.compile(
     r"= (?P<shape>\(.*?\)) send\(.*_xla_megascale_transfer_type=\"(?P<kind>\w+)\""
 )
@@ -45,11 +42,11 @@ class Collective:
 
     Attributes:
         kind: `all-gather`, `all-reduce`, `reduce-scatter`, `all-to-all` or `collective-permute`.
-        axes: the mesh axes whose devices take part together.
-        shape: of the largest array that is exchanged, with its dtype, as the program writes it.
-        size: bytes of the whole array, on one device: the gathered one, or the one that is reduced.
-        times: how often in a step.
-        group: devices that take part together.
+        axes: the mesh axes that it spans.
+        shape: dtype and shape of the largest array that is exchanged, as the program writes it.
+        size: bytes on one device of the full array: the gathered one, or the one that is reduced.
+        times: how often it runs in a step.
+        group: the number of devices that take part together.
 
     """
 
@@ -62,14 +59,14 @@ class Collective:
 
     @property
     def sent(self) -> int:
-        """Bytes that one device sends in a step, by the ring algorithms."""
+        """Return the bytes that one device sends in a step by the ring algorithms."""
         share = (self.group - 1) / self.group
-        each = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
-        return round(self.size * each) * self.times
+        passes = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+        return round(self.size * passes) * self.times
 
 
 def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
-    """The collectives of a program, largest first; those that are alike are one, with their number.
+    """Return the collectives of a program, the largest first; equal ones are counted as one kind.
 
     Args:
         text: the program as XLA prints it after compilation.
@@ -77,21 +74,19 @@ def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
 
     """
     computations = dict(_computations(text))
-    times = _times(
-        computations,
-        next(
-            name for name in computations if re.search(rf"^ENTRY %{re.escape(name)} ", text, re.M)
-        ),
+    entry = next(
+        name for name in computations if re.search(rf"^ENTRY %{re.escape(name)} ", text, re.M)
     )
-    found: Counter[tuple] = Counter()
+    times = _times(computations, entry)
+    counts: Counter[tuple] = Counter()
     for name, lines in computations.items():
         for line in lines:
             if not times[name]:
                 continue
-            if between := _BETWEEN.search(line):  # slices talk through their hosts
+            if between := _BETWEEN.search(line):  # slices communicate through their hosts
                 shape, size = _largest(between["shape"], tuples=True)
                 kind = between["kind"].lower().replace("_", "-")
-                found[kind, (SLICES,), shape, size, mesh[SLICES]] += times[name]
+                counts[kind, (SLICES,), shape, size, mesh[SLICES]] += times[name]
             operation = _OPERATION.search(line)
             if operation is None:
                 continue
@@ -103,46 +98,42 @@ def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
             if kind == "reduce-scatter" and not name.startswith(_FUSED_SCATTER):
                 size *= group
             if group > 1:
-                found[kind, axes, shape, size, group] += times[name]
-    every = [
+                counts[kind, axes, shape, size, group] += times[name]
+    exchanged = [
         Collective(kind, axes, shape, size, count, group)
-        for (kind, axes, shape, size, group), count in found.items()
+        for (kind, axes, shape, size, group), count in counts.items()
     ]
-    return sorted(every, key=lambda one: -one.sent)
+    return sorted(exchanged, key=lambda collective: -collective.sent)
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield each computation's name and lines."""
     name, lines = None, []
     for line in text.splitlines():
         if begin := _COMPUTATION.match(line):
             name, lines = begin[1], []
-        elif (
-            re.match(r"\}(?!\})", line) and name is not None
-        ):  # two of them end the description of a kernel
+        elif name is not None and re.match(r"\}(?!\})", line):  # }} ends a kernel's description
             yield name, lines
             name = None
         elif name is not None:
             lines.append(line)
 
 
-def bodies(text: str) -> Iterator[tuple[str, int, str]]:
-    """`(shape, bytes, line)` of every array that is made outside of fusions, so that it lies in
-    memory.
+def arrays_in_memory(text: str) -> Iterator[tuple[str, int, str]]:
+    """Yield `(shape, bytes, line)` of every array that is computed outside of fusions, and so lies
+    in memory.
     """
     for name, lines in _computations(text):
         if "fused" in name or "fusion" in name or name.startswith(_FUSED_SCATTER):
             continue
         for line in lines:
-            made = re.search(
-                r"^\s+(?:ROOT )?%\S+ = ([a-z]\w*)\[([\d,]*)\]\S* (?!parameter|get-tuple-element|bitcast|constant)",
-                line,
-            )
-            if made and made[1] in _BYTES:
-                yield f"{made[1]}[{made[2]}]", _size(made[1], made[2]), line
+            result = _RESULT.search(line)
+            if result and result[1] in _BYTES:
+                yield f"{result[1]}[{result[2]}]", _size(result[1], result[2]), line
 
 
 def _times(computations: dict[str, list[str]], entry: str) -> Counter[str]:
-    """How often each spec is run in a run of the program."""
+    """Return how often each computation runs in one run of the program."""
     times: Counter[str] = Counter()
 
     def visit(name: str, count: int) -> None:
@@ -150,42 +141,40 @@ def _times(computations: dict[str, list[str]], entry: str) -> Counter[str]:
         for line in computations.get(name, []):
             if loop := _LOOP.search(line):
                 known = _KNOWN.search(line)
-                visit(
-                    loop[2],
-                    count * (int(known[1]) if known else _trips(computations.get(loop[1], []))),
-                )
+                trips = int(known[1]) if known else _trips(computations.get(loop[1], []))
+                visit(loop[2], count * trips)
                 continue
             for called in _CALLED.finditer(line):
-                for one in called[1].split(","):
-                    visit(one.strip().lstrip("%"), count)
+                for callee in called[1].split(","):
+                    visit(callee.strip().lstrip("%"), count)
 
     visit(entry, 1)
     return times
 
 
 def _trips(condition: list[str]) -> int:
-    """The bound that a loop's counter is compared with; a scan counts from 0 by 1."""
+    """Return the bound that a loop's counter is compared with; a scan counts from 0 by 1."""
     bounds = [
-        int(found[1])
+        int(constant[1])
         for line in condition
-        if (found := re.search(r" s32\[\]\S* constant\((\d+)\)", line))
+        if (constant := re.search(r" s32\[\]\S* constant\((\d+)\)", line))
     ]
     return max(bounds, default=1)
 
 
 def _largest(text: str, tuples: bool) -> tuple[str, int]:
-    """`(shape, bytes)`: of an asynchronous start the largest part, of a tuple of results all
-    together.
+    """Return the shape of the largest array, and bytes: of that array where an asynchronous start
+    returns a tuple of operands and results, else of all together.
     """
     arrays = [
-        (found[0], _size(found[1], found[2]))
-        for found in _ARRAY.finditer(text)
-        if found[1] in _BYTES
+        (array[0], _size(array[1], array[2]))
+        for array in _ARRAY.finditer(text)
+        if array[1] in _BYTES
     ]
     if not arrays:
         return text, 0
-    shape, size = max(arrays, key=lambda one: one[1])
-    return shape, size if tuples else sum(one[1] for one in arrays)
+    shape, largest = max(arrays, key=lambda array: array[1])
+    return shape, largest if tuples else sum(size for _, size in arrays)
 
 
 def _size(dtype: str, sizes: str) -> int:
@@ -196,7 +185,7 @@ def _size(dtype: str, sizes: str) -> int:
 
 
 def _axes(line: str, mesh: dict[str, int]) -> tuple[tuple[str, ...], int]:
-    """The mesh axes along which the devices of a group differ, and how many devices a group has."""
+    """Return the mesh axes along which a group's devices differ, and the devices in a group."""
     groups = _groups(line)
     shape = tuple(mesh.values())
     if groups is None:  # all devices
@@ -204,35 +193,17 @@ def _axes(line: str, mesh: dict[str, int]) -> tuple[tuple[str, ...], int]:
     places = np.stack(np.unravel_index(groups, shape), axis=-1)
     differs = (places != places[:, :1]).any(axis=(0, 1))
     size = 2 if "source_target_pairs" in line else groups.shape[1]
-    return tuple(
-        name for name, one in zip(mesh, differs, strict=True) if one
-    ), size if differs.any() else 1
+    axes = tuple(name for name, is_spanned in zip(mesh, differs, strict=True) if is_spanned)
+    return axes, size if axes else 1
 
 
 def _groups(line: str) -> np.ndarray | None:
-    """The groups of a collective, [groups, devices], in whichever of XLA's three notations it
-    has.
-    """
-    if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", line):
-        return np.array(
-            [
-                [int(one) for one in pair.split(",")]
-                for pair in re.findall(r"\{([\d,]+)\}", pairs[1])
-            ]
-        )
-    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", line):
-        return np.array(
-            [
-                [int(one) for one in group.split(",")]
-                for group in re.findall(r"\{([\d,]+)\}", listed[1])
-            ]
-        )
+    """Return the groups of a collective, int [groups, devices], from any of XLA's notations."""
+    if listed := re.search(r"(?:source_target_pairs|replica_groups)=\{(\{.*?\})\}", line):
+        return np.array([_ints(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])])
     if tiled := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         return _numbered(tiled[2], tiled[3]).reshape(_ints(tiled[1]))
-    if named := re.search(
-        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}",
-        line,
-    ):
+    if named := _NAMED_GROUPS.search(line):
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
         numbers = (
             _numbered(named[2], named[3]) if named[2] else np.arange(np.prod(list(axes.values())))

@@ -1,6 +1,4 @@
-"""Arithmetic of a step, counted in its own trace: every matrix product, as often as loops run
-it.
-"""
+"""The FLOPs of a step, counted in its trace: every matrix product, as often as loops run it."""
 
 import math
 from collections.abc import Sequence
@@ -9,70 +7,50 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
-_CALLS = (
-    "jit",
-    "pjit",
-    "closed_call",
-    "remat2",
-    "checkpoint",
-    "shard_map",
-)  # whose results are those of the trace within
+# Primitives that return the results of the trace inside them.
+_CALLS = ("jit", "pjit", "closed_call", "remat2", "checkpoint", "shard_map")
 _PURE = (
-    *_CALLS,
-    "pallas_call",
-    "dot_general",
-    "reshape",
-    "squeeze",
-    "slice",
-    "transpose",
-    "convert_element_type",
-    "name",
-)
+    *_CALLS, "pallas_call", "dot_general", "reshape", "squeeze", "slice", "transpose",
+    "convert_element_type", "name",
+)  # fmt: skip
 
 
-def count(jaxpr: Any, times: int = 1, wanted: Sequence[bool] | None = None) -> int:
-    """FLOPs of the matrix products in a trace whose results are used, over all devices.
+def count_flops(jaxpr: Any, times: int = 1, is_used: Sequence[bool] | None = None) -> int:
+    """Return the FLOPs, over all devices, of the matrix products in a trace whose results are used.
 
     Args:
-        jaxpr: the trace; of a `shard_map` in it the inner one, which is of one device, counts for
-            all.
+        jaxpr: the trace; the trace inside a `shard_map` is that of one device and counts for all.
         times: how often it runs.
-        wanted: which of its results are used; all by default.
+        is_used: whether each of its results is used; all are by default.
 
     """
     total = 0
-    used = {
-        var
-        for var, kept in zip(jaxpr.outvars, wanted or [True] * len(jaxpr.outvars), strict=True)
-        if kept and _is_var(var)
-    }
+    outputs = zip(jaxpr.outvars, is_used or [True] * len(jaxpr.outvars), strict=True)
+    used = {var for var, kept in outputs if kept and _is_var(var)}
     for equation in reversed(jaxpr.eqns):
         name, params = equation.primitive.name, equation.params
         kept = [var in used for var in equation.outvars]
-        if (
-            not any(kept) and name in _PURE
-        ):  # such as what a remat policy keeps, in the recomputed layer
+        # A recomputed layer computes again what its remat policy kept, and nothing uses it.
+        if not any(kept) and name in _PURE:
             continue
         used.update(var for var in equation.invars if _is_var(var))
         if name == "dot_general":
-            total += times * _product(equation)
+            total += times * _dot_flops(equation)
         elif name == "ragged_dot_general":
-            rows, (_, outputs, inputs) = (
-                equation.invars[0].aval.shape[0],
-                equation.invars[1].aval.shape,
-            )
-            total += times * 2 * rows * outputs * inputs
-        inner = times
+            rows = equation.invars[0].aval.shape[0]
+            _, out, inner = equation.invars[1].aval.shape
+            total += times * 2 * rows * out * inner
+        inner_times = times
         if name == "scan":
-            inner *= params["length"]
+            inner_times *= params["length"]
         elif name == "shard_map":
-            inner *= params["mesh"].size
-        elif (
-            name == "pallas_call"
-        ):  # blocks that the mask lets a kernel pass over are counted, as in other forms of attention
-            inner *= math.prod(params["grid_mapping"].grid)
+            inner_times *= params["mesh"].size
+        elif name == "pallas_call":
+            # Blocks that the mask lets a kernel skip count, as in other forms of attention.
+            inner_times *= math.prod(params["grid_mapping"].grid)
         branches = [
-            count(part, inner, kept if name in _CALLS else None) for part in _inside(params)
+            count_flops(part, inner_times, kept if name in _CALLS else None)
+            for part in _traces_inside(params)
         ]
         total += max(branches, default=0) if name == "cond" else sum(branches)
     return total
@@ -82,24 +60,22 @@ def _is_var(var: Any) -> bool:
     return not isinstance(var, core.Literal)
 
 
-def _inside(params: dict[str, Any]) -> list[Any]:
-    """The traces that an equation holds; of a function with a rule for its derivative the
-    function alone.
-    """
-    found = []
+def _traces_inside(params: dict[str, Any]) -> list[Any]:
+    """Return the traces that an equation holds, without the rules for a function's derivative."""
+    traces = []
     for name, value in params.items():
         if name in ("fwd_jaxpr_thunk", "bwd", "jvp_jaxpr_fun"):
             continue
-        for one in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(one, core.ClosedJaxpr):
-                found.append(one.jaxpr)
-            elif isinstance(one, core.Jaxpr):
-                found.append(one)
-    return found
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                traces.append(item.jaxpr)
+            elif isinstance(item, core.Jaxpr):
+                traces.append(item)
+    return traces
 
 
-def _product(equation: Any) -> int:
-    """2 x sizes of the result x sizes that are summed over."""
+def _dot_flops(equation: Any) -> int:
+    """Return 2 x the size of the result x the size of the contraction."""
     (contracted, _), _ = equation.params["dimension_numbers"]
     left = equation.invars[0].aval.shape
     result = int(np.prod(equation.outvars[0].aval.shape, dtype=np.int64))

@@ -1,63 +1,57 @@
-"""The plan of a run: its step compiled for a target, in a process of its own, and what came of
-it.
-"""
+"""The plan of a run: its step, compiled for a target in a process of its own."""
 
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from jaxtune.config.schema import Config
 from jaxtune.core.errors import RunError, UserError
 from jaxtune.core.files import cache_root, locked, read_json, write_json
-from jaxtune.planning.target import Target, parse
+from jaxtune.planning.fingerprint import fingerprint
+from jaxtune.planning.target import Target, parse_target
 
 _TIMEOUT = 1800
 _SCHEMA = 2
-_FULL = re.compile(r"([\d.]+)([KMGT])\)? exceeds available HBM \(?([\d.]+)([KMGT])")
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step takes. Bytes are of one device.
+    """The memory, communication and time of a step. Bytes are those of one device.
 
     Attributes:
-        target: where it was planned for.
+        target: the hardware it was compiled for.
         mesh: sizes of the mesh's axes.
-        devices: in all.
+        devices: the number of devices.
         fits: whether `peak_bytes` is within `capacity_bytes`.
-        capacity_bytes: what a program may use; None for this machine.
-        peak_bytes: arguments + outputs - aliases + temporaries: the safe reading. None where the
-            compiler gave up, and `needed_bytes` is what it wanted.
-        compiler_peak_bytes: the compiler's own figure, which counts what is not there at the same
-            time once.
-        argument_bytes, output_bytes, alias_bytes, temp_bytes: its parts.
-        weight_bytes, state_bytes: of the arguments the frozen weights, and what trains with the
-            optimizer's moments.
-        remat: the remat policy, as given or as taken for train.remat=auto.
+        capacity_bytes: bytes that a program may use; None for this machine.
+        peak_bytes: arguments + outputs - aliases + temporaries, an upper bound. None where the
+            compiler gave up; `needed_bytes` is then what the program needs.
+        compiler_peak_bytes: the compiler's own peak, which counts buffers that are never alive
+            together only once.
+        argument_bytes, output_bytes, alias_bytes, temp_bytes: the parts of `peak_bytes`.
+        weight_bytes, state_bytes: the parts of `argument_bytes`: the frozen weights, and the
+            trainable ones with the optimizer's moments.
+        remat: the remat policy, as given or as chosen by train.remat=auto.
         tokens_per_step: positions of a global batch.
-        flops_per_step, flops_per_token: of the matrix products, layers and recomputation counted,
-            over all devices.
-        collectives: bytes sent by one device and their number, by mesh axes and kind.
-        largest_collectives: the few largest.
+        flops_per_step, flops_per_token: FLOPs of the matrix products over all devices, with
+            adapters and recomputation.
+        collectives: bytes sent by one device and the number of collectives, by mesh axes and kind.
+        largest_collectives: the few largest collectives.
         largest_buffers: names and bytes of the largest temporaries.
         seconds: `compute`, `memory`, `communication`, `least`, `most` of the roofline; empty for
             this machine.
-        tokens_per_second: at `least` and at `most`, over all devices.
-        mfu_bound: at `least`: 4 FLOP a frozen parameter and token, 6 a trained one, over the chips'
-            peak.
-        compile_seconds: that it took.
+        tokens_per_second: over all devices, at `least` and at `most`.
+        mfu_bound: MFU at `least`, of 4 FLOPs per frozen parameter and token and 6 per trainable
+            one.
+        compile_seconds: how long the compilation took.
         advice: what to change where it does not fit.
 
     """
@@ -93,8 +87,7 @@ class Plan:
 
 
 def plan(config: Config, on: str) -> Plan:
-    """Compile the step of a run for a target and say what it takes; what was planned before is read
-    from the cache.
+    """Compile the step of a run for a target, or read an earlier plan from the cache.
 
     Args:
         config: the resolved configuration; of the model only its `config.json` is read, of the data
@@ -107,59 +100,55 @@ def plan(config: Config, on: str) -> Plan:
         RunError: the compiler failed otherwise.
 
     """
-    found = plans([config], on)[0]
-    if isinstance(found, Exception):
-        raise found
-    return found
+    result = plans([config], on)[0]
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def plans(
     configs: Sequence[Config], on: str, parallel: int | None = None
 ) -> list[Plan | Exception]:
-    """The plans of several configurations, compiled beside each other; an error in the place of a
-    plan that cannot be made.
+    """Return the plans of several configurations, compiled in parallel; an error stands for a plan
+    that cannot be made.
 
     Args:
         configs: the configurations.
         on: the target.
-        parallel: processes at a time; one a core by default.
+        parallel: processes at a time; one per core by default.
 
     """
-    target = parse(on)
+    target = parse_target(on)
     with ThreadPoolExecutor(parallel or default_parallel()) as pool:
-        return list(pool.map(lambda config: _planned(config, target), configs))
+        return list(pool.map(lambda config: _try_plan(config, target), configs))
 
 
 def default_parallel() -> int:
-    """How many compilers run beside each other: one a core, each of which may take a few GB."""
+    """Return how many compilers run in parallel: one per core, as each may take a few GB."""
     return max(1, min(os.cpu_count() or 1, 8))
 
 
-def _planned(config: Config, target: Target) -> Plan | Exception:
+def _try_plan(config: Config, target: Target) -> Plan | Exception:
     try:
         if target.kind is None:
-            return _read(_here(config))
-        place = _cache_file(config, target)
-        with locked(place.with_suffix(".lock")):
-            if not place.exists():
-                write_json(place, _in_child(config, target))
-        return _read(read_json(place))
+            return Plan(**_measure_here(config, target))
+        path = _cache_file(config, target)
+        with locked(path.with_suffix(".lock")):
+            if not path.exists():
+                write_json(path, _measure_in_child(config, target))
+        return Plan(**read_json(path))
     except (UserError, RunError) as error:
         return error
 
 
-def _read(found: dict[str, Any]) -> Plan:
-    return Plan(**found)
+def _measure_here(config: Config, target: Target) -> dict[str, Any]:
+    from jaxtune.planning.worker import measure
+
+    return measure(config, target)
 
 
-def _here(config: Config) -> dict[str, Any]:
-    from jaxtune.planning.worker import measured
-
-    return measured(config, parse("here"))
-
-
-def _in_child(config: Config, target: Target) -> dict[str, Any]:
-    """What `measured` says, in a process that has the target's environment."""
+def _measure_in_child(config: Config, target: Target) -> dict[str, Any]:
+    """Return what `measure` returns in a process with the target's environment."""
     request = {"config": config.model_dump(mode="json", exclude_unset=True), "on": target.name}
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith("XLA_FLAGS")
@@ -169,7 +158,7 @@ def _in_child(config: Config, target: Target) -> dict[str, Any]:
         write_json(asked, request)
         command = [sys.executable, "-m", "jaxtune.planning.worker", str(asked), str(answer)]
         try:
-            done = subprocess.run(
+            worker = subprocess.run(
                 command,
                 env=environment,
                 capture_output=True,
@@ -179,32 +168,23 @@ def _in_child(config: Config, target: Target) -> dict[str, Any]:
             )
         except subprocess.TimeoutExpired:
             raise RunError(
-                f"{target.name}: the compiler was not done after {_TIMEOUT // 60} minutes."
+                f"{target.name}: the compiler had not finished after {_TIMEOUT // 60} minutes."
             ) from None
         if not answer.exists():
-            last = "\n".join(done.stderr.strip().splitlines()[-15:])
+            last = "\n".join(worker.stderr.strip().splitlines()[-15:])
             raise RunError(
-                f"{target.name}: the process that compiles ended with {done.returncode}:\n{last}"
+                f"{target.name}: the compiling process ended with status {worker.returncode}:\n"
+                f"{last}"
             )
-        found = read_json(answer)
-    if "error" in found:
-        raise (UserError if found["yours"] else RunError)(found["error"])
-    return found
-
-
-def memory_wanted(message: str) -> tuple[int, int] | None:
-    """`(bytes wanted, bytes there)` of a compiler's message that a program does not fit, None
-    where it says something else.
-    """
-    found = _FULL.search(message)
-    if found is None:
-        return None
-    return round(float(found[1]) * _UNITS[found[2]]), round(float(found[3]) * _UNITS[found[4]])
+        result = read_json(answer)
+    if "error" in result:
+        raise (UserError if result["is_user_error"] else RunError)(result["error"])
+    return result
 
 
 def _cache_file(config: Config, target: Target) -> Path:
-    """Where a plan is kept, by all that it depends on: what is asked, the model's `config.json`,
-    this program and its compilers.
+    """Return the cached plan's path, named by a digest of all that the plan depends on: the
+    request, the models' `config.json`, the code of the step and its compilers.
     """
     from jaxtune.weights.abstract import abstract_source
 
@@ -215,25 +195,9 @@ def _cache_file(config: Config, target: Target) -> Path:
         "models": [abstract_source(name).config_json() for name in models],
         "target": target.name,
         "effort": os.environ.get("JAX_EXEC_TIME_OPTIMIZATION_EFFORT"),
-        "program": _program(),
+        "program": fingerprint(),
     }
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[
         :32
     ]
     return cache_root() / "plans" / f"{digest}.json"
-
-
-@cache
-def _program() -> list[str]:
-    """A digest of the files of this package, and the versions of what it compiles with."""
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(path.read_bytes())
-    found = [digest.hexdigest()]
-    for name in ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin"):
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            found.append(f"{name} -")
-    return found

@@ -1,4 +1,4 @@
-"""A roofline: what a step takes at least, by the chip's data sheet (Williams et al. 2009)."""
+"""A roofline: the least time of a step by the chip's data sheet (Williams et al. 2009)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,22 +8,20 @@ from jaxtune.planning.collectives import Collective
 
 ASSUMPTIONS = (
     "products at the chip's bfloat16 peak; every frozen weight read from memory once in the "
-    "forward pass and once or twice in the "
-    "backward pass; collectives by rings at the data sheet's rate. The first time overlaps the "
-    "three wholly, the second not at all; "
-    "everything that is no matrix product costs extra"
+    "forward pass and once or twice in the backward pass; collectives by rings at the data "
+    "sheet's rate. The first time overlaps the three fully, the second not at all; whatever is "
+    "not a matrix product costs extra"
 )
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Roofline:
     """Seconds of a step on one device.
 
     Attributes:
         compute: of the matrix products.
         memory: of reading the weights.
-        communication: of the collectives, over the axis that takes longest of those that run beside
-            each other.
+        communication: of the collectives.
 
     """
 
@@ -33,53 +31,48 @@ class Estimate:
 
     @property
     def least(self) -> float:
-        """With perfect overlap."""
+        """Return the seconds with perfect overlap."""
         return max(self.compute, self.memory, self.communication)
 
     @property
     def most(self) -> float:
-        """Without any overlap."""
+        """Return the seconds without overlap of computation and communication."""
         return max(self.compute, self.memory) + self.communication
 
 
-def estimate(
+def estimate_step(
     chip: Chip,
-    flops: int,
-    devices: int,
-    weights: int,
-    passes: int,
-    found: list[Collective],
-    hosts: dict[str, bool],
-) -> Estimate:
-    """The roofline of a step.
+    *,
+    flops: float,
+    weight_bytes: float,
+    exchanged: list[Collective],
+    slow_axes: set[str],
+) -> Roofline:
+    """Return the roofline of a step on one device.
 
     Args:
-        chip: what one chip has.
-        flops: of the step, over all devices.
-        devices: how many there are.
-        weights: bytes of the frozen weights that one device reads in a pass, gathered ones whole.
-        passes: how often they are read.
-        found: the collectives.
-        hosts: whether each mesh axis crosses the slower network.
+        chip: the device's data sheet.
+        flops: of the step on this device.
+        weight_bytes: bytes of frozen weights that it reads in all passes, gathered ones in full.
+        exchanged: the collectives.
+        slow_axes: the mesh axes that cross the network between slices or hosts.
 
     """
-    seconds: dict[bool, float] = {True: 0.0, False: 0.0}
-    for one in found:
-        slow = any(hosts[axis] for axis in one.axes)
-        seconds[slow] += one.sent / (chip.network if slow else chip.link)
-    return Estimate(
-        flops / devices / chip.flops, weights * passes / chip.bandwidth, sum(seconds.values())
-    )
+    seconds = {True: 0.0, False: 0.0}
+    for collective in exchanged:
+        is_slow = not slow_axes.isdisjoint(collective.axes)
+        seconds[is_slow] += collective.sent / (chip.network if is_slow else chip.link)
+    return Roofline(flops / chip.flops, weight_bytes / chip.bandwidth, sum(seconds.values()))
 
 
-def by_axis(found: list[Collective]) -> dict[str, dict[str, Any]]:
-    """Bytes that one device sends in a step and how many collectives there are, by the mesh axes
-    and the kind.
+def sum_by_axis(exchanged: list[Collective]) -> dict[str, dict[str, Any]]:
+    """Return the bytes that one device sends in a step and the number of collectives, by mesh axes
+    and kind.
     """
     sums: dict[str, dict[str, Any]] = {}
-    for one in found:
-        kinds = sums.setdefault(" x ".join(one.axes), {})
-        kind = kinds.setdefault(one.kind, {"bytes": 0, "count": 0})
-        kind["bytes"] += one.sent
-        kind["count"] += one.times
+    for collective in exchanged:
+        kinds = sums.setdefault(" x ".join(collective.axes), {})
+        kind = kinds.setdefault(collective.kind, {"bytes": 0, "count": 0})
+        kind["bytes"] += collective.sent
+        kind["count"] += collective.times
     return sums

@@ -1,58 +1,49 @@
-"""Compiling a step and reading what it takes; run as a module it is the process that
-`planning.planner` starts.
+"""Compile a step and measure what it takes; run as a module, the process that `planning.planner`
+starts.
 """
 
-import json
 import re
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from jaxtune.config.load import validated
+import jax
+
+from jaxtune.config.load import validated, with_keys
 from jaxtune.config.schema import Config
 from jaxtune.core.errors import RunError, UserError
-from jaxtune.core.hardware import Chip
-from jaxtune.planning.target import Target, parse
+from jaxtune.core.files import read_json, write_json
+from jaxtune.core.hardware import Memory
+from jaxtune.core.mesh import AXES
+from jaxtune.planning.collectives import arrays_in_memory, collectives
+from jaxtune.planning.compiler_errors import largest_buffers, memory_shortage
+from jaxtune.planning.flops import count_flops
+from jaxtune.planning.lower import Lowered
+from jaxtune.planning.roofline import estimate_step, sum_by_axis
+from jaxtune.planning.target import Target, parse_target
+from jaxtune.tracking.metrics_log import flops_per_token
 
 _SHOWN = 6
 
 
-def measured(config: Config, target: Target) -> dict[str, Any]:
-    """The fields of a `Plan`.
+def measure(config: Config, target: Target) -> dict[str, Any]:
+    """Compile the step and return the fields of a `Plan`.
 
     Raises:
         UserError: see `planning.planner`.
         RunError: the compiler failed, but not for lack of memory.
 
     """
-    import jax
-
-    from jaxtune.core.hardware import Memory
-    from jaxtune.planning.flops import count
-    from jaxtune.planning.lower import Lowered
-    from jaxtune.planning.planner import memory_wanted
-
     chip = target.chip
-    if chip is not None and config.model.compute_dtype == "auto":
-        config = config.model_copy(
-            update={"model": config.model.model_copy(update={"compute_dtype": "bfloat16"})}
-        )
-    devices = target.find() if chip else None
-    lowered = Lowered(config, devices, chip.memory if chip else None)
-    mesh, size = dict(lowered.mesh.shape), lowered.mesh.size
-    flops = count(lowered.traced.jaxpr.jaxpr)
-    found: dict[str, Any] = {
-        "target": target.name,
-        "mesh": mesh,
-        "devices": size,
-        "capacity_bytes": chip.memory if chip else None,
-        "weight_bytes": lowered.frozen_bytes,
-        "state_bytes": lowered.state_bytes,
-        "trainable_parameters": lowered.trainable,
-        "frozen_parameters": lowered.frozen,
-        "tokens_per_step": lowered.tokens,
-        "remat": lowered.remat,
+    if chip is None:
+        lowered = Lowered(config, None)
+    else:
+        if config.model.compute_dtype == "auto":
+            config = with_keys(config, {"model.compute_dtype": "bfloat16"})
+        lowered = Lowered(config, target.find_devices(), chip.memory)
+    flops = count_flops(lowered.traced.jaxpr.jaxpr)
+    fields = _describe(lowered, target) | {
         "flops_per_step": flops,
         "flops_per_token": flops / lowered.tokens,
     }
@@ -60,176 +51,168 @@ def measured(config: Config, target: Target) -> dict[str, Any]:
     try:
         program = lowered.compile(target.platform if chip else None)
     except jax.errors.JaxRuntimeError as error:
-        wanted = memory_wanted(str(error))
-        if wanted is None:
-            raise RunError(f"{target.name}: the compiler failed: {str(error)[:2000]}") from None
-        found |= {
-            "fits": False,
-            "peak_bytes": None,
-            "needed_bytes": wanted[0],
-            "capacity_bytes": wanted[1],
-        }
-        found |= {"largest_buffers": _buffers(str(error))}
-        return found | {
-            "compile_seconds": round(time.monotonic() - began, 1),
-            "advice": _advice(config, found, lowered),
-        }
-    seconds = time.monotonic() - began
+        fields["compile_seconds"] = round(time.monotonic() - began, 1)
+        fields |= _does_not_fit(str(error), target)
+    else:
+        fields["compile_seconds"] = round(time.monotonic() - began, 1)
+        fields |= _measure_memory(program, target)
+        fields |= _measure_communication(program.as_text(), lowered, flops, target)
+    return fields | {"advice": [] if fields["fits"] else _advice(config, fields, lowered)}
+
+
+def _describe(lowered: Lowered, target: Target) -> dict[str, Any]:
+    return {
+        "target": target.name,
+        "mesh": dict(lowered.mesh.shape),
+        "devices": lowered.mesh.size,
+        "capacity_bytes": target.chip.memory if target.chip else None,
+        "weight_bytes": lowered.frozen_bytes,
+        "state_bytes": lowered.state_bytes,
+        "trainable_parameters": lowered.trainable,
+        "frozen_parameters": lowered.frozen,
+        "tokens_per_step": lowered.tokens,
+        "remat": lowered.remat,
+    }
+
+
+def _does_not_fit(message: str, target: Target) -> dict[str, Any]:
+    """Return the fields that a compiler's message gives.
+
+    Raises:
+        RunError: it is about something else than memory.
+
+    """
+    shortage = memory_shortage(message)
+    if shortage is None:
+        raise RunError(f"{target.name}: the compiler failed: {message[:2000]}")
+    return {
+        "fits": False,
+        "peak_bytes": None,
+        "needed_bytes": shortage.needed,
+        "capacity_bytes": shortage.available,
+        "largest_buffers": largest_buffers(message, _SHOWN),
+    }
+
+
+def _measure_memory(program: Any, target: Target) -> dict[str, Any]:
     memory = Memory.of(program)
     assert memory is not None
-    parts = {
-        f"{name}_bytes": getattr(memory, name)
-        for name in ("argument", "output", "alias", "temp", "peak")
+    names = ("argument", "output", "alias", "temp", "peak")
+    peak = getattr(program.memory_analysis(), "peak_memory_in_bytes", None)
+    return {
+        **{f"{name}_bytes": getattr(memory, name) for name in names},
+        "fits": target.chip is None or memory.peak <= target.chip.memory,
+        "compiler_peak_bytes": peak or None,
     }
-    found |= parts | {
-        "fits": chip is None or memory.peak <= chip.memory,
-        "compile_seconds": round(seconds, 1),
-    }
-    found["compiler_peak_bytes"] = (
-        getattr(program.memory_analysis(), "peak_memory_in_bytes", None) or None
-    )
-    found |= _communication(program, lowered, flops, chip, target)
-    return found | {"advice": _advice(config, found, lowered)}
 
 
-def _communication(
-    program: Any, lowered: Any, flops: int, chip: Chip | None, target: Target
+def _measure_communication(
+    text: str, lowered: Lowered, flops: int, target: Target
 ) -> dict[str, Any]:
-    from jaxtune.planning.collectives import collectives
-    from jaxtune.planning.roofline import by_axis, estimate
-    from jaxtune.tracking.metrics_log import flops_per_token
-
-    mesh, text = dict(lowered.mesh.shape), program.as_text()
+    mesh, devices, chip = dict(lowered.mesh.shape), lowered.mesh.size, target.chip
     exchanged = collectives(text, mesh)
-    shown = [
-        {
-            "kind": one.kind,
-            "axes": list(one.axes),
-            "array": one.shape,
-            "times": one.times,
-            "bytes": one.sent,
-        }
-        for one in exchanged[:_SHOWN]
-    ]
-    found: dict[str, Any] = {
-        "collectives": by_axis(exchanged),
-        "largest_collectives": shown,
-        "largest_buffers": _temporaries(text),
+    fields: dict[str, Any] = {
+        "collectives": sum_by_axis(exchanged),
+        "largest_collectives": [
+            {
+                "kind": collective.kind,
+                "axes": list(collective.axes),
+                "array": collective.shape,
+                "times": collective.times,
+                "bytes": collective.sent,
+            }
+            for collective in exchanged[:_SHOWN]
+        ],
+        "largest_buffers": _largest_temporaries(text),
     }
     if chip is None:
-        return found
-    gathered = lowered.frozen_bytes * mesh["fsdp"]
-    crossing = _crossing(mesh, target)
-    rough = estimate(chip, flops, lowered.mesh.size, gathered, lowered.passes, exchanged, crossing)
-    times = {
-        name: getattr(rough, name)
-        for name in ("compute", "memory", "communication", "least", "most")
-    }
+        return fields
+    roofline = estimate_step(
+        chip,
+        flops=flops / devices,
+        weight_bytes=lowered.frozen_bytes * mesh["fsdp"] * lowered.passes,
+        exchanged=exchanged,
+        slow_axes=_slow_axes(mesh, target),
+    )
+    names = ("compute", "memory", "communication", "least", "most")
     useful = flops_per_token(lowered.frozen, lowered.trainable) * lowered.tokens
-    return found | {
-        "seconds": {name: float(f"{value:.3g}") for name, value in times.items()},
+    return fields | {
+        "seconds": {name: float(f"{getattr(roofline, name):.3g}") for name in names},
         "tokens_per_second": [
-            round(lowered.tokens / rough.least),
-            round(lowered.tokens / rough.most),
+            round(lowered.tokens / roofline.least),
+            round(lowered.tokens / roofline.most),
         ],
-        "mfu_bound": round(useful / (rough.least * lowered.mesh.size * chip.flops), 3),
+        "mfu_bound": round(useful / (roofline.least * devices * chip.flops), 3),
     }
 
 
-def _crossing(mesh: dict[str, int], target: Target) -> dict[str, bool]:
-    """Whether each axis crosses the network between slices or, of GPUs, between hosts of eight."""
-    from jaxtune.core.mesh import AXES
-
+def _slow_axes(mesh: dict[str, int], target: Target) -> set[str]:
+    """Return the axes that cross the network between slices or, of GPUs, between hosts of eight."""
     if target.platform == "tpu":
-        return {name: name == "slices" and mesh[name] > 1 for name in AXES}
-    reach, found = 1, {}
+        return {"slices"} if mesh["slices"] > 1 else set()
+    reach, slow = 1, set()
     for name in reversed(AXES):
         reach *= mesh[name]
-        found[name] = mesh[name] > 1 and reach > 8
-    return found
+        if mesh[name] > 1 and reach > 8:
+            slow.add(name)
+    return slow
 
 
-def _buffers(message: str) -> list[dict[str, Any]]:
-    """The largest buffers that a compiler names where a program does not fit."""
-    found = re.findall(r"Size: ([\d.]+)([KMGT]).*?Shape: (\S+)", message, re.DOTALL)
-    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    return [
-        {"array": shape, "bytes": round(float(size) * units[unit])}
-        for size, unit, shape in found[:_SHOWN]
-    ]
-
-
-def _temporaries(text: str) -> list[dict[str, Any]]:
-    """The largest arrays that the program makes outside of its fusions, each shape once; where
-    it comes from by JAX's name.
+def _largest_temporaries(text: str) -> list[dict[str, Any]]:
+    """Return the largest arrays that a program keeps in memory, each shape once, with JAX's name
+    of where it comes from.
     """
-    from jaxtune.planning.collectives import bodies
-
-    found: dict[str, tuple[int, str]] = {}
-    for shape, size, line in bodies(text):
+    arrays: dict[str, tuple[int, str]] = {}
+    for shape, size, line in arrays_in_memory(text):
         name = re.search(r'op_name="([^"]*)"', line)
-        if shape not in found or (name and not found[shape][1]):
-            found[shape] = size, name[1] if name else ""
-    largest = sorted(found.items(), key=lambda one: -one[1][0])[:_SHOWN]
+        if shape not in arrays or (name and not arrays[shape][1]):
+            arrays[shape] = size, name[1] if name else ""
+    largest = sorted(arrays.items(), key=lambda item: -item[1][0])[:_SHOWN]
     return [{"array": shape, "bytes": size, "from": name} for shape, (size, name) in largest]
 
 
-def _advice(config: Config, found: dict[str, Any], lowered: Any) -> list[str]:
-    """What would bring a run that does not fit nearer to fitting, the most effective first."""
-    if found["fits"]:
-        return []
-    train, mesh, capacity = config.train, found["mesh"], found["capacity_bytes"]
-    fixed = found["weight_bytes"] + found["state_bytes"]
-    advice = []
-    if fixed > capacity:
-        advice.append(
-            f"weights and optimizer alone take {fixed / 2**30:.1f} GiB of {capacity / 2**30:.1f} "
-            "a chip: take more chips"
-            + (
-                ""
-                if config.model.dtype in ("nf4", "int8") or lowered.frozen == 0
-                else ", or model.dtype=nf4 or int8"
-            )
-        )
-    if mesh["data"] > 1 or mesh["slices"] > 1:
-        advice.append("mesh.data copies the weights: give its devices to mesh.fsdp")
-    if lowered.remat not in ("full", "offload"):
-        advice.append("train.remat=full keeps only each layer's input")
-    if lowered.remat != "offload":
-        advice.append("train.remat=offload keeps the layers' inputs in the host's memory")
-    rows = train.micro_batch_size or train.batch_size
-    least = lowered.shares["batch"]
-    if rows > least:
-        advice.append(
-            f"train.micro_batch_size={max(least, rows // 2)} computes fewer rows at a time; the "
-            "numbers stay the same"
-        )
-    if config.model.dtype not in ("nf4", "int8") and lowered.frozen and fixed <= capacity:
-        advice.append(
-            "model.dtype=int8 or nf4 keeps the frozen weights in a half or a quarter of their bytes"
-        )
-    if mesh["tensor"] == 1 and mesh["fsdp"] > 1:
-        advice.append(
-            "mesh.tensor=2 or 4 cuts a layer's gathered weights, its activations and the head's "
-            "logits"
-        )
-    if mesh["context"] == 1 and found["devices"] > 1:
-        advice.append(
-            "mesh.context=2 or more cuts each sequence, or a lower data.max_length shortens it"
-        )
-    return advice
+def _advice(config: Config, fields: dict[str, Any], lowered: Lowered) -> list[str]:
+    """Return what would make a run fit that does not, the most effective first."""
+    train, mesh, capacity = config.train, fields["mesh"], fields["capacity_bytes"]
+    fixed = fields["weight_bytes"] + fields["state_bytes"]
+    can_quantize = config.model.dtype not in ("nf4", "int8") and lowered.frozen > 0
+    rows, fewest_rows = train.micro_batch_size or train.batch_size, lowered.shards["batch"]
+    advice = {
+        f"weights and optimizer alone take {fixed / 2**30:.1f} GiB of {capacity / 2**30:.1f} per "
+        "chip: use more chips" + (", or model.dtype=nf4 or int8" if can_quantize else ""): (
+            fixed > capacity
+        ),
+        "mesh.data copies the weights: give its devices to mesh.fsdp": (
+            mesh["data"] > 1 or mesh["slices"] > 1
+        ),
+        "train.remat=full keeps only the input of each layer": (
+            lowered.remat not in ("full", "offload")
+        ),
+        "train.remat=offload keeps the inputs of the layers in host memory": (
+            lowered.remat != "offload"
+        ),
+        f"train.micro_batch_size={max(fewest_rows, rows // 2)} computes fewer rows at a time; the "
+        "numbers stay the same": rows > fewest_rows,
+        "model.dtype=int8 or nf4 keeps the frozen weights in a half or a quarter of their bytes": (
+            can_quantize and fixed <= capacity
+        ),
+        "mesh.tensor=2 or 4 shards the gathered weights of a layer, its activations and the "
+        "logits": mesh["tensor"] == 1 and mesh["fsdp"] > 1,
+        "mesh.context=2 or more shards each sequence, or a lower data.max_length shortens it": (
+            mesh["context"] == 1 and fields["devices"] > 1
+        ),
+    }
+    return [text for text, applies in advice.items() if applies]
 
 
-def main(asked: str, answer: str) -> None:
-    """Read a request, write the answer or what went wrong."""
-    from jaxtune.core.files import write_json
-
-    request = json.loads(Path(asked).read_text())
+def main(request_path: str, answer_path: str) -> None:
+    """Read a request, and write the fields of its plan or an error."""
+    request = read_json(Path(request_path))
     try:
-        found = measured(validated(request["config"]), parse(request["on"]))
+        answer = measure(validated(request["config"]), parse_target(request["on"]))
     except (UserError, RunError) as error:
-        found = {"error": str(error), "yours": isinstance(error, UserError)}
-    write_json(Path(answer), found)
+        answer = {"error": str(error), "is_user_error": isinstance(error, UserError)}
+    write_json(Path(answer_path), answer)
 
 
 if __name__ == "__main__":
