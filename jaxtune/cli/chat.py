@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
         loaded, before = open_both(options.model, options.adapter)
     else:
         loaded, before = open_model(options.model), None
-    voice = ChatModel(loaded, sampling, options.max_new_tokens)
+    model = ChatModel(loaded, sampling, options.max_new_tokens)
     base = (lambda: ChatModel(before(), sampling, options.max_new_tokens)) if before else None
     if sys.stdin.isatty():
         import readline  # noqa: F401 (gives `input` its editing and history)
@@ -52,4 +52,4 @@ def run(options: argparse.Namespace) -> None:
             "Write, and press Enter. Ctrl-C begins a new conversation, Ctrl-D leaves, /help lists "
             "what else there is."
         )
-    Chat(voice, base, options.system, Console(highlight=False, soft_wrap=True)).run()
+    Chat(model, base, options.system, Console(highlight=False, soft_wrap=True)).run()

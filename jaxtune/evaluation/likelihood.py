@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from jaxtune.inference.engine import Engine, Prompt
+from jaxtune.inference.engine import Engine
+from jaxtune.inference.prefill import TokenIds
 from jaxtune.inference.programs import Prefilled
 
 
@@ -21,8 +22,8 @@ class Likelihood(NamedTuple):
 
 def likelihoods(
     engine: Engine,
-    prompts: Sequence[Prompt],
-    candidates: Sequence[Sequence[Prompt]],
+    prompts: Sequence[TokenIds],
+    candidates: Sequence[Sequence[TokenIds]],
     room: int = 0,
     then: Callable[[Sequence[int], Prefilled], None] | None = None,
     progress: Callable[[int, int], None] | None = None,

@@ -14,15 +14,16 @@ from jaxtune.data.formats.conversation import Conversation
 from jaxtune.inference.engine import Engine
 from jaxtune.inference.sampling import Sampling
 from jaxtune.inference.text import TextGenerator
-from jaxtune.workflows.load import LoadedModel, with_tokenizer
+from jaxtune.weights.loaded import LoadedModel
 
 HELP = """/base           what the model said before training, beside its last answer
 /system [TEXT]  a new conversation with this system prompt; without TEXT, none
 /retry          another answer to the last question
 /new            a new conversation
-/help           this
+/help           this text
 /quit           leave, as Ctrl-D does
-Ctrl-C stops an answer, and between answers begins a new conversation. A line that ends with \\ goes on in the next."""
+Ctrl-C stops an answer, and between answers begins a new conversation. A line that ends
+with \\ continues on the next one."""
 
 
 class ChatModel:
@@ -31,107 +32,103 @@ class ChatModel:
     Args:
         loaded: the model.
         sampling: how tokens are chosen.
-        most: tokens of an answer at most.
+        max_new_tokens: how many tokens an answer may have.
 
     """
 
-    def __init__(self, loaded: LoadedModel, sampling: Sampling, most: int) -> None:
-        self.tokenizer, self.sampling, self.most = with_tokenizer(loaded), sampling, most
-        self._room = loaded.model.config.max_positions
+    def __init__(self, loaded: LoadedModel, sampling: Sampling, max_new_tokens: int) -> None:
+        self.tokenizer = loaded.require_tokenizer()
+        self.sampling, self.max_new_tokens = sampling, max_new_tokens
+        self._positions = loaded.model.config.max_positions
         self.engine = Engine(loaded.model, loaded.stop_ids, batch=1)
-        self._speaker = TextGenerator(self.engine, self.tokenizer)
+        self._generator = TextGenerator(self.engine, self.tokenizer)
 
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
-        """The ids that an answer begins behind, through the model's own chat template."""
+        """Return the ids before the answer, through the model's own chat template."""
         return prompt_ids(self.tokenizer, Conversation("the conversation", messages))
 
     def answer(self, messages: list[dict[str, Any]], attempt: int = 0) -> Iterator[str]:
-        """The answer, as it comes; another one at every attempt where tokens are drawn.
+        """Yield the answer as it comes; where tokens are drawn, another one at every attempt.
 
         Raises:
-            UserError: the conversation is longer than the model's positions.
+            UserError: the conversation has more tokens than the model has positions.
 
         """
         ids = self.prompt(messages)
-        room = self._room - len(ids)
+        room = self._positions - len(ids)
         if room < 1:
             raise UserError(
-                f"The conversation has {len(ids):,} tokens and the model {self._room:,} "
+                f"The conversation has {len(ids):,} tokens and the model {self._positions:,} "
                 "positions. Begin a new one: /new"
             )
         sampling = Sampling(**(vars(self.sampling) | {"seed": self.sampling.seed + attempt}))
-        yield from self._speaker.stream(ids, min(self.most, room), sampling)
+        yield from self._generator.stream(ids, min(self.max_new_tokens, room), sampling)
 
 
 class Chat:
-    """Reads what the user writes, and answers.
+    """A chat session: it reads what the user writes, and answers.
 
     Args:
-        voice: the model.
-        base: opens what it was before training; None where there is nothing.
+        model: the model.
+        open_base: opens the model before training; None where there is none.
         system: the system prompt.
         console: where answers go.
-        read: gives the user's next line; raises EOFError at the end.
+        read: returns the user's next line; raises EOFError at the end.
 
     """
 
     def __init__(
         self,
-        voice: ChatModel,
-        base: Callable[[], ChatModel] | None,
+        model: ChatModel,
+        open_base: Callable[[], ChatModel] | None,
         system: str | None,
         console: Console,
         read: Callable[[str], str] = input,
     ) -> None:
-        self.voice, self._open_base, self.system, self.console, self._read = (
-            voice,
-            base,
-            system,
-            console,
-            read,
-        )
+        self.model, self._open_base, self.system = model, open_base, system
+        self.console, self._read = console, read
         self._base: ChatModel | None = None
         self._attempts = 0
         self.messages: list[dict[str, Any]] = []
-        self._begin()
+        self._start_over()
 
     def run(self) -> None:
-        """Until the user leaves."""
+        """Answer until the user leaves."""
         while True:
             try:
-                line = self._line()
+                line = self._read_line()
             except EOFError:
                 self.console.print()
                 return
             except KeyboardInterrupt:
-                self._begin()
+                self._start_over()
                 self.console.print("\n(a new conversation; Ctrl-D or /quit leaves)", style="dim")
                 continue
             if line.strip() == "/quit":
                 return
             if line.strip():
                 try:
-                    self._heard(line)
+                    self._handle(line)
                 except UserError as error:
                     self.console.print(str(error), style="yellow", markup=False)
 
-    def _line(self) -> str:
+    def _read_line(self) -> str:
         line = self._read("> ")
         while line.endswith("\\"):
             line = line[:-1] + "\n" + self._read("  ")
         return line
 
-    def _heard(self, line: str) -> None:
+    def _handle(self, line: str) -> None:
         word, _, rest = line.strip().partition(" ")
         commands = {
-            "/base": self._beside,
+            "/base": self._compare,
             "/retry": self._retry,
-            "/new": self._begin,
+            "/new": self._start_over,
             "/help": self._help,
         }
         if word == "/system":
             self.system = rest.strip() or None
-            self._begin()
+            self._start_over()
             self.console.print("(a new conversation)", style="dim")
         elif word in commands:
             commands[word]()
@@ -142,37 +139,38 @@ class Chat:
             self._attempts = 0
             self._answer()
 
-    def _begin(self) -> None:
+    def _start_over(self) -> None:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def _help(self) -> None:
         self.console.print(HELP, markup=False)
 
     def _retry(self) -> None:
-        if not self._answered():
+        if not self._has_answer():
             raise UserError("There is no answer yet.")
         self.messages.pop()
         self._attempts += 1
         self._answer()
 
-    def _answered(self) -> bool:
+    def _has_answer(self) -> bool:
         return bool(self.messages) and self.messages[-1]["role"] == "assistant"
 
     def _answer(self) -> None:
-        """Say the answer as it comes. What was said when Ctrl-C came is the answer; a question
-        that got none is taken back.
+        """Print the answer as it comes.
+
+        After Ctrl-C the answer is what was printed; a question without any is taken back.
         """
-        speed, said = self.voice.engine.speed, ""
+        speed, text = self.model.engine.speed, ""
         before = speed.new_tokens, speed.decode_seconds
         try:
-            for part in self.voice.answer(self.messages, self._attempts):
-                said += part
+            for part in self.model.answer(self.messages, self._attempts):
+                text += part
                 self.console.out(part, end="", highlight=False)
         except KeyboardInterrupt:
             self.console.out(" ...", end="")
         finally:
-            if said:
-                self.messages.append({"role": "assistant", "content": said})
+            if text:
+                self.messages.append({"role": "assistant", "content": text})
             else:
                 self.messages.pop()
         self.console.print()
@@ -180,27 +178,27 @@ class Chat:
         if tokens and self.console.is_terminal:
             self.console.print(f"({tokens / seconds:,.0f} tok/s)", style="dim", markup=False)
 
-    def _beside(self) -> None:
-        """The last answer, and what the model would have said before training, in two columns."""
+    def _compare(self) -> None:
+        """Print the last answer beside that of the model before training, in two columns."""
         if self._open_base is None:
             raise UserError(
-                "This model has no adapter and is no run, so there is nothing that it was before."
+                "This model has no adapter and is no run, so there is no model before training."
             )
-        if not self._answered():
+        if not self._has_answer():
             raise UserError("Ask something first; /base then answers the same.")
         if self._base is None:
             self._base = self._open_base()
-        mine, said = self.messages[-1]["content"], ""
+        tuned, base = self.messages[-1]["content"], ""
         try:
             with Live(
-                _columns(mine, said),
+                _columns(tuned, base),
                 console=self.console,
                 auto_refresh=False,
                 vertical_overflow="visible",
             ) as live:
                 for part in self._base.answer(self.messages[:-1], self._attempts):
-                    said += part
-                    live.update(_columns(mine, said), refresh=True)
+                    base += part
+                    live.update(_columns(tuned, base), refresh=True)
             if not self.console.is_terminal:
                 self.console.print()
         except KeyboardInterrupt:

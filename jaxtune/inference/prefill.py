@@ -1,7 +1,10 @@
-"""Reading prompts into a cache: in few shapes, what all begin with once."""
+"""Reading prompts into a cache: in few shapes, and what all begin with only once."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -12,12 +15,18 @@ from jaxtune.inference.speed import Speed, seconds
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.kv_cache import KVCache, make_kv_cache
 
-Prompt = Sequence[int]
-Prefix = tuple[KVCache, int]
-"""What all prompts begin with, in a cache of one row, and how many tokens that is."""
+TokenIds = Sequence[int]
 
-_LEAST_PREFIX = 16
-_LEAST_BUCKET = 16
+
+class Prefix(NamedTuple):
+    """What several prompts begin with, in a cache of one row."""
+
+    cache: KVCache
+    length: int
+
+
+_SHORTEST_PREFIX = 16
+_SMALLEST_BUCKET = 16
 
 
 class Prefiller:
@@ -29,85 +38,110 @@ class Prefiller:
     """
 
     def __init__(self, model: CausalLM) -> None:
-        self.graph, self.state = nnx.split(model)
+        self.graph, self.weights = nnx.split(model)
         self.config, self.speed = model.config, Speed()
         self._dtype = model.compute_dtype
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """Whether they can be read.
+    def check(self, prompts: Sequence[TokenIds]) -> None:
+        """Check that the prompts can be read.
 
         Raises:
-            UserError: one is empty, or has a token that the model has not.
+            UserError: one is empty, or has a token that the model does not have.
 
         """
         self.config.check_tokens(prompts)
         if any(len(prompt) == 0 for prompt in prompts):
-            raise UserError("An empty prompt: there is nothing to go on from.")
+            raise UserError("A prompt is empty: there is nothing to continue.")
 
-    def prefix(self, prompts: Sequence[Prompt], size: int) -> Prefix | None:
-        """What all prompts begin with, read once into a cache of `size` positions; None where it
-        does not pay.
+    def prefix(self, prompts: Sequence[TokenIds], positions: int) -> Prefix | None:
+        """Read what all prompts begin with into a cache of so many positions.
+
+        Returns:
+            None where it does not pay.
+
         """
         common = 0 if self.config.rope_limit else _common_prefix(prompts)
         if not common:
             return None
-        ids = np.asarray([prompts[0][:common]], np.int32)
-        return self._timed(
-            self._empty(1, size), ids, 0, np.asarray([common], np.int32), common
-        ).cache, common
+        ids, lengths = np.asarray([prompts[0][:common]], np.int32), np.asarray([common], np.int32)
+        return Prefix(self._prefill(self._empty(1, positions), ids, 0, lengths).cache, common)
 
     def read(
-        self, prompts: Sequence[Prompt], size: int, prefix: Prefix | None, rows: int
+        self, prompts: Sequence[TokenIds], rows: int, positions: int, prefix: Prefix | None = None
     ) -> Prefilled:
-        """Prompts in a cache of so many rows, those beyond them padding, and of `size` positions
-        a row.
+        """Read prompts into the first rows of a cache; rows beyond them are padding.
+
+        Args:
+            prompts: ids of each prompt; all begin with `prefix`, where there is one.
+            rows: rows of the cache.
+            positions: positions a row.
+            prefix: what was read before.
+
         """
-        cache, common = (
-            (prefix[0].repeat(rows), prefix[1]) if prefix else (self._empty(rows, size), 0)
-        )
+        if prefix is None:
+            cache, common = self._empty(rows, positions), 0
+        else:
+            cache, common = _repeat(prefix.cache, rows, positions), prefix.length
         ids = np.zeros((rows, bucket(max(map(len, prompts)) - common)), np.int32)
         lengths = np.ones(rows, np.int32)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt) - common] = prompt[common:]
             lengths[row] = len(prompt) - common
-        return self._timed(cache, ids, common, lengths, int(lengths[: len(prompts)].sum()))
+        return self._prefill(cache, ids, common, lengths, len(prompts))
 
-    def _timed(
-        self, cache: KVCache, ids: np.ndarray, start: int, lengths: np.ndarray, tokens: int
+    def _prefill(
+        self,
+        cache: KVCache,
+        ids: np.ndarray,
+        start: int,
+        lengths: np.ndarray,
+        prompts: int | None = None,
     ) -> Prefilled:
-        with seconds() as taken:
-            read = programs.prefill(self.graph, self.state, cache, ids, np.int32(start), lengths)
-            read.logits.block_until_ready()
-        self.speed.prompt_tokens += tokens
-        self.speed.prefill_seconds += taken[0]
-        return read
+        with seconds() as elapsed:
+            prefilled = programs.prefill(
+                self.graph, self.weights, cache, ids, np.int32(start), lengths
+            )
+            prefilled.logits.block_until_ready()
+        self.speed.prompt_tokens += int(lengths[:prompts].sum())
+        self.speed.prefill_seconds += elapsed[0]
+        return prefilled
 
-    def _empty(self, rows: int, size: int) -> KVCache:
-        return make_kv_cache(self.config, rows, size, self._dtype)
+    def _empty(self, rows: int, positions: int) -> KVCache:
+        return make_kv_cache(self.config, rows, positions, self._dtype)
 
 
-def _common_prefix(prompts: Sequence[Prompt]) -> int:
-    """Tokens that all prompts begin with, rounded down so that few lengths compile; 0 where it
-    does not pay.
+def _repeat(cache: KVCache, rows: int, positions: int) -> KVCache:
+    """Return the cache of one row for so many, with room for so many positions."""
+    missing = positions - cache.keys.shape[2]
+    if missing > 0:
+        widths = ((0, 0), (0, 0), (0, missing), (0, 0), (0, 0))
+        cache = KVCache(*(jnp.pad(part, widths) for part in cache))
+    elif missing < 0:
+        cache = KVCache(*(jax.lax.slice_in_dim(part, 0, positions, axis=2) for part in cache))
+    # The cache that is read into is donated, and the prefix's own must outlive that.
+    return KVCache(*map(jnp.copy, cache)) if rows == 1 else cache.repeat(rows)
+
+
+def _common_prefix(prompts: Sequence[TokenIds]) -> int:
+    """Count the tokens that all prompts begin with.
+
+    The count is rounded down so that few lengths compile; it is 0 where a prefix does not pay.
     """
     if len(prompts) < 2:
         return 0
-    least = min(map(len, prompts)) - 1
+    longest = min(map(len, prompts)) - 1
     first = prompts[0]
-    shared = next(
-        (at for at in range(least) if any(prompt[at] != first[at] for prompt in prompts)), least
+    common = next(
+        (at for at in range(longest) if any(prompt[at] != first[at] for prompt in prompts)), longest
     )
-    return shared - shared % _LEAST_PREFIX
+    return common - common % _SHORTEST_PREFIX
 
 
-def bucket(size: int, least: int = _LEAST_BUCKET) -> int:
-    """The next of a few sizes: 16, 24, 32, 48, 64, 96 ... so that shapes stay few."""
-    bucket = least
-    while bucket < size:
-        half = bucket * 3 // 2
-        bucket = (
-            half
-            if bucket & (bucket - 1) == 0 and bucket > 1 and half >= size
-            else 1 << bucket.bit_length()
-        )
-    return bucket
+def bucket(size: int, smallest: int = _SMALLEST_BUCKET) -> int:
+    """Round up to one of a few sizes, 16, 24, 32, 48, 64, 96 ..., so that shapes stay few."""
+    rounded = smallest
+    while rounded < size:
+        half = rounded * 3 // 2
+        is_power = rounded & (rounded - 1) == 0
+        rounded = half if is_power and rounded > 1 and half >= size else 1 << rounded.bit_length()
+    return rounded

@@ -1,9 +1,12 @@
-"""Choosing the next token from logits."""
+"""Choosing the next token from logits, each row with settings of its own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxtune.core.errors import UserError
@@ -11,18 +14,19 @@ from jaxtune.core.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; in transformers' order: repetition penalty, temperature, top-k, top-p,
-    min-p.
+    """How one answer's tokens are chosen.
+
+    The order is transformers': repetition penalty, temperature, top-k, top-p, min-p.
 
     Attributes:
         temperature: 0 is greedy.
         top_k: only the k most likely tokens; 0 is all.
         top_p: only the most likely tokens that together reach p; 1 is all.
-        min_p: only tokens at least so likely as this share of the likeliest one's probability; 0 is
+        min_p: only tokens whose probability is at least this share of the likeliest one's; 0 is
             all.
-        repetition_penalty: what logits of tokens that were read or written before are divided by
-            where positive, multiplied by where negative (Keskar et al. 2019); 1 is none.
-        seed: seed of the draws; each answer has its own, by its number.
+        repetition_penalty: divides positive logits of tokens that were read or written before and
+            multiplies negative ones (Keskar et al. 2019); 1 is none.
+        seed: seed of the draws; each answer of a call has its own, by its number.
 
     """
 
@@ -41,9 +45,7 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p}: must be above 0 and at most 1.")
         if not 0 <= self.min_p < 1:
-            raise UserError(
-                f"min_p = {self.min_p}: must be at least 0 and below 1; 0 is all tokens."
-            )
+            raise UserError(f"min_p = {self.min_p}: must be at least 0 and below 1; 0 is all.")
         if self.repetition_penalty <= 0:
             raise UserError(
                 f"repetition_penalty = {self.repetition_penalty}: must be above 0; 1 is none."
@@ -55,36 +57,85 @@ class Sampling:
         return self.repetition_penalty != 1
 
 
+class SamplingArrays(NamedTuple):
+    """The settings of every row, as arrays: other numbers compile nothing.
+
+    Attributes: see `Sampling`; `seed` as jax.random.key takes it, int32.
+
+    """
+
+    temperature: Float[Any, " batch"]
+    top_k: Int[Any, " batch"]
+    top_p: Float[Any, " batch"]
+    min_p: Float[Any, " batch"]
+    repetition_penalty: Float[Any, " batch"]
+    seed: Int[Any, " batch"]
+
+    @classmethod
+    def of(cls, settings: Sequence[Sampling], rows: int) -> "SamplingArrays":
+        """Return the settings of the first rows; rows beyond them are greedy."""
+        filled = [*settings, *[Sampling()] * (rows - len(settings))]
+        return cls(
+            np.asarray([row.temperature for row in filled], np.float32),
+            np.asarray([row.top_k for row in filled], np.int32),
+            np.asarray([row.top_p for row in filled], np.float32),
+            np.asarray([row.min_p for row in filled], np.float32),
+            np.asarray([row.repetition_penalty for row in filled], np.float32),
+            np.asarray([row.seed for row in filled], np.int64).astype(np.int32),
+        )
+
+
 def choose(
     logits: Float[Array, "batch vocab"],
     keys: Key[Array, " batch"],
-    sampling: Sampling,
+    sampling: SamplingArrays,
     seen: Bool[Array, "batch vocab"] | None = None,
 ) -> Int[Array, " batch"]:
-    """The next token of every row; `seen` are the tokens before, where the sampling remembers."""
-    if sampling.remembers and seen is not None:
-        penalty = sampling.repetition_penalty
+    """Return the next token of every row.
+
+    Work that no row asks for (sorting, drawing) is passed over when the program runs.
+
+    Args:
+        logits: of the next token.
+        keys: of the draws.
+        sampling: each row's settings.
+        seen: the tokens that each row has read or written; None, or no columns, where no row has a
+            repetition penalty.
+
+    """
+    if seen is not None and seen.shape[1]:
+        penalty = sampling.repetition_penalty[:, None]
         logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        smallest = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    if sampling.top_p < 1:
-        logits = _nucleus(logits, sampling.top_p)
-    if sampling.min_p > 0:
-        least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(jnp.float32(sampling.min_p))
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    draws = sampling.temperature > 0
+
+    def drawn() -> jax.Array:
+        scaled = logits / jnp.where(draws, sampling.temperature, 1.0)[:, None]
+        limits = ((sampling.top_k > 0) | (sampling.top_p < 1)) & draws
+        kept = jax.lax.cond(jnp.any(limits), lambda: _nucleus(scaled, sampling), lambda: scaled)
+        least = jnp.max(kept, axis=-1) + jnp.log(sampling.min_p)
+        kept = jnp.where(kept < least[:, None], -jnp.inf, kept)
+        return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+
+    return jnp.where(draws, jax.lax.cond(jnp.any(draws), drawn, lambda: greedy), greedy)
 
 
-def _nucleus(logits: Float[Array, "batch vocab"], share: float) -> Float[Array, "batch vocab"]:
-    """Keep a token while the more likely ones together stay below `share` (Holtzman et al.
-    2020).
+def _nucleus(
+    logits: Float[Array, "batch vocab"], sampling: SamplingArrays
+) -> Float[Array, "batch vocab"]:
+    """Keep the k most likely tokens, ties with the last of them too.
+
+    Of these keep a token while the more likely ones together stay below p (Holtzman et al. 2020).
     """
     order = jnp.argsort(-logits, axis=-1)
-    likely = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
+    falling = jnp.take_along_axis(logits, order, axis=-1)
+    last = jnp.clip(sampling.top_k - 1, 0, logits.shape[-1] - 1)[:, None]
+    limited = (sampling.top_k > 0)[:, None]
+    smallest = jnp.where(limited, jnp.take_along_axis(falling, last, axis=-1), -jnp.inf)
+    falling = jnp.where(falling < smallest, -jnp.inf, falling)
+    likely = jax.nn.softmax(falling, axis=-1)
     before = jnp.cumsum(likely, axis=-1) - likely
-    keep = jnp.take_along_axis(before < share, jnp.argsort(order, axis=-1), axis=-1)
-    return jnp.where(keep, logits, -jnp.inf)
+    share = sampling.top_p[:, None]
+    keep = (before < share) | (share >= 1)
+    kept = jnp.where(keep, falling, -jnp.inf)
+    return jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)

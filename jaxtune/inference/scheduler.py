@@ -1,7 +1,7 @@
-"""The rows of a cache that answers share, and who has them."""
+"""The rows of a cache that answers share: who has one, who waits, and when the cache grows."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -9,193 +9,254 @@ import numpy as np
 
 from jaxtune.core.distributed import fetch
 from jaxtune.inference import programs
-from jaxtune.inference.prefill import Prefiller, Prefix, Prompt, bucket
-from jaxtune.inference.programs import Chosen, DecodeState, Prefilled
-from jaxtune.inference.sampling import Sampling
+from jaxtune.inference.prefill import Prefiller, Prefix, TokenIds, bucket
+from jaxtune.inference.programs import Chosen, DecodeState, Prefilled, Starts
+from jaxtune.inference.sampling import Sampling, SamplingArrays
 from jaxtune.inference.speed import seconds
 
+STOPPED, LENGTH, WATCHED, CANCELLED = "stop", "length", "watch", "cancel"
+"""Why an answer ended: a stop token, which is not part of it; its length; its watcher; a call."""
 
-class Piece(NamedTuple):
-    """New tokens of an answer.
-
-    Attributes:
-        number: of the prompt.
-        tokens: the new ones.
-        log_probs: their log-probabilities under the model, in nats.
-        end: why the answer has ended: `stop` (a stop token, which is not part of it), `length`, or
-            `watch`; None while it goes on.
-
-    """
-
-    number: int
-    tokens: list[int]
-    log_probs: list[float]
-    end: str | None
+Watch = Callable[[int, list[int]], int | None]
+"""Called with a request's number and its answer when that has grown; returns how many tokens to
+keep, no fewer than there were before, where the answer ends."""
 
 
 @dataclass
 class Answer:
-    """An answer's tokens, their log-probabilities and why it ended; see `Piece`."""
+    """An answer's tokens, their log-probabilities in nats, and why it ended (None: it goes on)."""
 
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     end: str | None = None
 
 
+class AnswerPiece(NamedTuple):
+    """New tokens of an answer, their log-probabilities, and why it has ended, if it has."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    end: str | None
+
+
 @dataclass(eq=False)
 class Request:
-    """An answer under way.
+    """A prompt with the answer that is being written.
 
     Attributes:
-        number: of the prompt.
         prompt: its ids.
-        most: how many tokens the answer may have.
+        max_new_tokens: how many tokens the answer may have.
+        sampling: how its tokens are chosen.
+        number: sets its draws apart from those of other requests with the same seed.
+        prefix: the beginning that was read before.
+        watch: see `Watch`.
+        interval: the most tokens between two pieces.
         answer: what is written.
-        left: how many tokens may still be written behind what was read.
+        pieces: what nobody has taken yet.
+        left: how many tokens may still be written behind the text that was read.
 
     """
 
-    number: int
-    prompt: Prompt
-    most: int
+    prompt: TokenIds
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    number: int = 0
+    prefix: Prefix | None = None
+    watch: Watch | None = None
+    interval: int = programs.MAX_STEPS
     answer: Answer = field(default_factory=Answer)
+    pieces: deque[AnswerPiece] = field(default_factory=deque)
     left: int = 0
 
     @property
     def context(self) -> list[int]:
-        """What is to be read."""
+        """The tokens to be read."""
         return [*self.prompt, *self.answer.tokens]
 
-    def read(self, limit: int | None) -> None:
-        """Its context is read. A text that grows past `limit`, the model's `rope_limit`, is read
-        anew there, as a long one.
+    @property
+    def positions(self) -> int:
+        """Positions of the cache that it needs at most."""
+        return len(self.prompt) + self.max_new_tokens
+
+    def start(self, limit: int | None) -> None:
+        """Count what may be written, now that the context is read.
+
+        A text that grows past `limit`, the model's `rope_limit`, is read again there, as a long
+        one.
         """
-        missing, length = self.most - len(self.answer.tokens), len(self.context)
-        self.left = missing if limit is None or length > limit else min(missing, limit + 1 - length)
+        self.left, length = self.max_new_tokens - len(self.answer.tokens), len(self.context)
+        if limit is not None and length <= limit:
+            self.left = min(self.left, limit + 1 - length)
 
     def add(self, tokens: list[int], log_probs: list[float]) -> None:
-        """More of the answer."""
+        """Append tokens to the answer."""
         self.answer.tokens += tokens
         self.answer.log_probs += log_probs
         self.left -= len(tokens)
 
+    def drop_after(self, count: int) -> None:
+        """Keep only the first tokens of the answer."""
+        del self.answer.tokens[count:], self.answer.log_probs[count:]
+
     @property
     def full(self) -> bool:
         """Whether the answer has as many tokens as it may have."""
-        return len(self.answer.tokens) >= self.most
+        return len(self.answer.tokens) >= self.max_new_tokens
 
 
-News = Iterator[tuple[Request, list[int], list[float], bool]]
-"""Of every answer under way its new tokens, their log-probabilities, and whether it goes on."""
+class RowUpdate(NamedTuple):
+    """What a program wrote of one answer, and whether that goes on."""
+
+    request: Request
+    tokens: list[int]
+    log_probs: list[float]
+    active: bool
 
 
 class Scheduler:
-    """The rows of one call.
+    """The rows that answers share.
+
+    Its arrays come with the first prompts and go when nobody has a row any more; they grow, in few
+    shapes, with requests that come meanwhile.
 
     Args:
-        reader: the model.
+        prefiller: the model.
         stop_ids: tokens that end an answer.
-        sampling: how tokens are chosen.
-        most: rows that are computed together at most.
-        size: positions of a row.
-        prefix: what all prompts begin with.
+        max_rows: the most rows that are computed together.
 
     """
 
-    def __init__(
-        self,
-        reader: Prefiller,
-        stop_ids: tuple[int, ...],
-        sampling: Sampling,
-        most: int,
-        size: int,
-        prefix: Prefix | None,
-    ) -> None:
-        self._reader, self._stop_ids, self._sampling = reader, stop_ids, sampling
-        self._most, self._size, self._prefix = most, size, prefix
-        self._slots: DecodeState | None = None
-        self.taken: dict[int, Request] = {}
+    def __init__(self, prefiller: Prefiller, stop_ids: tuple[int, ...], max_rows: int) -> None:
+        self._model, self._stop_ids, self._max_rows = prefiller, stop_ids, max_rows
+        self._state: DecodeState | None = None
         self._ended: set[int] = set()
+        self.active: dict[int, Request] = {}
+        self.waiting: deque[Request] = deque()
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self.active and not self.waiting
 
     @property
     def rows(self) -> int:
         """How many answers are computed together."""
-        return self._most if self._slots is None else len(self._slots.token)
+        return self._max_rows if self._state is None else len(self._state.token)
 
     @property
-    def free(self) -> int:
-        """Scheduler that nobody has."""
-        return self.rows - len(self.taken)
+    def can_admit(self) -> bool:
+        """Whether prompts wait, and enough rows are free that it pays to read them."""
+        free = self.rows - len(self.active)
+        could_grow = self.rows < self._max_rows
+        return bool(self.waiting) and (could_grow or free >= self._enough)
 
     @property
-    def enough(self) -> int:
-        """From so many free rows on it pays to read the next prompts."""
+    def _enough(self) -> int:
         return max(1, self.rows // 4)
 
     def leave(self, request: Request) -> None:
-        """Its row is free."""
-        for row in [row for row, other in self.taken.items() if other is request]:
-            del self.taken[row]
+        """Free the row of a request, or take it out of the queue."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        for row in [row for row, other in self.active.items() if other is request]:
+            del self.active[row]
             self._ended.add(row)
+        if not self.active:
+            self._state, self._ended = None, set()
 
-    def admit(self, queue: deque[Request]) -> News:
-        """Read the next prompts into free rows."""
-        requests = [queue.popleft() for _ in range(min(self.free, len(queue)))]
+    def admit(self) -> Iterator[RowUpdate]:
+        """Read the next waiting prompts into free rows; those that share a prefix go together."""
+        self._make_room()
+        free = self.rows - len(self.active)
+        prefix = self.waiting[0].prefix
+        requests: list[Request] = []
+        while self.waiting and len(requests) < free and self.waiting[0].prefix is prefix:
+            requests.append(self.waiting.popleft())
         rows = min(bucket(len(requests), 1), self.rows)
         contexts = [request.context for request in requests]
-        return self.begin(requests, self._reader.read(contexts, self._size, self._prefix, rows))
+        return self.begin(
+            requests, self._model.read(contexts, rows, self._positions(requests), prefix)
+        )
 
-    def begin(self, requests: list[Request], read: Prefilled) -> News:
-        """The first tokens of answers whose prompts were read."""
-        rows, sampling, config = len(read.lengths), self._sampling, self._reader.config
-        numbers, who, left = (np.zeros(rows, np.int32) for _ in range(3))
-        seen = np.zeros((rows, config.vocab_size if sampling.remembers else 0), bool)
+    def _positions(self, requests: list[Request]) -> int:
+        """Return the positions of the cache's rows, or what they are to be."""
+        if self._state is not None:
+            return self._state.cache.keys.shape[2]
+        return bucket(max(request.positions for request in [*requests, *self.waiting]))
+
+    def _make_room(self) -> None:
+        """Grow the arrays for what waits, where it is more or longer than they hold."""
+        if self._state is None:
+            return
+        wanted = len(self.active) + len(self.waiting)
+        rows = max(self.rows, min(bucket(wanted, 1), self._max_rows))
+        positions = max(
+            self._state.cache.keys.shape[2],
+            bucket(max(request.positions for request in self.waiting)),
+        )
+        columns = self._state.seen.shape[1]
+        if any(request.sampling.remembers for request in self.waiting):
+            columns = self._model.config.vocab_size
+        if (rows, positions, columns) != (
+            self.rows,
+            self._state.cache.keys.shape[2],
+            self._state.seen.shape[1],
+        ):
+            self._state = programs.grow(self._state, rows, positions, columns)
+
+    def begin(self, requests: list[Request], prefilled: Prefilled) -> Iterator[RowUpdate]:
+        """Choose the first tokens of answers whose prompts were read."""
+        rows, config = len(prefilled.lengths), self._model.config
+        draw, written, left = (np.zeros(rows, np.int32) for _ in range(3))
+        remembers = any(request.sampling.remembers for request in requests)
+        columns = self._state.seen.shape[1] if self._state is not None else 0
+        seen = np.zeros((rows, config.vocab_size if remembers else columns), bool)
         for row, request in enumerate(requests):
-            who[row], numbers[row] = request.number, len(request.answer.tokens)
-            request.read(config.rope_limit)
+            draw[row], written[row] = request.number, len(request.answer.tokens)
+            request.start(config.rope_limit)
             left[row] = request.left
-            if sampling.remembers:
+            if request.sampling.remembers:
                 seen[row, request.context] = True
-        new, chosen = programs.begin(sampling, self._stop_ids, *read, numbers, who, left, seen)
-        if self._slots is None:
-            self._slots, places = new, list(range(len(requests)))
+        sampling = SamplingArrays.of([request.sampling for request in requests], rows)
+        starts = Starts(draw, written, left, seen, sampling)
+        new, chosen = programs.begin(self._stop_ids, *prefilled, starts)
+        if self._state is None:
+            self._state, places = new, list(range(len(requests)))
         else:
-            places = [row for row in range(self.rows) if row not in self.taken][: len(requests)]
+            places = [row for row in range(self.rows) if row not in self.active][: len(requests)]
             beyond = [self.rows] * (rows - len(places))
-            self._slots = programs.put(self._slots, new, np.asarray([*places, *beyond], np.int32))
+            self._state = programs.insert(
+                self._state, new, np.asarray([*places, *beyond], np.int32)
+            )
         self._ended -= set(places)
-        self.taken |= dict(zip(places, requests, strict=True))
-        return self._told(fetch(chosen), list(enumerate(requests)))
+        self.active |= dict(zip(places, requests, strict=True))
+        return _row_updates(fetch(chosen), list(enumerate(requests)))
 
-    def decode(self, steps: int, *, waiting: bool) -> News:
-        """Go on with all answers, until enough rows are free for those who wait."""
-        assert self._slots is not None
+    def decode(self, steps: int) -> Iterator[RowUpdate]:
+        """Continue all answers, until enough rows are free for the prompts that wait."""
+        assert self._state is not None
         ended = np.zeros(self.rows, bool)
         ended[list(self._ended)] = True
-        least = self.rows - self.enough if waiting else 0
-        model = self._reader
-        with seconds() as taken:
-            self._slots, chosen = programs.decode(
+        fewest = self.rows - self._enough if self.waiting else 0
+        model = self._model
+        with seconds() as elapsed:
+            self._state, chosen = programs.decode(
                 model.graph,
                 self._stop_ids,
-                self._sampling,
-                model.state,
-                self._slots,
+                model.weights,
+                self._state,
                 ended,
                 np.int32(steps),
-                np.int32(least),
+                np.int32(fewest),
             )
-            found = fetch(chosen)
-        model.speed.new_tokens += int(found.made.sum())
-        model.speed.decode_seconds += taken[0]
-        return self._told(found, list(self.taken.items()))
+            chosen = fetch(chosen)
+        model.speed.new_tokens += int(chosen.num_tokens.sum())
+        model.speed.decode_seconds += elapsed[0]
+        return _row_updates(chosen, list(self.active.items()))
 
-    def _told(self, chosen: Chosen, who: list[tuple[int, Request]]) -> News:
-        for row, request in who:
-            made = int(chosen.made[row])
-            yield (
-                request,
-                chosen.tokens[row, :made].tolist(),
-                chosen.log_probs[row, :made].tolist(),
-                bool(chosen.going[row]),
-            )
+
+def _row_updates(chosen: Chosen, requests: list[tuple[int, Request]]) -> Iterator[RowUpdate]:
+    for row, request in requests:
+        count = int(chosen.num_tokens[row])
+        tokens, log_probs = chosen.tokens[row, :count], chosen.log_probs[row, :count]
+        yield RowUpdate(request, tokens.tolist(), log_probs.tolist(), bool(chosen.active[row]))

@@ -10,7 +10,7 @@ import jax
 
 @dataclass
 class Speed:
-    """Tokens and seconds of an engine so far, what was compiled not counted."""
+    """Tokens and seconds of an engine so far, without compilation."""
 
     prompt_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -30,8 +30,8 @@ class Speed:
 
 @contextmanager
 def seconds() -> Iterator[list[float]]:
-    """How long the block took, in the list once it is over, without what was spent on compiling."""
-    taken, compiling = [0.0], [0.0]
+    """Measure how long the block takes, without compilation; the list has it once it is over."""
+    elapsed, compiling = [0.0], [0.0]
 
     def compiled(event: str, duration_secs: float, **_: str | int) -> None:
         compiling[0] += duration_secs if event.startswith("/jax/core/compile/") else 0.0
@@ -39,7 +39,7 @@ def seconds() -> Iterator[list[float]]:
     jax.monitoring.register_event_duration_secs_listener(compiled)
     began = time.perf_counter()
     try:
-        yield taken
+        yield elapsed
     finally:
-        taken[0] = max(time.perf_counter() - began - compiling[0], 0.0)
+        elapsed[0] = max(time.perf_counter() - began - compiling[0], 0.0)
         jax.monitoring.unregister_event_duration_listener(compiled)

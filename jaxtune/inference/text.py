@@ -2,25 +2,27 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jaxtune.core.errors import UserError
-from jaxtune.inference.engine import WATCHED, Engine, Prompt
+from jaxtune.core.tokenizer import Tokenizer
+from jaxtune.inference.engine import Engine
+from jaxtune.inference.prefill import TokenIds
 from jaxtune.inference.sampling import Sampling
+from jaxtune.inference.scheduler import WATCHED
 
 STRING = "string"
-_UNFINISHED = "\ufffd"  # what a tokenizer writes for the first bytes of a character whose others are yet to come
+_UNFINISHED = "\ufffd"  # a tokenizer writes it for the first bytes of a character
 
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer.
+    """An answer in text.
 
     Attributes:
-        text: up to and without the first stop token or stop string.
+        text: the answer without its stop token or stop string.
         tokens: its ids; with a stop string, through the token that completes it.
-        log_probs: their log-probabilities under the model, in nats, before anything of the
-            sampling.
+        log_probs: their log-probabilities under the model, in nats, before temperature, penalty
+            and truncation.
         end: why it ended: `stop` (a token), `string` or `length`.
 
     """
@@ -32,66 +34,66 @@ class Completion:
 
 
 class TextGenerator:
-    """An engine with the tokenizer of its model.
+    """An engine with its model's tokenizer.
 
     Args:
         engine: the engine.
-        tokenizer: its tokenizer.
+        tokenizer: its model's tokenizer.
         stop: strings that end an answer and are not part of it.
 
     Raises:
-        UserError: an empty stop string.
+        UserError: a stop string is empty.
 
     """
 
-    def __init__(self, engine: Engine, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         if not all(stop):
             raise UserError("A stop string is empty: every answer would end before it begins.")
         self.engine, self.tokenizer, self.stop = engine, tokenizer, tuple(stop)
 
     def answers(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[TokenIds],
         max_new_tokens: int,
         sampling: Sampling | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Completion]:
-        """The answer to each prompt; arguments as in `Engine.answers`."""
-        found = self.engine.answers(
-            prompts, max_new_tokens, sampling, progress, self._watch if self.stop else None
-        )
-        said = []
-        for answer in found:
-            text = self._text(answer.tokens)
+        """Return the answer to each prompt; arguments as in `Engine.answers`."""
+        watch = self._watch if self.stop else None
+        completions = []
+        for answer in self.engine.answers(prompts, max_new_tokens, sampling, progress, watch):
+            text = self._truncate(self._decode(answer.tokens))
             end = STRING if answer.end == WATCHED else answer.end or ""
-            said.append(Completion(self._cut(text), answer.tokens, answer.log_probs, end))
-        return said
+            completions.append(Completion(text, answer.tokens, answer.log_probs, end))
+        return completions
 
     def stream(
-        self, prompt: Prompt, max_new_tokens: int, sampling: Sampling | None = None
+        self, prompt: TokenIds, max_new_tokens: int, sampling: Sampling | None = None
     ) -> Iterator[str]:
-        """The answer to one prompt, as it comes; the parts together are its text."""
+        """Yield the answer to one prompt as it comes; the parts together are its text."""
         tokens, shown = [], 0
         watch = self._watch if self.stop else None
-        for piece in self.engine.stream([prompt], max_new_tokens, sampling, watch, every=1):
+        pieces = self.engine.stream(prompt, max_new_tokens, sampling, watch=watch, interval=1)
+        for piece in pieces:
             tokens += piece.tokens
-            text = self._cut(self._text(tokens))
-            ready = len(text) if piece.end else self._certain(text)
+            text = self._truncate(self._decode(tokens))
+            ready = len(text) if piece.end else self._settled(text)
             if ready > shown:
                 yield text[shown:ready]
                 shown = ready
 
-    def _text(self, tokens: list[int]) -> str:
+    def _decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def _cut(self, text: str) -> str:
-        """Up to the first stop string."""
+    def _truncate(self, text: str) -> str:
+        """Return the text before the first stop string."""
         ends = [at for at in map(text.find, self.stop) if at >= 0]
         return text[: min(ends)] if ends else text
 
-    def _certain(self, text: str) -> int:
-        """How much of it stays as it is, whatever comes: no half characters, nothing that may
-        begin a stop string.
+    def _settled(self, text: str) -> int:
+        """Count the characters that stay as they are whatever comes.
+
+        These are without half a character, and without what may begin a stop string.
         """
         text = text.rstrip(_UNFINISHED)
         possible = (
@@ -102,15 +104,19 @@ class TextGenerator:
         )
         return len(text) - max(possible, default=0)
 
+    def _has_stop(self, tokens: list[int]) -> bool:
+        text = self._decode(tokens)
+        return len(self._truncate(text)) < len(text)
+
     def _watch(self, number: int, tokens: list[int]) -> int | None:
-        """Through which token an answer goes that has a stop string."""
-        if len(self._cut(self._text(tokens))) == len(self._text(tokens)):
+        """Count the tokens through the one that completes a stop string; None without one."""
+        if not self._has_stop(tokens):
             return None
-        fewest, enough = 0, len(tokens)  # tokens that have no stop string, and tokens that have one
-        while enough - fewest > 1:
-            middle = (fewest + enough) // 2
-            text = self._text(tokens[:middle])
-            fewest, enough = (
-                (middle, enough) if len(self._cut(text)) == len(text) else (fewest, middle)
-            )
+        without, enough = 0, len(tokens)
+        while enough - without > 1:
+            middle = (without + enough) // 2
+            if self._has_stop(tokens[:middle]):
+                enough = middle
+            else:
+                without = middle
         return enough

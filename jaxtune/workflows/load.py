@@ -3,7 +3,6 @@ tokens.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,12 @@ from jaxtune.core.mesh import make_mesh
 from jaxtune.models.decoder import CausalLM
 from jaxtune.tracking.run_directory import ADAPTER, MODEL, is_run, read_config
 from jaxtune.weights.load import load_model
+from jaxtune.weights.loaded import LoadedModel
 from jaxtune.weights.peft import attach, open_adapter
-from jaxtune.weights.source import Source, resolve
+from jaxtune.weights.source import resolve
 from jaxtune.weights.vocabulary import resize_for_adapter, tokenizer_for
 
 Pair = tuple[CausalLM, Any]
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model ready for use.
-
-    Attributes:
-        model: with its adapter, if any.
-        tokenizer: None where the model comes without.
-        stop_ids: tokens that end an answer.
-        source: where the base comes from; None for a pair that was passed in.
-
-    """
-
-    model: CausalLM
-    tokenizer: Any
-    stop_ids: list[int]
-    source: Source | None
 
 
 def open_model(
@@ -114,18 +96,3 @@ def base_and_adapter(model: str, adapter: str | None) -> tuple[str, str | None]:
             f"{model} has no adapter yet. Finish the run with: jaxtune train {model}/config.yaml"
         )
     return read_config(Path(model)).model.source, adapter or str(Path(model) / ADAPTER)
-
-
-def with_tokenizer(loaded: LoadedModel) -> Any:
-    """The tokenizer.
-
-    Raises:
-        UserError: the model comes without.
-
-    """
-    if loaded.tokenizer is None:
-        raise UserError(
-            "The model has no tokenizer, which this needs. Put its tokenizer files beside the "
-            "weights."
-        )
-    return loaded.tokenizer

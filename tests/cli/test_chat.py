@@ -16,8 +16,8 @@ from rich.console import Console
 from jaxtune.inference.chat import Chat, ChatModel
 from jaxtune.inference.sampling import Sampling
 from jaxtune.weights.load import load_model
+from jaxtune.weights.loaded import LoadedModel
 from jaxtune.weights.source import resolve
-from jaxtune.workflows.load import LoadedModel
 from tests.support import tools
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -46,9 +46,9 @@ class Typed:
 
 def talk(loaded, *lines, base=None, system=None, sampling=None):
     out = StringIO()
-    voice = ChatModel(loaded, sampling or Sampling(), 8)
+    model = ChatModel(loaded, sampling or Sampling(), 8)
     chat = Chat(
-        voice,
+        model,
         base and (lambda: ChatModel(base, Sampling(), 8)),
         system,
         Console(file=out, width=100),
@@ -70,8 +70,8 @@ def test_a_conversation_is_read_through_the_models_own_template(loaded):
         expected = loaded.tokenizer.apply_chat_template(
             chat.messages[:length], add_generation_prompt=True
         )["input_ids"]
-        assert chat.voice.prompt(chat.messages[:length]) == expected
-        answer = chat.voice.engine.answers([expected], 8)[0].tokens
+        assert chat.model.prompt(chat.messages[:length]) == expected
+        answer = chat.model.engine.answers([expected], 8)[0].tokens
         text = loaded.tokenizer.decode(answer, skip_special_tokens=True)
         assert chat.messages[length]["content"] == text
         assert text in out
