@@ -1,10 +1,8 @@
-"""A model known by its `config.json` alone: the names, shapes and dtypes of its weights, and
-none of their numbers.
-"""
+"""A model known by its `config.json` alone: names, shapes and dtypes of its weights, no numbers."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +11,7 @@ from flax import nnx
 from jaxtune.core.dtypes import DTYPES
 from jaxtune.core.errors import RunError
 from jaxtune.core.files import read_json
+from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.models.decoder import abstract_model
 from jaxtune.models.families.from_hf import from_hf
 from jaxtune.weights import hub
@@ -43,36 +42,35 @@ class AbstractSource(Source):
         return self.raw
 
     def tensors(self) -> Tensors:
-        """Tensors that cannot be read, in the dtype that `config.json` names."""
+        """Return tensors that cannot be read, in the dtype that `config.json` names."""
         name = self.raw.get("dtype") or self.raw.get("torch_dtype") or "float32"
         dtype = DTYPES.get(name, np.dtype(np.float32))
         config = from_hf(self.raw, str(self.path))
         state = nnx.split(abstract_model(config, jnp.dtype(jnp.float32), jnp.dtype(jnp.float32)))[1]
         return {
-            name: LazyTensor(row.shape, dtype, _nothing)
+            name: LazyTensor(row.shape, dtype, _refuse_to_read)
             for row in leaf_mappings(state, config)
             for name in row.names
         }
 
-    def tokenizer(self) -> Any | None:
-        """None."""
+    def tokenizer(self) -> Tokenizer | None:
+        """Return None: `config.json` has no tokenizer."""
         return None
 
 
-def _nothing(index: Index) -> np.ndarray:
-    raise RunError("The weights of a model that is known by its config.json alone were asked for.")
+def _refuse_to_read(index: Index) -> NoReturn:
+    raise RunError("A model known by its config.json alone has no weights to read.")
 
 
 def abstract_source(model: str) -> Source:
-    """The model that a user's string means, as far as `config.json` tells; weights that are there
-    are not read.
+    """Return the model that a user's string means, as far as `config.json` describes it.
 
     Args:
-        model: as for `weights.source.resolve`, or a `config.json` itself. Of a model of the hub
-            only its `config.json` is fetched, and of the best-known ones not even that.
+        model: as for `weights.source.resolve`, or a `config.json` itself. Of a model on the hub
+            only `config.json` is downloaded, and of the best-known models not even that.
 
     Raises:
-        UserError: there is no such thing.
+        UserError: there is no such model.
 
     """
     path = Path(model).expanduser()
@@ -85,5 +83,5 @@ def abstract_source(model: str) -> Source:
     if (known := KNOWN_CONFIGS.get(model.partition("@")[0].removesuffix("-Instruct"))) is not None:
         return AbstractSource(model, Path("config.json"), known)
     name, _, revision = model.partition("@")
-    found = hub.file(name, revision, "config.json")
-    return AbstractSource(model, found, read_json(found))
+    config_path = hub.download_file(name, revision, "config.json")
+    return AbstractSource(model, config_path, read_json(config_path))

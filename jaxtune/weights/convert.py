@@ -19,7 +19,7 @@ from jaxtune.models.families.from_hf import from_hf
 from jaxtune.weights.card import model_card
 from jaxtune.weights.formats.format import ModelContents, ModelFormat
 from jaxtune.weights.formats.registry import get_model_format
-from jaxtune.weights.load import checked, load_model
+from jaxtune.weights.load import check_source, load_model
 from jaxtune.weights.merge import merged
 from jaxtune.weights.peft import Adapter, attach
 from jaxtune.weights.source import OverriddenSource, Source, resolve
@@ -71,7 +71,7 @@ def convert_model(
     """
     model_format = get_model_format(to)
     _check_arguments(out, model_format, dtype, replace)
-    config, tensors = checked(source)
+    config, tensors = check_source(source)
     raw, tokenizer = source.config_json(), tokenizer or source.tokenizer()
     texts = sample_texts(tokenizer, config.vocab_size)
     before = _logits_of(source, adapter, mesh, texts)
@@ -178,7 +178,7 @@ def _check_same(expected: Source, written: Source) -> None:
             "The format has no place for this model; read again it would have "
             f"{listed(differing)}. Not written."
         )
-    original, reread = expected.tensors(), checked(written)[1]
+    original, reread = expected.tensors(), check_source(written)[1]
     if odd := sorted(original.keys() ^ reread.keys()):
         raise RunError(
             f"Read again, the tensors {listed(odd)} are missing or too many. Not written."
@@ -197,21 +197,22 @@ def _same_numbers(tensors: Tensors, expected: Tensors) -> bool:
     )
 
 
-def _equal(ours: LazyTensor, theirs: LazyTensor) -> bool:
-    pairs = zip(ours.blocks(), theirs.blocks(), strict=False)
-    return ours.shape == theirs.shape and all(
+def _equal(expected: LazyTensor, actual: LazyTensor) -> bool:
+    pairs = zip(expected.blocks(), actual.blocks(), strict=False)
+    return expected.shape == actual.shape and all(
         np.array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32)) for a, b in pairs
     )
 
 
-def _close(ours: Any, theirs: Any) -> bool:
+def _close(expected: Any, actual: Any) -> bool:
     """Return whether two values are equal up to float32, which is what some formats keep."""
-    if isinstance(ours, float) and isinstance(theirs, int | float):
-        return math.isclose(ours, theirs, rel_tol=1e-6)
-    if isinstance(ours, tuple) and isinstance(theirs, tuple):
-        return len(ours) == len(theirs) and all(map(_close, ours, theirs))
-    if is_dataclass(ours) and type(ours) is type(theirs):
+    if isinstance(expected, float) and isinstance(actual, int | float):
+        return math.isclose(expected, actual, rel_tol=1e-6)
+    if isinstance(expected, tuple) and isinstance(actual, tuple):
+        return len(expected) == len(actual) and all(map(_close, expected, actual))
+    if is_dataclass(expected) and type(expected) is type(actual):
         return all(
-            _close(getattr(ours, field.name), getattr(theirs, field.name)) for field in fields(ours)
+            _close(getattr(expected, field.name), getattr(actual, field.name))
+            for field in fields(expected)
         )
-    return ours == theirs
+    return expected == actual

@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxtune.adapters import pissa
-from jaxtune.adapters.lora import LoRAParam
+from jaxtune.adapters.inject import exportable
+from jaxtune.adapters.method import AdapterParam
 from jaxtune.core.distributed import fetch
 from jaxtune.core.errors import RunError
 from jaxtune.core.files import new_directory, write_text
@@ -24,7 +24,7 @@ from jaxtune.models.kernels.quantized import QuantizedTensor
 from jaxtune.weights.card import model_card
 from jaxtune.weights.convert import convert_model
 from jaxtune.weights.formats.peft import FORMAT as PEFT
-from jaxtune.weights.load import checked, load_model
+from jaxtune.weights.load import check_source, load_model
 from jaxtune.weights.mapping import leaf_mappings
 from jaxtune.weights.peft import attach, open_adapter, write_adapter
 from jaxtune.weights.source import OverriddenSource, Source
@@ -74,7 +74,7 @@ def export_adapter(
         RunError: the reload does not compute the same; nothing is left at `out`.
 
     """
-    model = pissa.as_lora(model)
+    model = exportable(model)
     trained = logits(model, texts)
     with new_directory(out, replace=replace) as staging:
         write_adapter(staging, model, source.name)
@@ -130,7 +130,7 @@ def export_weights(
         RunError: the reload does not compute the same; nothing is left at `out`.
 
     """
-    config, base = checked(source)
+    config, base = check_source(source)
     trained, dtypes = _trained_tensors(model, base)
     texts = sample_texts(tokenizer, config.vocab_size)
     changed = OverriddenSource(source.name, source.path, source, source.config_json(), trained)
@@ -216,7 +216,7 @@ def _stored(model: CausalLM) -> dict[str, Callable[[Any], Any]]:
     base = nnx.state(
         model,
         lambda path, variable: (
-            isinstance(variable, nnx.Param) and not isinstance(variable, LoRAParam)
+            isinstance(variable, nnx.Param) and not isinstance(variable, AdapterParam)
         ),
     )
     stored: dict[str, Callable[[Any], Any]] = {}

@@ -1,4 +1,4 @@
-"""The hub: fetching a model, and giving one to it; what goes wrong there says how to mend it."""
+"""The hub: download a model and upload one; its errors become messages that say what to do."""
 
 import os
 from collections.abc import Iterator
@@ -11,76 +11,69 @@ _FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
 _WEIGHTS = (["*.safetensors"], ["pytorch_model*.bin"], ["consolidated.*.pth"])
 
 
-def download(name: str, revision: str | None = None) -> Path:
-    """The directory of a model of the hub, fetched into its cache; of the kinds of weights that are
-    there the first we would read.
+def download_model(name: str, revision: str | None = None) -> Path:
+    """Download a model into the hub's cache and return its directory; of several kinds of weights
+    only the first of _WEIGHTS is downloaded.
 
     Args:
         name: organization/model.
         revision: a branch, a tag or a commit; the main branch by default.
 
     Raises:
-        UserError: it is not there, is gated, or the hub cannot be reached and the cache does not
-            hold it.
+        UserError: the model does not exist or is gated, or the hub cannot be reached and the cache
+            does not have it.
 
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.constants import is_offline_mode
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-    with _explained(name, revision):
-        wanted, local = _WEIGHTS[0], is_offline_mode()
+    with _errors_explained(name, revision):
+        local = is_offline_mode()
         try:
             files = [] if local else HfApi().list_repo_files(name, revision=revision)
         except HfHubHTTPError:
             raise
-        except HTTPError:  # no connection: what the cache has will do
+        except HTTPError:  # without a connection the cache has to do
             files, local = [], True
-        wanted = next(
-            (
-                kind
-                for kind in _WEIGHTS
-                if any(Path(file).match(kind[0]) and "/" not in file for file in files)
-            ),
-            wanted,
+        top_level = [Path(file) for file in files if "/" not in file]
+        present = [kind for kind in _WEIGHTS if any(file.match(kind[0]) for file in top_level)]
+        weights = [*present, _WEIGHTS[0]][0]
+        directory = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=[*_FILES, *weights],
+            ignore_patterns=["*/*"],  # folders may hold the same model in other formats
+            local_files_only=local,
         )
-        ignored = ["*/*"]  # a repository may hold the same model in other formats below
-        patterns = [*_FILES, *wanted]
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=patterns,
-                ignore_patterns=ignored,
-                local_files_only=local,
-            )
-        )
+        return Path(directory)
 
 
-def file(name: str, revision: str, path: str) -> Path:
-    """One file of a model of the hub, fetched into its cache; the main branch's where the revision
-    is empty.
+def download_file(name: str, revision: str, path: str) -> Path:
+    """Download one file of a model into the hub's cache and return its path; an empty revision is
+    the main branch.
 
     Raises:
-        UserError: as `download`.
+        UserError: as `download_model`.
 
     """
     from huggingface_hub import hf_hub_download
 
-    with _explained(name, revision or None):
+    with _errors_explained(name, revision or None):
         return Path(hf_hub_download(name, path, revision=revision or None))
 
 
 def push(directory: Path, name: str) -> str:
-    """Upload a directory to a repository of the hub, made private where there is none; its address.
+    """Upload a directory to a repository on the hub, which is created as private where there is
+    none, and return its address.
 
     Raises:
-        UserError: no token, no right to write there, or the hub cannot be reached.
+        UserError: there is no token, it may not write there, or the hub cannot be reached.
 
     """
     from huggingface_hub import HfApi
 
-    with _explained(name, None):
+    with _errors_explained(name, None):
         api = HfApi()
         address = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=directory, commit_message="Upload from jaxtune")
@@ -88,7 +81,7 @@ def push(directory: Path, name: str) -> str:
 
 
 @contextmanager
-def _explained(name: str, revision: str | None) -> Iterator[None]:
+def _errors_explained(name: str, revision: str | None) -> Iterator[None]:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -104,30 +97,30 @@ def _explained(name: str, revision: str | None) -> Iterator[None]:
         yield
     except GatedRepoError:
         raise UserError(
-            f"{name} is gated. Accept its license on its hub page, then run 'hf auth login' or "
-            "set HF_TOKEN."
+            f"{name} is gated. Accept its license on its hub page, then run 'hf auth login' or set "
+            "HF_TOKEN."
         ) from None
     except RepositoryNotFoundError:
         raise UserError(
-            f"{name} is neither a path here nor a model on the hub. For a private one, run 'hf "
-            "auth login'."
+            f"{name} is neither a path here nor a model on the hub. For a private model, run "
+            "'hf auth login'."
         ) from None
     except RevisionNotFoundError:
         raise UserError(
-            f"{name} has no revision {revision!r} on the hub. Give a branch, a tag or a commit of "
-            "it."
+            f"{name} has no revision {revision!r} on the hub. Give one of its branches, tags or "
+            "commits."
         ) from None
     except HFValidationError as error:
-        raise UserError(f"{name} is no name of a repository: {error}") from None
+        raise UserError(f"{name} is not the name of a repository: {error}") from None
     except LocalTokenNotFoundError:
         raise UserError(
-            f"{name}: the hub wants a token. Run 'hf auth login' or set HF_TOKEN."
+            f"{name}: the hub requires a token. Run 'hf auth login' or set HF_TOKEN."
         ) from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         if status in (401, 403):
             raise UserError(
-                f"{name}: the hub refuses this token ({status}). Run 'hf auth login' with one "
+                f"{name}: the hub refuses this token ({status}). Run 'hf auth login' with a token "
                 "that may write there."
             ) from None
         raise _unreachable(name, error) from None

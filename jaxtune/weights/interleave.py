@@ -1,4 +1,4 @@
-"""The two row orders of rotary q and k: pairs side by side (Meta, llama.cpp) and halves (Hugging
+"""The two row orders of rotary q and k: interleaved pairs (Meta, llama.cpp) and halves (Hugging
 Face).
 """
 
@@ -8,17 +8,15 @@ from jaxtune.weights.tensors import Index, LazyTensor
 
 
 def half_split(tensor: LazyTensor, heads: int) -> LazyTensor:
-    """Rows from interleaved rotary pairs to halves."""
-    return _reordered(
-        tensor, np.arange(tensor.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
-    )
+    """Reorder rows from interleaved rotary pairs to halves."""
+    rows = np.arange(tensor.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    return _reordered(tensor, rows)
 
 
 def interleaved(tensor: LazyTensor, heads: int) -> LazyTensor:
-    """Rows from halves to interleaved rotary pairs."""
-    return _reordered(
-        tensor, np.arange(tensor.shape[0]).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
-    )
+    """Reorder rows from halves to interleaved rotary pairs."""
+    rows = np.arange(tensor.shape[0]).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+    return _reordered(tensor, rows)
 
 
 def _reordered(tensor: LazyTensor, rows: np.ndarray) -> LazyTensor:

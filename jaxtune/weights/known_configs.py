@@ -1,5 +1,5 @@
-"""What the `config.json` of a few much used models says of their architecture, so that a plan
-needs no license and no network.
+"""The `config.json` of a few popular gated models, so that planning needs neither a license nor a
+network.
 """
 
 from typing import Any
@@ -55,4 +55,4 @@ KNOWN_CONFIGS = {
     "meta-llama/Llama-3.3-70B": _llama(8192, 28672, 80, 64),
     "meta-llama/Llama-3.1-405B": _llama(16384, 53248, 126, 128),
 }
-"""By hub id, without the suffix of instruction-tuned versions, whose architecture is the same."""
+"""By hub id, without the suffix -Instruct: an instruction-tuned model has the same architecture."""

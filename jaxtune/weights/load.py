@@ -1,6 +1,4 @@
-"""From a source to a model on the devices, tensor by tensor; no second copy of the weights
-exists.
-"""
+"""From a source to a model on the devices, tensor by tensor: no second copy of the weights."""
 
 from dataclasses import replace
 from functools import partial
@@ -22,8 +20,8 @@ from jaxtune.models.families.from_hf import from_hf
 from jaxtune.models.kernels.quantized import QuantizedTensor
 from jaxtune.models.layers import Linear
 from jaxtune.models.moe import ExpertLinear
-from jaxtune.weights.mapping import LeafMapping, check, leaf_mappings
-from jaxtune.weights.quantize import KINDS, check_quantizable, quantized, quantized_shapes
+from jaxtune.weights.mapping import LeafMapping, check_tensors, leaf_mappings
+from jaxtune.weights.quantize import KINDS, check_quantizable, quantize, quantized_shapes
 from jaxtune.weights.source import Source
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
 
@@ -40,52 +38,51 @@ def load_model(
     layer_boundaries: tuple[int, ...] = (),
     shapes: bool = False,
 ) -> CausalLM:
-    """The model with its weights sharded over the mesh.
+    """Return the model with its weights sharded over the mesh.
 
     Args:
         source: the resolved model.
         mesh: where the weights go.
-        dtype: storage of the weights; auto keeps what the file has; int8 and nf4 quantize the
-            matrices of the blocks, one by one.
+        dtype: storage of the weights; auto keeps the file's; int8 and nf4 quantize the matrices of
+            the blocks, one by one.
         compute: dtype of activations and matrix products.
         trainable: which weights train, and so are float32 leaves of their own; see
             `adapters.selection`.
-        layer_boundaries: further layers at which stacks are cut, because there adapters begin or
-            end.
-        shapes: only what the leaves would be and where: nothing is read.
+        layer_boundaries: further layers at which stacks are split, because adapters begin or end
+            there.
+        shapes: only return shapes, dtypes and shardings as leaves, and read nothing.
 
     Raises:
         UserError: an unsupported architecture, missing, unexpected or misshapen tensors, or
             matrices that cannot be quantized.
 
     """
-    config, tensors = checked(source)
-    chosen = Selection(trainable, config.num_layers)
-    chosen.check(tensors)
+    config, tensors = check_source(source)
+    selection = Selection(trainable, config.num_layers)
+    selection.check(tensors)
     config = replace(
         config,
         vocab_padding=-config.vocab_size % axis_size(mesh, "vocab"),
-        layer_boundaries=(*layer_boundaries, *chosen.layer_boundaries(tensors)),
+        layer_boundaries=(*layer_boundaries, *selection.layer_boundaries(tensors)),
     )
     graph, state = nnx.split(abstract_model(config, jnp.dtype(jnp.float32), compute_dtype(compute)))
     matrices = _block_matrices(graph, state) if dtype in KINDS else set()
     leaves: dict[tuple[Any, ...], Any] = dict(nnx.to_flat_state(state))
-    read, rounded = (_shaped, _shaped_quantized) if shapes else (_read, _read_quantized)
+    read, read_quantized = (_shape, _shape_quantized) if shapes else (_read, _read_quantized)
     for row in leaf_mappings(state, config):
         axes = leaves[row.path].get_metadata()["axes"]
-        trains = {chosen.trains(name) for name in row.names}
+        trains = {selection.trains(name) for name in row.names}
         if len(trains) > 1:
             raise UserError(
-                f"trainable: {listed(trainable)} takes some of the experts of a layer only, not "
-                "all."
+                f"trainable: {listed(trainable)} selects some of a layer's experts. "
+                "Select all of them or none."
             )
         if True in trains:
-            leaves[row.path] = nnx.Param(
-                read(row, tensors, mesh, axes, "float32"), axes=axes, trained=True
-            )
+            value = read(row, tensors, mesh, axes, "float32")
+            leaves[row.path] = nnx.Param(value, axes=axes, trained=True)
         elif row.path in matrices:
             check_quantizable(row.names[0], row.shape, dtype)
-            leaves[row.path] = nnx.Param(rounded(row, tensors, mesh, axes, dtype), axes=axes)
+            leaves[row.path] = nnx.Param(read_quantized(row, tensors, mesh, axes, dtype), axes=axes)
         else:
             kept = "auto" if dtype in KINDS else dtype
             leaves[row.path] = leaves[row.path].replace(read(row, tensors, mesh, axes, kept))
@@ -93,7 +90,7 @@ def load_model(
 
 
 def _block_matrices(graph: nnx.GraphDef, state: nnx.State) -> set[tuple[Any, ...]]:
-    """The weights of the linear maps in the blocks, those of experts among them."""
+    """Return the paths of the blocks' matrices, those of experts among them."""
     model = nnx.merge(graph, state)
     return {
         (*path, "weight")
@@ -102,8 +99,8 @@ def _block_matrices(graph: nnx.GraphDef, state: nnx.State) -> set[tuple[Any, ...
     }
 
 
-def checked(source: Source) -> tuple[ModelConfig, Tensors]:
-    """The architecture, and exactly the tensors that it has, unread.
+def check_source(source: Source) -> tuple[ModelConfig, Tensors]:
+    """Return the architecture, and exactly the tensors that it has, unread.
 
     Raises:
         UserError: an unsupported architecture, or missing, unexpected or misshapen tensors.
@@ -112,7 +109,7 @@ def checked(source: Source) -> tuple[ModelConfig, Tensors]:
     config = from_hf(source.config_json(), str(source.config_path))
     state = nnx.split(abstract_model(config, jnp.dtype(jnp.float32), jnp.dtype(jnp.float32)))[1]
     tensors, table = source.tensors(), leaf_mappings(state, config)
-    check(table, tensors, str(source.path), config.tie_embeddings)
+    check_tensors(table, tensors, str(source.path), config.tie_embeddings)
     names = {name for row in table for name in row.names}
     return config, {name: tensor for name, tensor in tensors.items() if name in names}
 
@@ -120,23 +117,21 @@ def checked(source: Source) -> tuple[ModelConfig, Tensors]:
 def _read(
     row: LeafMapping, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], dtype: str
 ) -> jax.Array:
-    leaf = _shaped(row, tensors, mesh, axes, dtype)
+    leaf = _shape(row, tensors, mesh, axes, dtype)
     parts = [_with_padding(tensors[name], row.shape) for name in row.names]
     return jax.make_array_from_callback(
         leaf.shape, leaf.sharding, partial(_part, row, parts, leaf.dtype)
     )
 
 
-def _shaped(
+def _shape(
     row: LeafMapping, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], dtype: str
 ) -> Any:
-    """The shape, dtype and sharding of a leaf."""
+    """Return the shape, dtype and sharding of a leaf."""
     parts = [tensors[name] for name in row.names]
-    with jax.numpy_dtype_promotion(
-        "standard"
-    ):  # a stack of layers has one dtype: the least that holds them all
-        found = np.dtype(jnp.result_type(*{part.dtype for part in parts}))
-    stored = storage_dtype(dtype, found, any(part.quantized for part in parts))
+    with jax.numpy_dtype_promotion("standard"):  # a stack has the least dtype that holds its layers
+        file_dtype = np.dtype(jnp.result_type(*{part.dtype for part in parts}))
+    stored = storage_dtype(dtype, file_dtype, any(part.quantized for part in parts))
     shape = (*row.stack, *row.shape)
     return jax.ShapeDtypeStruct(shape, stored, sharding=sharding(mesh, axes, shape))
 
@@ -144,10 +139,10 @@ def _shaped(
 def _read_quantized(
     row: LeafMapping, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], kind: str
 ) -> QuantizedTensor:
-    return quantized((tensors[name].all() for name in row.names), row.stack, axes, mesh, kind)
+    return quantize((tensors[name].all() for name in row.names), row.stack, axes, mesh, kind)
 
 
-def _shaped_quantized(
+def _shape_quantized(
     row: LeafMapping, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], kind: str
 ) -> QuantizedTensor:
     return quantized_shapes(row.shape, row.stack, axes, mesh, kind)
@@ -156,20 +151,20 @@ def _shaped_quantized(
 def _part(
     row: LeafMapping, parts: list[LazyTensor], dtype: np.dtype, index: Index | None
 ) -> np.ndarray:
-    """The part of a leaf that a device holds, read from the tensors that make it up."""
+    """Return the part of a leaf that a device holds, read from the tensors that make it up."""
     assert index is not None
     depth = len(row.stack)
     inner = index[depth:]
-    chosen = np.arange(len(parts)).reshape(row.stack)[index[:depth]]
+    numbers = np.arange(len(parts)).reshape(row.stack)[index[:depth]]
     extent = tuple(len(range(size)[part]) for size, part in zip(row.shape, inner, strict=True))
-    out = _aligned((chosen.size, *extent), dtype)
-    for place, number in enumerate(chosen.reshape(-1)):
+    out = _aligned((numbers.size, *extent), dtype)
+    for place, number in enumerate(numbers.reshape(-1)):
         out[place] = parts[number].read(inner)
-    return out.reshape(*chosen.shape, *extent)
+    return out.reshape(*numbers.shape, *extent)
 
 
 def _with_padding(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
-    """The tensor, with its last row again where the model has more rows than the file."""
+    """Return the tensor, its last row repeated where the model has more rows than the file."""
     if tensor.shape == shape:
         return tensor
 
@@ -184,7 +179,7 @@ def _with_padding(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that begins where JAX takes it over on the CPU instead of copying it."""
+    """Return an empty array, aligned so that JAX on the CPU adopts it instead of copying it."""
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     whole = np.empty(size + _ALIGNMENT, np.uint8)
     start = -whole.ctypes.data % _ALIGNMENT

@@ -1,8 +1,8 @@
-"""Which tensor of a file goes where in the model's tree.
+"""Which tensors of a file fill which leaf of the model's tree.
 
-Our module names are Hugging Face's and our layout is theirs, so the table is the tree itself: a
-path, with the numbers of the layer and of the expert put in for stacked ones, and a family's few
-other names. The inverse is the same table read backwards.
+The model has Hugging Face's module names and layout, so the table is the tree itself: a leaf's
+path, with the numbers of layer and expert inserted where leaves are stacked, and a family's few
+other names. Exports read the same table backwards.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from jaxtune.models.kernels.quantized import QuantizedTensor
 from jaxtune.models.names import names_of
 from jaxtune.weights.tensors import Tensors
 
-# Buffers that old checkpoints carry and that follow from the configuration.
+# Buffers in old checkpoints that follow from the configuration.
 _DERIVED = (".rotary_emb.inv_freq", ".self_attn.rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
 
@@ -41,7 +41,7 @@ class LeafMapping:
 
 
 def leaf_mappings(state: nnx.State, config: ModelConfig) -> list[LeafMapping]:
-    """The table of a model's parameters.
+    """Return the table of a model's parameters.
 
     Args:
         state: the parameters, as arrays or as shapes.
@@ -57,37 +57,32 @@ def leaf_mappings(state: nnx.State, config: ModelConfig) -> list[LeafMapping]:
     return table
 
 
-def check(table: list[LeafMapping], tensors: Tensors, where: str, tied_head: bool) -> None:
-    """Every tensor of the table is there with its shape, and no other.
+def check_tensors(table: list[LeafMapping], tensors: Tensors, where: str, tied_head: bool) -> None:
+    """Check that the tensors are exactly those of the table, with their shapes.
 
     Raises:
-        UserError: missing, unexpected and misshapen tensors, by name.
+        UserError: there are missing, unexpected or misshapen tensors; the message names them.
 
     """
     expected = {name: row.shape for row in table for name in row.names}
-    found = {name for name in tensors if not name.endswith(_DERIVED)}
-    if tied_head and "lm_head.weight" in found:
+    present = {name for name in tensors if not name.endswith(_DERIVED)}
+    if tied_head and "lm_head.weight" in present:
         _check_tied(tensors, where)
-        found.remove("lm_head.weight")
+        present.remove("lm_head.weight")
     problems = []
-    if missing := [name for name in expected if name not in found]:
+    if missing := [name for name in expected if name not in present]:
         problems.append(f"missing: {listed(missing)}")
-    if unexpected := sorted(found - expected.keys()):
+    if unexpected := sorted(present - expected.keys()):
         problems.append(f"unexpected: {listed(unexpected)}")
-    wrong = [
-        name for name, shape in expected.items() if name in found and tensors[name].shape != shape
-    ]
-    if wrong:
-        shapes = (
-            f"{name} {list(tensors[name].shape)} instead of {list(expected[name])}"
-            for name in wrong
-        )
-        problems.append(f"of the wrong shape: {listed(shapes)}")
+    if misshapen := [
+        f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in present and tensors[name].shape != shape
+    ]:
+        problems.append(f"of the wrong shape: {listed(misshapen)}")
     if problems:
         raise UserError(
-            f"{where}: the weights do not fit the configuration. Tensors "
-            + "; ".join(problems)
-            + "."
+            f"{where}: the weights do not fit the configuration. Tensors {'; '.join(problems)}."
         )
 
 
@@ -95,7 +90,7 @@ def _check_tied(tensors: Tensors, where: str) -> None:
     head, embedding = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
     if head.shape != embedding.shape or (head.all() != embedding.all()).any():
         raise UserError(
-            f"{where}: config.json ties the head to the embedding, and lm_head.weight differs "
-            "from model.embed_tokens.weight. "
-            "Set tie_word_embeddings to false in config.json if the file's head is meant."
+            f"{where}: config.json ties the head to the embedding, but lm_head.weight differs from "
+            "model.embed_tokens.weight. To use the file's head, set tie_word_embeddings to false "
+            "in config.json."
         )

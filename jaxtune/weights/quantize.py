@@ -1,6 +1,4 @@
-"""Rounding matrices to few bits as they are read, one at a time: NF4 as in QLoRA, and eight bits
-a row.
-"""
+"""Quantize matrices one at a time as they are read: NF4 as in QLoRA, and int8 by rows."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,7 +17,7 @@ from jaxtune.models.kernels.quantized import (
     SCALES,
     Int8Rows,
     QuantizedTensor,
-    dynamic_value,
+    decode_dynamic,
     split_columns,
 )
 
@@ -27,27 +25,27 @@ KINDS = ("int8", "nf4")
 
 
 def check_quantizable(name: str, shape: tuple[int, ...], kind: str) -> None:
-    """That a matrix has whole blocks.
+    """Check that a matrix consists of whole blocks.
 
     Raises:
-        UserError: it has not.
+        UserError: it does not.
 
     """
     if kind == "nf4" and shape[-1] % BLOCK:
         raise UserError(
-            f"model.dtype=nf4: {name} has rows of {shape[-1]} numbers, which are no multiple of "
-            f"{BLOCK}. Take model.dtype=int8."
+            f"model.dtype=nf4: {name} has rows of {shape[-1]} numbers, not a multiple of {BLOCK}. "
+            "Use model.dtype=int8."
         )
 
 
-def quantized(
+def quantize(
     matrices: Iterable[np.ndarray],
     stack: tuple[int, ...],
     axes: tuple[str | None, ...],
     mesh: Mesh,
     kind: str,
 ) -> QuantizedTensor:
-    """The matrices as one quantized leaf on the mesh; of the originals one at a time is in memory.
+    """Quantize matrices into one leaf on the mesh, holding one original in memory at a time.
 
     Args:
         matrices: [out, in] each, in the order of the stack.
@@ -64,7 +62,7 @@ def quantized(
     whole: Any = jax.tree.map(
         lambda *parts: np.stack(parts).reshape(*stack, *parts[0].shape), *rounded
     )
-    return _placed(whole, axes, mesh, _put)
+    return _place(whole, axes, mesh, _put)
 
 
 def quantized_shapes(
@@ -74,12 +72,12 @@ def quantized_shapes(
     mesh: Mesh,
     kind: str,
 ) -> QuantizedTensor:
-    """What `quantized` would give for matrices of this shape, as shapes."""
-    one = jax.eval_shape(_ROUND[kind], jax.ShapeDtypeStruct(shape, jnp.float32))
+    """Return shapes, dtypes and shardings of what `quantize` makes of matrices of this shape."""
+    rounded = jax.eval_shape(_ROUND[kind], jax.ShapeDtypeStruct(shape, jnp.float32))
     whole: Any = jax.tree.map(
-        lambda part: jax.ShapeDtypeStruct((*stack, *part.shape), part.dtype), one
+        lambda part: jax.ShapeDtypeStruct((*stack, *part.shape), part.dtype), rounded
     )
-    return _placed(
+    return _place(
         whole,
         axes,
         mesh,
@@ -87,7 +85,7 @@ def quantized_shapes(
     )
 
 
-def _placed(
+def _place(
     whole: QuantizedTensor,
     axes: tuple[str | None, ...],
     mesh: Mesh,
@@ -100,10 +98,8 @@ def _placed(
             put(whole.scales, NamedSharding(mesh, PartitionSpec(*place.spec[:-1]))),
         )
     assert isinstance(whole, NF4)
-    place, everywhere = (
-        sharding(mesh, axes, whole.scales.shape),
-        NamedSharding(mesh, PartitionSpec()),
-    )
+    place = sharding(mesh, axes, whole.scales.shape)
+    everywhere = NamedSharding(mesh, PartitionSpec())
     return NF4(
         put(whole.codes, place),
         put(whole.scales, place),
@@ -118,8 +114,8 @@ def _put(values: Any, place: NamedSharding) -> jax.Array:
 
 @jax.jit
 def to_nf4(matrix: jax.Array) -> NF4:
-    """The nearest codes, and the scales rounded by the dynamic map around their mean (Dettmers et
-    al. 2023, section 3).
+    """Return the nearest codes, and the scales rounded by the dynamic map around their mean
+    (Dettmers et al. 2023, section 3).
 
     Args:
         matrix: [out, in], float32; in is a multiple of 64.
@@ -138,7 +134,7 @@ def to_nf4(matrix: jax.Array) -> NF4:
     wide = jnp.max(jnp.abs(groups), axis=-1)
     scales = _nearest(
         groups / jnp.where(wide == 0, 1.0, wide)[:, None],
-        dynamic_value(jnp.arange(256, dtype=jnp.uint8)),
+        decode_dynamic(jnp.arange(256, dtype=jnp.uint8)),
     )
     first, second = split_columns(codes.reshape(outputs, inputs))
     return NF4(
@@ -148,7 +144,7 @@ def to_nf4(matrix: jax.Array) -> NF4:
 
 @jax.jit
 def to_int8(matrix: jax.Array) -> Int8Rows:
-    """Each row over its largest absolute number, in steps of 1/127."""
+    """Divide each row by its largest absolute number, and round to steps of 1/127."""
     largest = jnp.max(jnp.abs(matrix), axis=-1)
     scale = jnp.where(largest == 0, 1.0, largest) / 127.0
     return Int8Rows(jnp.round(matrix / scale[:, None]).astype(jnp.int8), scale)
@@ -158,8 +154,7 @@ _ROUND = {"nf4": to_nf4, "int8": to_int8}
 
 
 def _nearest(values: jax.Array, table: jax.Array) -> jax.Array:
-    """The place of the nearest entry of a sorted table."""
+    """Return the index of the nearest entry of a sorted table."""
     middles = (table[1:] + table[:-1]) / 2
-    return jnp.searchsorted(
-        middles, values, method="compare_all" if len(table) < BLOCK else "scan"
-    ).astype(jnp.uint8)
+    method = "compare_all" if len(table) < BLOCK else "scan"
+    return jnp.searchsorted(middles, values, method=method).astype(jnp.uint8)

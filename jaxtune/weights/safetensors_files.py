@@ -22,18 +22,17 @@ _DTYPES = {
 
 
 def open_file(path: Path) -> Tensors:
-    """The tensors of one safetensors file, none of them read yet.
+    """Return the tensors of one safetensors file, unread.
 
     Raises:
-        UserError: the file is cut short or not safetensors, or holds a dtype other than a float of
-            16 bits or more.
+        UserError: the file is truncated or not safetensors, or has a dtype other than a float of 16
+            bits or more.
 
     """
     try:
-        file = safe_open(
-            path, framework="np"
-        )  # checks that the header is sound and the file as long as it says
-        kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        # safe_open checks the header, and that the file is as long as the header says.
+        file = safe_open(path, framework="np")
+        kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
         with path.open("rb") as raw:
             size = struct.unpack("<Q", raw.read(8))[0]
             header = json.loads(raw.read(size), object_pairs_hook=_without_duplicates)
@@ -51,37 +50,34 @@ def open_file(path: Path) -> Tensors:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(
-            f"its header has {listed(sorted({name for name in names if names.count(name) > 1}))} "
-            "twice"
-        )
-    return found
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"its header has {listed(twice)} twice")
+    return unique
 
 
 def _lazy(data: mmap.mmap, start: int, entry: dict[str, Any]) -> LazyTensor:
     shape, dtype = tuple(entry["shape"]), _DTYPES[entry["dtype"]]
 
-    def read(index: Index) -> np.ndarray:  # a view of the file, which whoever keeps it copies
+    def read(index: Index) -> np.ndarray:  # a view of the file; to keep it, copy it
         count = int(np.prod(shape, dtype=np.int64))
-        return np.frombuffer(data, dtype, count, start + entry["data_offsets"][0]).reshape(shape)[
-            index
-        ]
+        values = np.frombuffer(data, dtype, count, start + entry["data_offsets"][0])
+        return values.reshape(shape)[index]
 
     return LazyTensor(shape, dtype, read)
 
 
 def write_file(path: Path, tensors: Tensors) -> None:
-    """Write tensors as they are read, so that no more than a part of one is in memory; the
-    package's own writer wants all of them.
+    """Write tensors as they are read, with only a part of one in memory; the safetensors package's
+    own writer needs all of them.
     """
     names = {dtype: name for name, dtype in _DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
-        start, end = end, end + nbytes(tensor)
+        start, end = end, end + tensor.nbytes
         header[name] = {
             "dtype": names[tensor.dtype],
             "shape": list(tensor.shape),
@@ -94,8 +90,3 @@ def write_file(path: Path, tensors: Tensors) -> None:
         for tensor in tensors.values():
             for block in tensor.blocks():
                 file.write(block.view(np.uint8).data)
-
-
-def nbytes(tensor: LazyTensor) -> int:
-    """Size of a tensor's values."""
-    return int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize

@@ -149,7 +149,7 @@ def resolve(model: str) -> Source:
         return find_format(path).open(path, str(path.resolve()))
     if is_hub_id(model):
         name, _, revision = model.partition("@")
-        path = hub.download(name, revision or None)
+        path = hub.download_model(name, revision or None)
         return find_format(path).open(path, model)
     raise UserError(
         f"{model} does not exist. Give a directory with config.json, a .gguf file or a hub id "

@@ -1,7 +1,6 @@
-"""What every weight reader yields: named tensors that are read only where and when they are
-asked for.
-"""
+"""Tensors in files: a tensor is read only when and where its numbers are needed."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,13 +12,13 @@ _BLOCK_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in a file.
+    """A tensor that is read on demand.
 
     Attributes:
         shape: its shape, as Hugging Face lays it out.
         dtype: the dtype in which `read` returns it.
-        read: reads the part that an index of slices names.
-        quantized: whether the file holds it in blocks of few bits; `read` de-quantizes.
+        read: returns the part that an index of slices selects.
+        quantized: whether the file stores it in blocks of few bits; `read` de-quantizes.
 
     """
 
@@ -28,8 +27,13 @@ class LazyTensor:
     read: Callable[[Index], np.ndarray]
     quantized: bool = False
 
+    @property
+    def nbytes(self) -> int:
+        """Return the size of the numbers in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def blocks(self) -> Iterator[np.ndarray]:
-        """The whole tensor in runs of rows of a bounded size, in order."""
+        """Yield the whole tensor in order, in runs of rows of a bounded size."""
         row = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
         step = max(1, _BLOCK_BYTES // max(row, 1))
         rest = tuple(slice(0, size) for size in self.shape[1:])
@@ -39,7 +43,7 @@ class LazyTensor:
             )
 
     def astype(self, dtype: np.dtype) -> "LazyTensor":
-        """The tensor rounded to a dtype as it is read."""
+        """Return the tensor, rounded to a dtype as it is read."""
         return (
             self
             if dtype == self.dtype
@@ -47,7 +51,7 @@ class LazyTensor:
         )
 
     def all(self) -> np.ndarray:
-        """The whole tensor."""
+        """Read the whole tensor."""
         return self.read(tuple(slice(0, size) for size in self.shape))
 
 

@@ -1,5 +1,5 @@
-"""Weights in PyTorch's own files (`.bin`, `.pth`): memory-mapped, and never a pickle that runs
-code; written from a scratch file.
+"""Weights in PyTorch's own files (`.bin`, `.pth`): read memory-mapped and without running pickled
+code, written from a scratch file.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.core.errors import UserError, listed
+from jaxtune.core.errors import UserError, first_line, listed
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
 
 _DTYPES = {
@@ -21,10 +21,10 @@ _DTYPES = {
 
 
 def open_file(path: Path) -> Tensors:
-    """The tensors of one file of PyTorch, none of them read yet.
+    """Return the tensors of one PyTorch file, unread.
 
     Raises:
-        UserError: PyTorch is not installed, the file is cut short, or it holds anything other than
+        UserError: PyTorch is not installed, the file is truncated, or it holds anything other than
             tensors by name.
 
     """
@@ -32,24 +32,19 @@ def open_file(path: Path) -> Tensors:
 
     torch = _torch(path)
     try:
-        found = _load(torch, path)
+        state = _load(torch, path)
     except UnpicklingError as error:
-        reason = _first_line(error)
         raise UserError(
-            f"{path} holds more than tensors, which could run code and is not loaded ({reason})."
+            f"{path} holds more than tensors, which could run code and is not loaded "
+            f"({first_line(error)})."
         ) from None
     except (RuntimeError, EOFError, OSError) as error:
-        reason = _first_line(error)
         raise UserError(
-            f"{path} is not a whole file of PyTorch ({reason}). Download it again."
+            f"{path} is not a whole file of PyTorch ({first_line(error)}). Download it again."
         ) from None
-    if not isinstance(found, dict) or not all(torch.is_tensor(value) for value in found.values()):
+    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
         raise UserError(f"{path} does not hold tensors by name. Save the model's state_dict.")
-    return {name: _lazy(tensor, name, path) for name, tensor in found.items()}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return {name: _lazy(tensor, name, path) for name, tensor in state.items()}
 
 
 def _load(torch: Any, path: Path) -> Any:
@@ -58,26 +53,21 @@ def _load(torch: Any, path: Path) -> Any:
     except RuntimeError as error:
         if "mmap" not in str(error):
             raise
-        return torch.load(
-            path, map_location="cpu", weights_only=True
-        )  # the format before PyTorch 1.6 cannot be mapped
+        # The format before PyTorch 1.6 cannot be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _lazy(tensor: Any, name: str, path: Path) -> LazyTensor:
-    if str(tensor.dtype) not in _DTYPES:
-        if (
-            not tensor.is_floating_point()
-        ):  # a buffer; whether it may be there is for the table of names to say
-            return LazyTensor(
-                tuple(tensor.shape),
-                np.dtype("int64"),
-                lambda index: tensor[index].numpy().astype(np.int64),
-            )
+    shape, dtype = tuple(tensor.shape), _DTYPES.get(str(tensor.dtype))
+    if dtype is not None:
+        return LazyTensor(shape, dtype, _reader(tensor, dtype))
+    if tensor.is_floating_point():
         raise UserError(
             f"{path}: tensor {name} has dtype {tensor.dtype}; supported are {listed(_DTYPES)}."
         )
+    # A buffer. Whether it may be there is for the table of names to say.
     return LazyTensor(
-        tuple(tensor.shape), _DTYPES[str(tensor.dtype)], _reader(tensor, _DTYPES[str(tensor.dtype)])
+        shape, np.dtype("int64"), lambda index: tensor[index].numpy().astype(np.int64)
     )
 
 
@@ -86,7 +76,7 @@ def _reader(tensor: Any, dtype: np.dtype) -> Callable[[Index], np.ndarray]:
         import torch
 
         part = tensor[index].contiguous()
-        if dtype == jnp.bfloat16:  # NumPy has no bfloat16 of its own, so the bits are passed on
+        if dtype == jnp.bfloat16:  # NumPy has no bfloat16, so the bits are passed on
             return part.view(torch.int16).numpy().view(dtype)
         return part.numpy()
 
@@ -99,30 +89,24 @@ def write_file(path: Path, tensors: Tensors, scratch: Path) -> None:
     Args:
         path: the file.
         tensors: by the names they will have.
-        scratch: a file to gather them in, mapped to memory; as large as all of them.
+        scratch: a file mapped to memory to gather them in, as large as all of them.
 
     """
     torch = _torch(path)
-    sizes = [
-        int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize
-        for tensor in tensors.values()
-    ]
+    sizes = [tensor.nbytes for tensor in tensors.values()]
     starts = np.concatenate([[0], np.cumsum([-(-size // 64) * 64 for size in sizes])])
     whole = np.memmap(scratch, np.uint8, "w+", shape=(int(starts[-1]),))
-    found = {}
+    state = {}
     for (name, tensor), start, size in zip(tensors.items(), starts[:-1], sizes, strict=True):
         at = int(start)
         for block in tensor.blocks():
             whole[at : at + block.nbytes] = block.reshape(-1).view(np.uint8)
             at += block.nbytes
         dtype = getattr(torch, tensor.dtype.name)
-        # A storage of its own for each tensor, else every one of them would be saved with all.
-        found[name] = (
-            torch.from_numpy(whole[int(start) : int(start) + size])
-            .view(dtype)
-            .reshape(tensor.shape)
-        )
-    torch.save(found, path)
+        # Each tensor needs a storage of its own, else torch.save writes all of them for each.
+        values = torch.from_numpy(whole[int(start) : int(start) + size])
+        state[name] = values.view(dtype).reshape(tensor.shape)
+    torch.save(state, path)
 
 
 def _torch(path: Path) -> Any:

@@ -167,14 +167,14 @@ def torch_logits(model: Any, texts: Texts) -> np.ndarray:
     return model(input_ids=ids, attention_mask=mask).logits.float().numpy()[texts.segments > 0]
 
 
-def check_logits(ours: np.ndarray, theirs: np.ndarray, program: str) -> float:
+def check_logits(ours: np.ndarray, reference: np.ndarray, program: str) -> float:
     """Return the largest difference between our logits and those of another program.
 
     Raises:
         RunError: they differ by more than rounding.
 
     """
-    difference, largest = float(np.abs(ours - theirs).max()), float(np.abs(ours).max())
+    difference, largest = float(np.abs(ours - reference).max()), float(np.abs(ours).max())
     if not difference <= TORCH * largest:
         raise RunError(
             f"{program} computes something else: logits differ by {difference:.2e} "
@@ -198,5 +198,5 @@ def compare_with_transformers(
     if note := why_not_torch(written):
         return note, None
     with torch_model(written) as (model, _):
-        theirs = torch_logits(model.eval(), texts)
-        return None, check_logits(ours, theirs, "transformers, on what was written,")
+        reference = torch_logits(model.eval(), texts)
+        return None, check_logits(ours, reference, "transformers, on what was written,")

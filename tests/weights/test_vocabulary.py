@@ -18,7 +18,7 @@ from jaxtune.tracking.progress import Reporter
 from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import write_adapter
 from jaxtune.weights.source import resolve
-from jaxtune.weights.vocabulary import with_tokens
+from jaxtune.weights.vocabulary import add_tokens
 from jaxtune.workflows.train import run
 from tests.support import peft_side, tools
 
@@ -39,7 +39,7 @@ def base(directory, vocab=KNOWN, **changes):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_new_rows_are_the_mean_of_the_trained_ones(tied, tmp_path, one_device):
-    source = with_tokens(
+    source = add_tokens(
         resolve(base(tmp_path, tie_word_embeddings=tied)), [*NEW, "<|im_end|>", NEW[0]]
     )
     assert source.tokenizer().convert_tokens_to_ids(NEW) == [KNOWN, KNOWN + 1, KNOWN + 2]
@@ -55,7 +55,7 @@ def test_new_rows_are_the_mean_of_the_trained_ones(tied, tmp_path, one_device):
 
 
 def test_new_tokens_take_unused_rows_first(tmp_path, one_device):
-    source = with_tokens(resolve(base(tmp_path, vocab=270)), NEW)
+    source = add_tokens(resolve(base(tmp_path, vocab=270)), NEW)
     old = load_file(tmp_path / "model.safetensors")[EMBEDDING]
     found = np.asarray(load_model(source, one_device).model.embed_tokens.weight[...])
     assert found.shape == (270, 32)
@@ -69,8 +69,8 @@ def test_new_tokens_take_unused_rows_first(tmp_path, one_device):
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_found_out(tmp_path):
     directory = base(tmp_path, vocab=259)
-    assert with_tokens(resolve(directory), ["<|im_start|>"]).config_json()["vocab_size"] == 259
-    assert with_tokens(resolve(directory), ["<|end_header_id|>"]).fresh == (259, 260, 261)
+    assert add_tokens(resolve(directory), ["<|im_start|>"]).config_json()["vocab_size"] == 259
+    assert add_tokens(resolve(directory), ["<|end_header_id|>"]).new_ids == (259, 260, 261)
     with pytest.raises(
         UserError, match=r"gives token 259, and the model has 259 tokens.*model\.new_tokens"
     ):

@@ -142,7 +142,7 @@ def write_weights(directory: Path, tensors: Tensors, shard_bytes: int | None = N
     shards: list[Tensors] = [{}]
     size = 0
     for name, tensor in tensors.items():
-        more = safetensors_files.nbytes(tensor)
+        more = tensor.nbytes
         if shards[-1] and size + more > (shard_bytes or SHARD_BYTES):
             shards.append({})
             size = 0
@@ -151,7 +151,7 @@ def write_weights(directory: Path, tensors: Tensors, shard_bytes: int | None = N
     if len(shards) == 1:
         safetensors_files.write_file(directory / SINGLE, shards[0])
         return
-    where, total = {}, sum(safetensors_files.nbytes(tensor) for tensor in tensors.values())
+    where, total = {}, sum(tensor.nbytes for tensor in tensors.values())
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         safetensors_files.write_file(directory / name, shard)

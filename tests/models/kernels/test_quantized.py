@@ -182,7 +182,7 @@ def test_the_base_is_quantized_matrix_by_matrix(wide_model, one_device, monkeypa
 
     read = load.check_source
 
-    def checked(source):
+    def check_source(source):
         config, tensors = read(source)
 
         def counted(tensor):
@@ -198,7 +198,7 @@ def test_the_base_is_quantized_matrix_by_matrix(wide_model, one_device, monkeypa
             name: counted(tensor) if "proj" in name else tensor for name, tensor in tensors.items()
         }
 
-    monkeypatch.setattr(load, "checked", checked)
+    monkeypatch.setattr(load, "check_source", check_source)
     load_model(resolve(str(wide_model[1])), one_device, dtype="nf4")
     assert 0 < most[0] <= 2
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
-from jaxtune.weights.safetensors_files import open_file
 from jaxtune.weights.load import load_model
+from jaxtune.weights.safetensors_files import open_file
 from jaxtune.weights.source import resolve
 from tests.support import tools
 
