@@ -87,13 +87,17 @@ def _run(options: argparse.Namespace) -> int:
     """Run a command; one that computes runs in all processes that were started together, and the
     lead prints.
     """
+    from jaxtune.tracking.logger import log_to_stderr
+
     if options.command not in _COMPUTE:
-        return options.run(options) or 0
+        with log_to_stderr():
+            return options.run(options) or 0
     from jaxtune.cli.options import cluster_of
     from jaxtune.core import distributed, runtime
 
     runtime.start(cluster_of(options))
     with (
+        log_to_stderr(),
         distributed.fail_together(),
         open(os.devnull, "w") as nowhere,
         contextlib.ExitStack() as stack,

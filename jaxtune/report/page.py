@@ -25,6 +25,7 @@ from jaxtune.tracking.run_directory import (
     PREDICTIONS,
     SAMPLES,
     VERIFICATION,
+    check_layout,
     read_config,
 )
 
@@ -55,6 +56,7 @@ def write_report(runs: list[Path], out: Path) -> Path:
 def _read(run: Path) -> dict[str, Any]:
     if not (run / CONFIG).exists():
         raise UserError(f"{run} is not a run directory: it has no {CONFIG}.")
+    check_layout(run)
     rows = read_metrics(run)
     if not rows:
         raise UserError(f"{run} has no metrics yet. Train first: jaxtune train {run}/{CONFIG}")

@@ -1,4 +1,4 @@
-"""The record of a run: `metrics.jsonl`, each step once, and what a device could do at best."""
+"""The rows of a run: `metrics.jsonl`, in which each step stands once."""
 
 import json
 import math
@@ -19,14 +19,14 @@ AFTER: Phase = "after"
 
 
 class MetricsLog:
-    """Appends rows to `metrics.jsonl`; a row survives the death of the process when `write`
+    """`metrics.jsonl`, open for appending; a row survives the death of the process when `write`
     returns, and of the machine after `sync`.
 
     Args:
         directory: the run directory.
-        step: the step that the run goes on from; rows of later steps, written by a run that was
-            killed, are removed.
-        trackers: take each row too.
+        step: the step that the run is continued from; rows of later steps, written by a run that
+            was killed, are removed.
+        trackers: receive each row too.
 
     """
 
@@ -57,23 +57,23 @@ class MetricsLog:
 
 
 class NullMetricsLog(MetricsLog):
-    """What a process that does not write has for a log."""
+    """The log of a process that does not write one."""
 
     def __init__(self) -> None:
         pass
 
     def write(self, row: dict[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def sync(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """All whole rows of a run's metrics; a last line cut short by a kill is left out."""
+    """Return all whole rows of a run's metrics, without a last line that a kill cut short."""
     path = directory / FILE
     if not path.exists():
         return []
@@ -100,21 +100,21 @@ def phase_of(row: dict[str, Any]) -> Phase | None:
     return BEFORE if row["step"] == 0 else AFTER
 
 
-def evals_since_best(rows: list[dict[str, Any]], figure: str) -> int:
-    """How many of the evaluations, from the last one back, were no better than one before them.
+def evals_since_best(rows: list[dict[str, Any]], metric: str) -> int:
+    """Count the evaluations, from the last one back, that were no better than one before them.
 
     Args:
-        rows: of the log; those that name a task, from before and after training, do not count.
-        figure: the metric to compare; see `config.schema.lower_is_better`.
+        rows: of the log; evaluations before and after training do not count.
+        metric: the metric to compare; see `config.schema.lower_is_better`.
 
     """
-    on_the_way = (row for row in rows if phase_of(row) == DURING and row.get(figure) is not None)
-    values = [-row[figure] if lower_is_better(figure) else row[figure] for row in on_the_way]
+    during = (row for row in rows if phase_of(row) == DURING and row.get(metric) is not None)
+    values = [-row[metric] if lower_is_better(metric) else row[metric] for row in during]
     return len(values) - 1 - values.index(max(values)) if values else 0
 
 
 def metric_names(row: dict[str, Any]) -> list[str]:
-    """The names of what a row of an evaluation measures, in its order."""
+    """Return the names of the metrics in a row of an evaluation, in its order."""
     return [
         name
         for name, value in row.items()
@@ -123,14 +123,14 @@ def metric_names(row: dict[str, Any]) -> list[str]:
 
 
 def flops_per_token(frozen: int, trainable: int) -> float:
-    """FLOPs of a training step per token: 4 for a frozen parameter (forward, activations'
-    gradient), 6 for one that trains.
+    """Return the FLOPs of a training step per token: 4 for a frozen parameter (forward, gradient of
+    the activations), 6 for one that trains.
     """
     return 4.0 * frozen + 6.0 * trainable
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinity where it overflows."""
+    """Return exp(loss), infinity where it overflows."""
     try:
         return math.exp(loss)
     except OverflowError:

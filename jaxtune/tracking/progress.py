@@ -1,5 +1,6 @@
-"""What a person sees of a run: a bar in a terminal, one line a report elsewhere."""
+"""What a person sees of a run: a bar in a terminal, a line per report elsewhere."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +18,16 @@ from rich.progress import (
 from rich.table import Column
 
 from jaxtune.core.distributed import is_main
+from jaxtune.tracking.logger import LOGGER, is_configured
 
 REPORTS = 20
 
 
 class Reporter:
-    """Messages and progress on stderr, so that stdout carries results alone. Of several processes
-    only the lead says anything.
+    """Messages and progress on stderr, so that stdout carries results alone.
+
+    Where the program has configured the logger `jaxtune`, messages go there instead, and so do the
+    lines of progress where no bar is drawn. Of several processes only the main one speaks.
 
     Args:
         quiet: say nothing but errors.
@@ -32,19 +36,24 @@ class Reporter:
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(
-            stderr=True, quiet=quiet or not is_main(), highlight=False, soft_wrap=True
+            stderr=True, quiet=quiet or not is_main(), highlight=False, soft_wrap=True, emoji=False
         )
 
     def say(self, text: str) -> None:
-        """One line, or several."""
-        self.console.print(text, markup=False)
+        """Say one line, or several."""
+        _emit(self.console, text)
+
+    def warn(self, text: str) -> None:
+        """Say what went wrong without ending the run."""
+        _emit(self.console, text, logging.WARNING)
 
     @contextmanager
     def task(
         self, name: str, total: int, start: int = 0, *, lazy: bool = False
     ) -> Iterator["Task"]:
-        """Progress over `total` units, of which `start` were done before; a lazy task shows
-        nothing before its first update.
+        """Show progress over `total` units, of which `start` were done before.
+
+        A lazy task shows nothing before its first update.
         """
         task = Task(self.console, name, total, start, lazy)
         with task:
@@ -57,13 +66,8 @@ class Task:
     def __init__(
         self, console: Console, name: str, total: int, start: int, lazy: bool = False
     ) -> None:
-        self.console, self.name, self.total, self.start, self.lazy = (
-            console,
-            name,
-            total,
-            start,
-            lazy,
-        )
+        self.console, self.name, self.lazy = console, name, lazy
+        self.total, self.start = total, start
         self.bar: Progress | None = None
         self._began = time.monotonic()
         self._reported: int | None = None
@@ -85,31 +89,27 @@ class Task:
             self.bar.stop()
 
     def update(self, done: int, text: str = "") -> None:
-        """So many units are done; `text` is what there is to say of them."""
+        """Show that this many units are done; `text` says more of them."""
         if self.bar:
             self.bar.update(self._id, completed=done, text=text)
             return
         every = max(1, -(-self.total // REPORTS))
         if self._reported is None or done - self._reported >= every or done == self.total:
             self._reported = done - done % every
-            left = (
-                (time.monotonic() - self._began) / max(done - self.start, 1) * (self.total - done)
-            )
-            self.console.print(
-                f"{self.name} {done}/{self.total}  {text + '  ' if text else ''}{_clock(left)} "
-                "left",
-                markup=False,
-            )
+            elapsed = time.monotonic() - self._began
+            left = _clock(elapsed / max(done - self.start, 1) * (self.total - done))
+            said = f"{text}  " if text else ""
+            _emit(self.console, f"{self.name} {done}/{self.total}  {said}{left} left")
 
     def update_of(self, done: int, total: int) -> None:
-        """So many of so many units are done, where the total was not known at the start."""
+        """Show that this many units of `total` are done, which was not known at the start."""
         self.total = total
         if self.bar:
             self.bar.update(self._id, total=total)
         self.update(done)
 
     def update_share(self, share: float, text: str) -> None:
-        """Such a share is done, of a task whose units are hundredths."""
+        """Show that this share is done of a task whose units are hundredths."""
         percent = int(share * self.total)
         self._show()
         if self.bar or percent != self._percent:
@@ -117,8 +117,27 @@ class Task:
             self.update(percent, text)
 
 
+def training_text(row: dict[str, Any]) -> str:
+    """Return a training row in a few words."""
+    return (
+        f"loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.2f}  "
+        f"{row['tokens_per_second']:,.0f} tok/s"
+    )
+
+
+def _emit(console: Console, text: str, level: int = logging.INFO) -> None:
+    if console.quiet:
+        return
+    if is_configured():
+        LOGGER.log(level, "%s", text)
+    else:
+        console.print(text, markup=False)
+
+
 def _columns() -> tuple[ProgressColumn, ...]:
-    """In a narrow terminal the text at the end is cut, never the time that is left."""
+    """Return a bar's columns: in a narrow terminal the text at the end gives way, never the time
+    that is left.
+    """
     whole, rest = Column(no_wrap=True), Column(no_wrap=True, ratio=1, overflow="ellipsis")
     return (
         TextColumn("{task.description}", table_column=whole),
@@ -129,15 +148,8 @@ def _columns() -> tuple[ProgressColumn, ...]:
     )
 
 
-def training_text(row: dict[str, Any]) -> str:
-    """A training row in a few words."""
-    return f"loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.2f}  {row['tokens_per_second']:,.0f} tok/s"
-
-
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
-    return (
-        f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-        if minutes >= 60
-        else f"{minutes}:{seconds:02}"
-    )
+    if minutes < 60:
+        return f"{minutes}:{seconds:02}"
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

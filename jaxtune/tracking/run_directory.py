@@ -1,6 +1,4 @@
-"""The run directory: the whole record of a run, and the guard that it is continued by the same
-run only.
-"""
+"""The run directory: the whole record of a run, which only the same run may continue."""
 
 import fcntl
 import importlib.metadata
@@ -23,16 +21,14 @@ from jaxtune.core.files import read_json, write_json, write_text
 from jaxtune.tracking.metrics_log import FILE as METRICS
 from jaxtune.tracking.trackers import TRACKED
 
-CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, REPORT = (
-    "config.yaml",
-    "env.json",
-    "samples.jsonl",
-    "adapter",
-    "report.html",
-)
-MODEL = "model"
-CHECKPOINTS = "checkpoints"
-DATA_SUMMARY, VERIFICATION, PREDICTIONS = "data.json", "verification.json", "predictions.jsonl"
+LAYOUT = 1
+"""The version of what a run directory holds. Before 1 it was not noted, and rows of evaluations had
+no `phase`; such runs are continued, exported and reported as layout 0.
+"""
+CONFIG, ENVIRONMENT, REPORT = "config.yaml", "env.json", "report.html"
+SAMPLES, PREDICTIONS = "samples.jsonl", "predictions.jsonl"
+DATA_SUMMARY, VERIFICATION = "data.json", "verification.json"
+ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
 _RECORD = (CONFIG, ENVIRONMENT, METRICS, SAMPLES)
 _OWN = (
     CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, MODEL, REPORT, DATA_SUMMARY, VERIFICATION, PREDICTIONS,
@@ -63,8 +59,8 @@ class RunDirectory:
         fresh: remove what an earlier run left there.
 
     Raises:
-        UserError: the directory belongs to a run with another configuration or other data, or is in
-            use.
+        UserError: the directory belongs to a run with another configuration, other data or a newer
+            layout, or is in use.
 
     """
 
@@ -76,7 +72,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
         except OSError as error:
-            raise UserError(f"run.dir: {self.path} cannot be made: {error.strerror}.") from None
+            raise UserError(f"run.dir: cannot create {self.path}: {error.strerror}.") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -90,7 +86,10 @@ class RunDirectory:
             recall(config)
             self._check(config, data)
             write_text(self.path / CONFIG, dump(config))
-            write_json(self.path / ENVIRONMENT, {**environment(), "day": str(day), "data": data})
+            write_json(
+                self.path / ENVIRONMENT,
+                {"layout": LAYOUT, **environment(), "day": str(day), "data": data},
+            )
         except BaseException:
             self.close()
             raise
@@ -101,8 +100,8 @@ class RunDirectory:
         (self.path / ".lock").unlink(missing_ok=True)
 
     def keep_copy(self) -> None:
-        """Copy what tells of the run to where its checkpoints lie, if that is elsewhere, so that
-        a new machine can go on.
+        """Copy the record to where the checkpoints lie, if that is elsewhere, so that a new machine
+        can continue the run.
         """
         if self._elsewhere is None:
             return
@@ -122,21 +121,20 @@ class RunDirectory:
     def _check(self, config: Config, data: dict[str, str]) -> None:
         if not (self.path / CONFIG).exists():
             return
-        ours = flatten(config.model_dump(mode="json"))
-        theirs = flatten(read_config(self.path).model_dump(mode="json"))
-        fixed = [key for key in ours if key not in keys_with(Trait.RESUMABLE)]
-        differing = [key for key in fixed if ours[key] != theirs[key]]
-        advice = f"Set run.dir to another directory, or start over with --fresh, which removes what {self.path} holds."
+        now = flatten(config.model_dump(mode="json"))
+        there = flatten(read_config(self.path).model_dump(mode="json"))
+        fixed = [key for key in now if key not in keys_with(Trait.RESUMABLE)]
+        differing = [key for key in fixed if now[key] != there[key]]
+        advice = (
+            "Set run.dir to another directory, or start over with --fresh, which removes what "
+            f"{self.path} holds."
+        )
         if differing:
-            changes = listed(f"{key} ({theirs[key]} there, {ours[key]} now)" for key in differing)
+            changes = listed(f"{key} ({there[key]} there, {now[key]} now)" for key in differing)
             raise UserError(
                 f"{self.path} holds a run with another configuration: {changes}. {advice}"
             )
-        before = (
-            read_json(self.path / ENVIRONMENT).get("data", {})
-            if (self.path / ENVIRONMENT).exists()
-            else {}
-        )
+        before = _read_environment(self.path).get("data", {})
         if changed := [name for name in before if name in data and before[name] != data[name]]:
             raise UserError(
                 f"{self.path}: the contents of {listed(changed)} changed since this run began. "
@@ -145,8 +143,8 @@ class RunDirectory:
 
 
 def _record(config: Config) -> Any:
-    """Where the record is copied to, beside checkpoints that lie elsewhere; None where they lie
-    in the run directory.
+    """Return where the record is copied to, beside checkpoints that lie elsewhere; None where they
+    lie in the run directory.
     """
     return checkpoint_directory(config) / "record" if config.checkpoint.dir else None
 
@@ -157,15 +155,13 @@ def recall(config: Config) -> None:
     if elsewhere is None or (directory / CONFIG).exists() or not elsewhere.exists():
         return
     directory.mkdir(parents=True, exist_ok=True)
-    for name in sorted(
-        _RECORD, key=lambda name: name == CONFIG
-    ):  # last what says that the rest is there
+    for name in sorted(_RECORD, key=lambda name: name == CONFIG):  # last: it vouches for the rest
         if (elsewhere / name).exists():
             (directory / name).write_bytes((elsewhere / name).read_bytes())
 
 
 def checkpoint_directory(config: Config) -> Any:
-    """Where a run's checkpoints lie.
+    """Return the directory of a run's checkpoints.
 
     Raises:
         UserError: in an object store whose library is not installed.
@@ -181,14 +177,13 @@ def checkpoint_directory(config: Config) -> Any:
     except (ImportError, KeyError, OSError) as error:
         raise UserError(
             f"checkpoint.dir: {config.checkpoint.dir} cannot be reached: {first_line(error)}. For "
-            "gs:// install gcsfs, for s3:// s3fs, and "
-            "log in there."
+            "gs:// install gcsfs, for s3:// s3fs, and log in there."
         ) from None
     return path
 
 
 def read_config(directory: Path) -> Config:
-    """The configuration of a run directory.
+    """Return the configuration of a run directory.
 
     Raises:
         UserError: there is none, or it is not one of this version.
@@ -197,34 +192,45 @@ def read_config(directory: Path) -> Config:
     path = directory / CONFIG
     if not path.exists():
         raise UserError(f"{directory} is not a run directory: it has no {CONFIG}.")
+    check_layout(directory)
     return validated(yaml.safe_load(path.read_text(encoding="utf-8")), origin=str(path))
 
 
+def check_layout(directory: Path) -> None:
+    """Check that this version knows what a run directory holds.
+
+    Raises:
+        UserError: a newer version wrote it.
+
+    """
+    environment = _read_environment(directory)
+    if (layout := environment.get("layout", 0)) > LAYOUT:
+        theirs = environment.get("versions", {}).get("jaxtune")
+        raise UserError(
+            f"{directory} was written by jaxtune {theirs} with layout {layout}; this is jaxtune "
+            f"{_version('jaxtune')}, which knows layouts up to {LAYOUT}. Upgrade jaxtune."
+        )
+
+
 def is_run(path: str | Path) -> bool:
-    """Whether `path` is a run directory."""
+    """Return whether `path` is a run directory."""
     return (Path(path) / CONFIG).is_file()
 
 
 def first_day(path: str | Path) -> date:
-    """The day a run began; today where it has not. Chat templates may print it, and a run that
-    goes on must see the same tokens.
+    """Return the day a run began; today where it has not. Chat templates may print it, and a run
+    that is continued must see the same tokens.
     """
     try:
-        return date.fromisoformat(read_json(Path(path) / ENVIRONMENT)["day"])
+        return date.fromisoformat(_read_environment(Path(path))["day"])
     except (UserError, KeyError, ValueError):
         return date.today()
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices and the working directory's git commit."""
+    """Return versions, devices and the working directory's git commit."""
     import jax
 
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
     git = (
         subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         if shutil.which("git")
@@ -234,7 +240,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": versions,
+        "versions": {package: _version(package) for package in _PACKAGES},
         "devices": {
             "kind": devices[0].device_kind,
             "count": len(devices),
@@ -242,3 +248,15 @@ def environment() -> dict[str, Any]:
         },
         "git_commit": git.stdout.strip() or None if git else None,
     }
+
+
+def _read_environment(directory: Path) -> dict[str, Any]:
+    path = directory / ENVIRONMENT
+    return read_json(path) if path.exists() else {}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

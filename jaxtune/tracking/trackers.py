@@ -1,5 +1,5 @@
-"""Trackers as thin sinks of the rows of `metrics.jsonl`; a tracker that fails is left out, and
-the run goes on.
+"""Trackers, which receive the rows of `metrics.jsonl`; one that fails is closed, and the run
+continues.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ TRACKED = (_TENSORBOARD, _IDENTITY, "wandb")
 
 
 class Tracker(Protocol):
-    """Takes numbers by name at a step."""
+    """A service or file that receives numbers by name at a step."""
 
-    def log(self, figures: dict[str, float], step: int) -> None:
-        """The figures of one row."""
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Receive the metrics of one row."""
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Finish: nothing more comes."""
 
 
 class Trackers:
@@ -50,26 +50,26 @@ class Trackers:
             self._try(name, lambda name=name: self._open.update({name: _TRACKERS[name](config)}))
 
     def write(self, row: dict[str, Any]) -> None:
-        """A row of the log: its numbers are named after its split, such as train/loss."""
+        """Pass on the numbers of a row, named after its split, such as train/loss."""
         numbers = {
             name: value
             for name, value in row.items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
         step = int(numbers.pop("step"))
-        figures = {f"{row['split']}/{name}": float(value) for name, value in numbers.items()}
+        metrics = {f"{row['split']}/{name}": float(value) for name, value in numbers.items()}
         for name, tracker in list(self._open.items()):
-            self._try(name, lambda tracker=tracker: tracker.log(figures, step))
+            self._try(name, lambda tracker=tracker: tracker.log(metrics, step))
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Close all trackers."""
         for name, tracker in list(self._open.items()):
             self._try(name, tracker.close)
 
-    def _try(self, name: str, what: Callable[[], Any]) -> None:
+    def _try(self, name: str, action: Callable[[], Any]) -> None:
         try:
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
-                what()
+                action()
         except UserError:
             raise
         except Exception as error:  # a network that is gone must not cost a run
@@ -81,7 +81,7 @@ class Trackers:
 
 
 def check_trackers(config: Config) -> None:
-    """Whether all are installed, before anything long is done.
+    """Check that all trackers are installed, before anything long is done.
 
     Raises:
         UserError: one is not.
@@ -106,8 +106,8 @@ class _TensorBoard:
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
         self._writer = _module("tensorboard").Writer(str(Path(config.run.dir) / _TENSORBOARD))
 
-    def log(self, figures: dict[str, float], step: int) -> None:
-        for name, value in figures.items():
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
@@ -115,23 +115,23 @@ class _TensorBoard:
 
 
 class _WandB:
-    """A run that is gone on with is the same run there."""
+    """A Weights & Biases run; a run that is continued is the same run there."""
 
     def __init__(self, config: Config) -> None:
         wandb = _module("wandb")
-        noted = Path(config.run.dir) / _IDENTITY
-        if not noted.exists():
-            noted.write_text(secrets.token_hex(4))
+        identity = Path(config.run.dir) / _IDENTITY
+        if not identity.exists():
+            identity.write_text(secrets.token_hex(4))
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", _PROJECT), name=Path(config.run.dir).name,
-            id=noted.read_text(), resume="allow",
+            id=identity.read_text(), resume="allow",
             dir=config.run.dir, config=config.model_dump(),
             settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
         self._run.define_metric("*", step_metric="step")
 
-    def log(self, figures: dict[str, float], step: int) -> None:
-        self._run.log(figures | {"step": step})
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self._run.log(metrics | {"step": step})
 
     def close(self) -> None:
         self._run.finish()
@@ -147,8 +147,8 @@ class _Trackio:
             resume="allow",
         )
 
-    def log(self, figures: dict[str, float], step: int) -> None:
-        self._run.log(figures, step=step)
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self._run.log(metrics, step=step)
 
     def close(self) -> None:
         self._run.finish()

@@ -37,6 +37,7 @@ from jaxtune.tracking.run_directory import (
     REPORT,
     VERIFICATION,
     RunDirectory,
+    check_layout,
     checkpoint_directory,
     first_day,
     recall,
@@ -141,6 +142,7 @@ def _begun(config: Config, fresh: bool) -> str:
     if fresh:
         return str(date.today())
     recall(config)
+    check_layout(Path(config.run.dir))
     return str(first_day(config.run.dir))
 
 
@@ -155,15 +157,15 @@ def _run(
     config = parts.config
     _write(write_json, directory / DATA_SUMMARY, _data_summary(parts))
     where = checkpoint_directory(config)
-    checkpoints = Checkpoints(where, config.checkpoint.keep, reporter.say, keep_copy)
-    best = Best(where, config.checkpoint.best, reporter.say) if config.checkpoint.best else None
+    checkpoints = Checkpoints(where, config.checkpoint.keep, reporter.warn, keep_copy)
+    best = Best(where, config.checkpoint.best, reporter.warn) if config.checkpoint.best else None
     begins = checkpoints.latest is None
     state = parts.initial() if begins else checkpoints.restore(parts.state_layout)
     parts.release()
     if not begins:
         reporter.say(f"Going on after step {int(state.step)} of {parts.num_steps} ({directory})")
     log = (
-        MetricsLog(directory, int(state.step), Trackers(config, reporter.say))
+        MetricsLog(directory, int(state.step), Trackers(config, reporter.warn))
         if distributed.is_main()
         else NullMetricsLog()
     )
