@@ -36,7 +36,12 @@ def run(options: argparse.Namespace) -> None:
     from jaxtune.cli.options import config_of, write_json
     from jaxtune.core import runtime
     from jaxtune.core.errors import UserError
-    from jaxtune.data.inspect import classes, figures, overlap, warnings
+    from jaxtune.data.inspect import (
+        compute_statistics,
+        count_classes,
+        count_overlap,
+        find_warnings,
+    )
     from jaxtune.tracking.progress import Reporter
     from jaxtune.training.inputs import read_inputs
 
@@ -46,15 +51,17 @@ def run(options: argparse.Namespace) -> None:
         update={"data": config.data.model_copy(update={"on_error": "skip"})}
     )
     inputs = read_inputs(lenient, Reporter())
-    tokenizer, plans = inputs.tokenizer, inputs.plans
-    parts = {name: figures(plan) for name, plan in plans.items()}
-    common = overlap(plans["train"].examples, plans["eval"].examples) if "eval" in plans else None
-    labels = classes(plans["train"].examples, tokenizer)
+    tokenizer, plans = inputs.tokenizer, inputs.schedules
+    parts = {name: compute_statistics(plan) for name, plan in plans.items()}
+    common = (
+        count_overlap(plans["train"].examples, plans["eval"].examples) if "eval" in plans else None
+    )
+    labels = count_classes(plans["train"].examples, tokenizer)
     found = {
         "parts": parts,
         "overlap": common,
         "classes": labels,
-        "warnings": warnings(parts, common, labels),
+        "warnings": find_warnings(parts, common, labels),
     }
     if options.json != "-":
         console = Console(highlight=False, soft_wrap=True)
@@ -130,7 +137,7 @@ def _show_lengths(console: "Console", lengths: dict[str, list[int]]) -> None:
 def _show_classes(console: "Console", labels: list[tuple[str, int]]) -> None:
     if labels:
         console.print(
-            "SequenceLogProbs: " + ", ".join(f"{name!r} {count:,}" for name, count in labels),
+            "Answers: " + ", ".join(f"{name!r} {count:,}" for name, count in labels),
             markup=False,
         )
         console.print()
@@ -142,7 +149,7 @@ def _show_rows(console: "Console", examples: "Examples", tokenizer: Any, count: 
     """
     from rich.text import Text
 
-    from jaxtune.data.inspect import pieces
+    from jaxtune.data.inspect import split_text
 
     colored = console.is_terminal and not console.no_color
     how = "in green" if colored else "between ⟦ and ⟧"
@@ -153,7 +160,7 @@ def _show_rows(console: "Console", examples: "Examples", tokenizer: Any, count: 
             style="bold",
         )
         text = Text()
-        for piece in pieces(examples, number, tokenizer):
+        for piece in split_text(examples, number, tokenizer):
             shown = (
                 piece.text
                 if len(piece.text) <= _LONGEST_ROW

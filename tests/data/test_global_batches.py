@@ -50,11 +50,12 @@ from jaxtune.data.packing import Layout
 from jaxtune.data.chat.tokenize import Example
 def example_of(size, number):
     return Example(np.arange(number, number + size + 1, dtype=np.int32), np.arange(size + 1) > 0)
-items = in_memory([example_of(size, n) for n, size in enumerate(np.random.default_rng(1).integers(1, 30, 60))])
+sizes = np.random.default_rng(1).integers(1, 30, 60)
+items = in_memory([example_of(size, number) for number, size in enumerate(sizes)])
 schedule = BatchSchedule(items, Layout(8, 32, True, True, 0), epochs=2)
 mesh = make_mesh(1, 4, 1)
 assert local_rows(8, 2, mesh).sum() == 8 // count
-found = {}
+loaded_rows = {}
 for loaded in batches(schedule, 0, 2, mesh):
     for name, part in loaded.batch._asdict().items():
         if part is None:  # labels, where nothing is compared
@@ -62,8 +63,9 @@ for loaded in batches(schedule, 0, 2, mesh):
         for shard in part.addressable_shards:
             cut, rows, _ = shard.index
             for row in range(*rows.indices(4)):
-                found[f"{loaded.index} {name} {row} {loaded.tokens} {loaded.padding}"] = np.asarray(shard.data)[:, row - (rows.start or 0)]
-np.savez(out, **found)
+                key = f"{loaded.index} {name} {row} {loaded.tokens} {loaded.padding}"
+                loaded_rows[key] = np.asarray(shard.data)[:, row - (rows.start or 0)]
+np.savez(out, **loaded_rows)
 """
 
 

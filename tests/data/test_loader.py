@@ -1,4 +1,4 @@
-"""Traps of the plan: token-weighted evaluation, no lost remainder, the same batches after a
+"""Traps of the batches: token-weighted evaluation, no lost remainder, the same batches after a
 resume.
 """
 
@@ -13,11 +13,11 @@ from jaxtune.config.schema import DataSection
 from jaxtune.data.chat.tokenize import Example
 from jaxtune.data.examples import in_memory
 from jaxtune.data.loader import BatchSchedule, batches
-from jaxtune.data.packing import Layout, plan_epoch
+from jaxtune.data.packing import Layout, schedule_epoch
 from jaxtune.evaluation.evaluate import EvalOptions, evaluate
 from jaxtune.tracking.progress import Reporter
-from jaxtune.training.loop import Evaluator
-from jaxtune.training.setup import setup
+from jaxtune.training.evaluator import Evaluator
+from jaxtune.training.setup import build_setup
 from jaxtune.training.state import init_state
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
@@ -50,22 +50,22 @@ def test_every_example_once_an_epoch_and_rows_hold_what_fits(
     lengths, rows, packing, shuffle, epoch
 ):
     layout = Layout(rows, 32, packing, shuffle, seed=3)
-    planned = plan_epoch(np.asarray(lengths), layout, epoch)
-    found = [planned.batch(number) for number in range(len(planned))]
-    assert sorted(index for batch in found for row in batch for index in row) == list(
+    epoch_rows = schedule_epoch(np.asarray(lengths), layout, epoch)
+    all_batches = [epoch_rows.batch(number) for number in range(len(epoch_rows))]
+    assert sorted(index for batch in all_batches for row in batch for index in row) == list(
         range(len(lengths))
     )
-    assert all(len(batch) == rows for batch in found[:-1])
-    assert all(sum(lengths[index] for index in row) <= 32 for batch in found for row in batch)
-    again = plan_epoch(np.asarray(lengths), layout, epoch)
-    assert found == [again.batch(number) for number in range(len(again))]
+    assert all(len(batch) == rows for batch in all_batches[:-1])
+    assert all(sum(lengths[index] for index in row) <= 32 for batch in all_batches for row in batch)
+    again = schedule_epoch(np.asarray(lengths), layout, epoch)
+    assert all_batches == [again.batch(number) for number in range(len(again))]
 
 
 def test_epochs_differ_in_order_and_supervise_the_same_tokens():
-    plan = BatchSchedule(examples(range(1, 30)), Layout(3, 32, True, True, 0), epochs=3)
+    schedule = BatchSchedule(examples(range(1, 30)), Layout(3, 32, True, True, 0), epochs=3)
     by_epoch = {}
-    for number in range(len(plan)):
-        by_epoch.setdefault(int(np.ceil(plan.epoch(number))), []).append(plan.batch(number))
+    for number in range(len(schedule)):
+        by_epoch.setdefault(int(np.ceil(schedule.epoch(number))), []).append(schedule.batch(number))
     assert (
         len({str([batch.input_ids.tolist() for batch in part]) for part in by_epoch.values()}) == 3
     )
@@ -77,16 +77,16 @@ def test_epochs_differ_in_order_and_supervise_the_same_tokens():
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("start", [1, 4, 9])
 def test_batches_after_a_resume_are_those_of_the_whole_run(packing, start, one_device):
-    def plan():
+    def schedule():
         return BatchSchedule(
             examples(np.random.default_rng(0).integers(1, 30, 40)),
             Layout(4, 32, packing, True, 5),
             epochs=3,
         )
 
-    whole = list(batches(plan(), 0, 2, one_device))
-    rest = list(batches(plan(), start, 2, one_device))
-    assert [loaded.index for loaded in rest] == list(range(start, len(plan())))
+    whole = list(batches(schedule(), 0, 2, one_device))
+    rest = list(batches(schedule(), start, 2, one_device))
+    assert [loaded.index for loaded in rest] == list(range(start, len(schedule())))
     for left, right in zip(whole[start:], rest, strict=True):
         assert (left.tokens, left.padding) == (right.tokens, right.padding)
         jax.tree.map(np.testing.assert_array_equal, left.batch, right.batch)
@@ -114,7 +114,7 @@ def test_evaluation_is_weighted_by_tokens_the_same_at_every_batch_size(
         tools.chat(f"say {'x' * (n % 5)}", "ab" * (1 + 7 * (n % 3)) + str(n)) for n in range(11)
     ]
     path = tools.write_rows(tmp_path / "rows.jsonl", rows)
-    found = [
+    results = [
         evaluate(
             model, tokenizer, source.stop_ids(), DataSection(eval=path), EvalOptions("lm", size)
         ).figures()
@@ -128,7 +128,7 @@ def test_evaluation_is_weighted_by_tokens_the_same_at_every_batch_size(
         for row in rows
     ]
     total, count = peft_side.token_loss(reference, [(item.ids, item.supervised) for item in items])
-    for result in found:
+    for result in results:
         assert result["supervised_tokens"] == count
         assert result["loss"] == pytest.approx(float(total.detach()) / count, rel=1e-5)
         assert result["perplexity"] == pytest.approx(np.exp(result["loss"]))
@@ -154,12 +154,14 @@ def test_evaluation_on_the_way_is_that_of_the_whole_file_at_every_batch_size(
             "model": {"source": str(chat_model)},
             "data": {"train": path, "eval": path, "packing": False, "max_length": 128},
         }
-        parts = setup(validated(sections | {"train": {"batch_size": size}}), Reporter(quiet=True))
+        parts = build_setup(
+            validated(sections | {"train": {"batch_size": size}}), Reporter(quiet=True)
+        )
         with jax.set_mesh(parts.mesh):
-            found = Evaluator(parts, parts.eval_plan)(
+            metrics = Evaluator(parts, parts.eval_schedule)(
                 init_state(parts.trainable, parts.optimizer, 0)
             )
-        assert found["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+        assert metrics["loss"] == pytest.approx(whole["loss"], rel=1e-5)
 
 
 def test_classification_by_cache_equals_the_plain_forward_pass(chat_model, one_device, tmp_path):

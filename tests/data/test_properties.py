@@ -160,8 +160,11 @@ def test_every_supervised_token_is_trained_once_or_its_row_is_named(
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=6,
-)  # fmt: skip
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
 keys = st.sampled_from(
     [
         "messages",
@@ -186,19 +189,42 @@ odd = st.dictionaries(
 lines = st.one_of(
     chats.map(lambda value: json.dumps(value).encode()),
     odd.map(lambda value: json.dumps(value).encode()),
-    st.builds(lambda role, content: json.dumps({"messages": [{"role": role, "content": content}]}).encode(), st.sampled_from(["user", "assistant", "tool", "x"]), json_values),
+    st.builds(
+        lambda role, content: json.dumps(
+            {"messages": [{"role": role, "content": content}]}
+        ).encode(),
+        st.sampled_from(["user", "assistant", "tool", "x"]),
+        json_values,
+    ),
     st.binary(max_size=20).map(lambda data: data.replace(b"\n", b"")),
-    st.sampled_from([
-        b"", b"   ", b"\x00\x00\x00", b"null", b"[]", b"{}", b"\xff\xfe{", b'{"messages"',
-        b'{"messages": [{"role": "assistant", "content": "\\ud800"}]}',
-        b'{"messages": [{"role": "assistant", "content": "\xe9"}]}',
-        b'{"messages": [{"role": "assistant", "content": "a\\u0000b"}]}',
-        b"[" * 100_000, b'{"messages":' * 5000, b'{"n": ' + b"9" * 5000 + b"}",
-        b'{"messages": [{"role": "assistant", "content": "' + b"y" * 5000 + b'"}]}',
-        b'{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}',
-        json.dumps({"messages": [{"role": "user", "content": "x"}], "tools": [json.loads("[" * 400 + "]" * 400)]}).encode(),
-    ]),
-)  # fmt: skip
+    st.sampled_from(
+        [
+            b"",
+            b"   ",
+            b"\x00\x00\x00",
+            b"null",
+            b"[]",
+            b"{}",
+            b"\xff\xfe{",
+            b'{"messages"',
+            b'{"messages": [{"role": "assistant", "content": "\\ud800"}]}',
+            b'{"messages": [{"role": "assistant", "content": "\xe9"}]}',
+            b'{"messages": [{"role": "assistant", "content": "a\\u0000b"}]}',
+            b"[" * 100_000,
+            b'{"messages":' * 5000,
+            b'{"n": ' + b"9" * 5000 + b"}",
+            b'{"messages": [{"role": "assistant", "content": "' + b"y" * 5000 + b'"}]}',
+            b'{"messages": [{"role": "user", "content": ""}, '
+            b'{"role": "assistant", "content": ""}]}',
+            json.dumps(
+                {
+                    "messages": [{"role": "user", "content": "x"}],
+                    "tools": [json.loads("[" * 400 + "]" * 400)],
+                }
+            ).encode(),
+        ]
+    ),
+)
 
 
 @settings(FUZZ, max_examples=150)

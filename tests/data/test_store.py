@@ -104,11 +104,13 @@ DAMAGES = {
     "cut short": lambda path: os.truncate(path / "ids", 8),
     "no manifest": lambda path: (path / "manifest.json").unlink(),
     "half a manifest": lambda path: (path / "manifest.json").write_text('{"version": 1, "counts"'),
-    "another version": lambda path: (path / "manifest.json").write_text(json.dumps(json.loads((path / "manifest.json").read_text()) | {"version": 0})),
+    "another version": lambda path: (path / "manifest.json").write_text(
+        json.dumps(json.loads((path / "manifest.json").read_text()) | {"version": 0})
+    ),
     "a part is missing": lambda path: (path / "spans").unlink(),
     "empty": lambda path: [file.unlink() for file in path.iterdir()],
     "no directory": shutil.rmtree,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DAMAGES)

@@ -156,9 +156,13 @@ def test_marks_of_the_template_are_transformers_assistant_mask(title):
     messages[1]["weight"] = 0
     if title == "chatml":
         (documents,) = ConversationTokenizer(words, "responses")([Conversation("row", messages)])
-        assert [(words.decode(documents[0].ids[span.begin : span.end]), span.weight) for span in documents[0].spans] == [
-            ("4<|im_end|>", 0.5), ("6<|im_end|>", 1.0),
-        ]  # fmt: skip
+        assert [
+            (words.decode(documents[0].ids[span.begin : span.end]), span.weight)
+            for span in documents[0].spans
+        ] == [
+            ("4<|im_end|>", 0.5),
+            ("6<|im_end|>", 1.0),
+        ]
 
 
 def answers(words, messages, train_on="responses", **options):
@@ -196,7 +200,7 @@ def test_thoughts_are_what_the_assistant_says():
     assert [text for text, _ in answers(words, two)] == [
         "<think>\none and one\n</think>\n\n2<|im_end|>",
         "<think>\nit is\n</think>\n\nyes<|im_end|>",
-    ]  # fmt: skip
+    ]
     (error,) = ConversationTokenizer(words, "responses")(
         [Conversation("row", talk("1+1?", "<think>\nhm\n</think>\n\n2"))]
     )
@@ -224,7 +228,7 @@ def test_calls_of_tools_are_what_the_assistant_says_and_tools_reach_the_template
     assert [text for text, _ in answers(words, messages, tools=tools_)] == [
         '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><|im_end|>',
         "It is 2.<|im_end|>",
-    ]  # fmt: skip
+    ]
     (documents,) = ConversationTokenizer(words, "responses")(
         [Conversation("row", messages, options={"tools": tools_})]
     )
@@ -253,7 +257,10 @@ def test_base_models_have_one_plain_format_in_training_and_generation():
     words = tools.byte_tokenizer(None, "</s>", add_bos=True)
     row = Conversation("row", talk("1", "2", "3", "4", system="Add."))
     example = tools.tokenize(words, row, "responses")
-    whole = "<s>### System:\nAdd.\n\n### User:\n1\n\n### Assistant:\n2</s>\n\n### User:\n3\n\n### Assistant:\n4</s>\n\n"
+    whole = (
+        "<s>### System:\nAdd.\n\n### User:\n1\n\n### Assistant:\n2</s>\n\n"
+        "### User:\n3\n\n### Assistant:\n4</s>\n\n"
+    )
     assert words.decode(example.ids) == whole
     assert words.decode(example.ids[example.supervised]) == "2</s>4</s>"
     prompt = prompt_ids(words, row)

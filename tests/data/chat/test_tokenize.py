@@ -171,7 +171,10 @@ def test_a_prompt_that_is_no_token_prefix_is_masked_by_characters(smollm2):
     the mask must not shift.
     """
     tokenizer = resolve(str(smollm2)).tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+    )
     messages = [
         {"role": "user", "content": "The capital is Par"},
         {"role": "assistant", "content": "is, in France"},

@@ -20,31 +20,80 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments":
 FORMATS = {
     "messages": ({"messages": [S, U, A]}, "messages", [S, U, A]),
     "messages with nulls, as Parquet has them": (
-        {"messages": [{**U, "name": None, "tool_calls": None}, {**A, "weight": None}]}, "messages",
+        {"messages": [{**U, "name": None, "tool_calls": None}, {**A, "weight": None}]},
+        "messages",
         [U, A],
     ),
-    "content in parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?"}]}, A]}, "messages", [U, A]),
+    "content in parts": (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?"}],
+                },
+                A,
+            ]
+        },
+        "messages",
+        [U, A],
+    ),
     "calls of tools with arguments as text": (
-        {"messages": [U, {"role": "assistant", "content": None, "tool_calls": [CALL | {"function": {"name": "add", "arguments": '{"a": 1}'}}]}]},
-        "messages", [U, {"role": "assistant", "tool_calls": [CALL], "content": ""}],
+        {
+            "messages": [
+                U,
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [CALL | {"function": {"name": "add", "arguments": '{"a": 1}'}}],
+                },
+            ]
+        },
+        "messages",
+        [U, {"role": "assistant", "tool_calls": [CALL], "content": ""}],
     ),
     "weights": ({"messages": [U, A | {"weight": 0}]}, "messages", [U, A | {"weight": 0.0}]),
     "prompt and completion": ({"prompt": "1+1?", "completion": "2"}, "prompt-completion", [U, A]),
-    "prompt and completion as messages": ({"prompt": [S, U], "completion": [A]}, "prompt-completion", [S, U, A]),
+    "prompt and completion as messages": (
+        {"prompt": [S, U], "completion": [A]},
+        "prompt-completion",
+        [S, U, A],
+    ),
     "alpaca": ({"instruction": "1+1?", "input": "", "output": "2"}, "alpaca", [U, A]),
-    "alpaca with an input": ({"instruction": "Add.", "input": "1 1", "output": "2"}, "alpaca", [{"role": "user", "content": "Add.\n\n1 1"}, A]),
+    "alpaca with an input": (
+        {"instruction": "Add.", "input": "1 1", "output": "2"},
+        "alpaca",
+        [{"role": "user", "content": "Add.\n\n1 1"}, A],
+    ),
     "alpaca with a system and a history": (
         {"instruction": "1+1?", "output": "2", "system": "Add.", "history": [["0?", "0"]]},
         "alpaca",
         [S, {"role": "user", "content": "0?"}, {"role": "assistant", "content": "0"}, U, A],
     ),
     "sharegpt": (
-        {"conversations": [{"from": "system", "value": "Add."}, {"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]}, "sharegpt", [S, U, A],
+        {
+            "conversations": [
+                {"from": "system", "value": "Add."},
+                {"from": "human", "value": "1+1?"},
+                {"from": "gpt", "value": "2"},
+            ]
+        },
+        "sharegpt",
+        [S, U, A],
     ),
-    "sharegpt with a system beside": ({"system": "Add.", "conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2", "weight": 2}]}, "sharegpt", [S, U, A | {"weight": 2.0}]),
+    "sharegpt with a system beside": (
+        {
+            "system": "Add.",
+            "conversations": [
+                {"from": "human", "value": "1+1?"},
+                {"from": "gpt", "value": "2", "weight": 2},
+            ],
+        },
+        "sharegpt",
+        [S, U, A | {"weight": 2.0}],
+    ),
     "conversations with roles": ({"conversations": [U, A]}, "sharegpt", [U, A]),
     "text": ({"text": "Once."}, "text", [{"role": "assistant", "content": "Once."}]),
-}  # fmt: skip
+}
 
 
 def row(value):
@@ -91,27 +140,97 @@ def test_keys_of_several_formats_are_one_format(name):
 
 BAD = {
     "no known key": ({"question": "x", "answer": "y"}, "auto", "Say which columns hold what"),
-    "a role in capitals": ({"messages": [U | {"role": "User"}]}, "auto", "messages[0]: unknown role 'User'"),
-    "a role that is a list": ({"messages": [U | {"role": ["user"]}]}, "auto", "unknown role ['user']"),
-    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "auto", "parts that are not text"),
-    "null content": ({"messages": [U, {"role": "assistant", "content": None}]}, "auto", "messages[1]: 'content' is not a string"),
-    "arguments that are not JSON": (
-        {"messages": [U, {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": "{"}}]}]}, "auto", "the tool call 'add' are not valid JSON",
+    "a role in capitals": (
+        {"messages": [U | {"role": "User"}]},
+        "auto",
+        "messages[0]: unknown role 'User'",
     ),
-    "calls that are a number": ({"messages": [A | {"tool_calls": 3}]}, "auto", "'tool_calls' is not a list"),
-    "tools that are a number": ({"messages": [A], "tools": 3}, "auto", "'tools' is not a list of objects"),
-    "tools that are not JSON": ({"messages": [A], "tools": "{"}, "auto", "'tools' is not valid JSON"),
-    "a negative weight": ({"messages": [A | {"weight": -1}]}, "auto", "'weight' is -1, not a number from 0 on"),
+    "a role that is a list": (
+        {"messages": [U | {"role": ["user"]}]},
+        "auto",
+        "unknown role ['user']",
+    ),
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "auto",
+        "parts that are not text",
+    ),
+    "null content": (
+        {"messages": [U, {"role": "assistant", "content": None}]},
+        "auto",
+        "messages[1]: 'content' is not a string",
+    ),
+    "arguments that are not JSON": (
+        {
+            "messages": [
+                U,
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"function": {"name": "add", "arguments": "{"}}],
+                },
+            ]
+        },
+        "auto",
+        "the tool call 'add' are not valid JSON",
+    ),
+    "calls that are a number": (
+        {"messages": [A | {"tool_calls": 3}]},
+        "auto",
+        "'tool_calls' is not a list",
+    ),
+    "tools that are a number": (
+        {"messages": [A], "tools": 3},
+        "auto",
+        "'tools' is not a list of objects",
+    ),
+    "tools that are not JSON": (
+        {"messages": [A], "tools": "{"},
+        "auto",
+        "'tools' is not valid JSON",
+    ),
+    "a negative weight": (
+        {"messages": [A | {"weight": -1}]},
+        "auto",
+        "'weight' is -1, not a number from 0 on",
+    ),
     "a weight that is true": ({"messages": [A | {"weight": True}]}, "auto", "'weight' is True"),
-    "completion null": ({"prompt": "x", "completion": None}, "auto", "'completion' is of type NoneType, not a string"),
-    "a speaker nobody knows": ({"conversations": [{"from": "narrator", "value": "x"}]}, "auto", "unknown speaker 'narrator'"),
-    "a speaker that is a list": ({"conversations": [{"from": [], "value": "x"}]}, "auto", "unknown speaker []"),
-    "a turn without words": ({"conversations": [{"from": "gpt"}]}, "auto", "conversations[0]: not an object with 'from'"),
-    "a history that is a text": ({"instruction": "x", "output": "y", "history": "z"}, "auto", "'history' is not a list of pairs"),
+    "completion null": (
+        {"prompt": "x", "completion": None},
+        "auto",
+        "'completion' is of type NoneType, not a string",
+    ),
+    "a speaker nobody knows": (
+        {"conversations": [{"from": "narrator", "value": "x"}]},
+        "auto",
+        "unknown speaker 'narrator'",
+    ),
+    "a speaker that is a list": (
+        {"conversations": [{"from": [], "value": "x"}]},
+        "auto",
+        "unknown speaker []",
+    ),
+    "a turn without words": (
+        {"conversations": [{"from": "gpt"}]},
+        "auto",
+        "conversations[0]: not an object with 'from'",
+    ),
+    "a history that is a text": (
+        {"instruction": "x", "output": "y", "history": "z"},
+        "auto",
+        "'history' is not a list of pairs",
+    ),
     "a text that is a list": ({"text": ["x"]}, "auto", "'text' is of type list"),
-    "a question without choices": ({"question": "x", "answer": 0}, "choice", "the key 'choices' is missing"),
-    "preferences": ({"prompt": "x", "chosen": "y", "rejected": "z"}, "auto", "data.columns={completion: chosen}"),
-}  # fmt: skip
+    "a question without choices": (
+        {"question": "x", "answer": 0},
+        "choice",
+        "the key 'choices' is missing",
+    ),
+    "preferences": (
+        {"prompt": "x", "chosen": "y", "rejected": "z"},
+        "auto",
+        "data.columns={completion: chosen}",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BAD)

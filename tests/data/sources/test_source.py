@@ -197,8 +197,10 @@ def test_what_is_no_source(tmp_path):
     (tmp_path / "rows.xlsx").write_bytes(b"x")
     (tmp_path / "empty").mkdir()
     for name, expected in (
-        ("rows.xlsx", "files of this kind are not read"), ("nowhere.jsonl", "is not a file"), ("empty", "has no data file"),
-    ):  # fmt: skip
+        ("rows.xlsx", "files of this kind are not read"),
+        ("nowhere.jsonl", "is not a file"),
+        ("empty", "has no data file"),
+    ):
         with pytest.raises(UserError, match=expected):
             read(tmp_path / name)
     with pytest.raises(UserError, match=r"gs://nobody/rows.jsonl: .*install gcsfs"):
@@ -305,9 +307,11 @@ def test_data_sets_of_the_hub(tmp_path, monkeypatch):
     settings = json.dumps([{}, {"split": "test"}, {"rows": 2}])
     with serve(Sets) as address:
         environment = os.environ | {
-            "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(tmp_path), "HF_DATASETS_OFFLINE": "0",
-        }  # fmt: skip
+            "HF_ENDPOINT": address,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path),
+            "HF_DATASETS_OFFLINE": "0",
+        }
         done = subprocess.run(
             [sys.executable, "-c", code, settings],
             capture_output=True,
