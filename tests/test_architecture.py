@@ -323,3 +323,11 @@ def test_help_and_import_load_nothing_heavy(arguments):
     assert (
         time.monotonic() - began < 5
     )  # half a second on a quiet machine; this only catches a slip of a heavy import
+
+
+def test_the_fast_tests_cover_every_package():
+    lines = (ROOT / "tests" / "fast.txt").read_text().splitlines()
+    folders = {line.split("/")[1] for line in lines if not line.startswith("#")}
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    elsewhere = {"tracking"}  # by the runs of tests/workflows and by the pages of tests/report
+    assert not packages - folders - elsewhere

@@ -10,8 +10,8 @@ from flax import nnx
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 
-from jaxtune.adapters.config import LoRAConfig
 from jaxtune.adapters.inject import adapted, inject, partition_trainable
+from jaxtune.adapters.lora import LoRAConfig
 from jaxtune.core.errors import RunError, UserError
 from jaxtune.data.batch import Batch
 from jaxtune.objectives.objective import DETERMINISTIC
@@ -25,7 +25,7 @@ from tests.support import peft_side, tools
 from tests.support.adapters import with_adapter
 from tests.support.cases import thinned
 
-TEXTS = verify.padded([[5, 9, 200, 7, 3], [1, 2, 3, 4, 5, 6, 7]])
+TEXTS = verify.pad_texts([[5, 9, 200, 7, 3], [1, 2, 3, 4, 5, 6, 7]])
 
 
 VARIANTS = {

@@ -137,6 +137,7 @@ def test_what_cudnn_is_asked_for(window):
         assert_equals_the_formula(run, mask, None, jnp.bfloat16, 0.06)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="no NVIDIA GPU here")
 @pytest.mark.parametrize("window", [None, 50])
 def test_cudnn(window):
