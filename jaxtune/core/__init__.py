@@ -1,1 +1,1 @@
-"""What every layer uses: errors, files, dtypes, mesh and axis rules."""
+"""The foundation of every layer: errors, files, dtypes, devices, mesh and sharding rules."""

@@ -1,8 +1,8 @@
-"""Several processes of one run: how they find each other, speak as one, and end together.
+"""The processes of a run: how they find each other, agree, and end together.
 
-Every process runs the same program; what is printed and written is the first one's, the lead's. A
-process that fails tells the others, which then end too; one that dies untold is missed by JAX's
-heartbeat, which ends them within `HEARTBEAT` seconds and a few more.
+Every process runs the same program; only process 0, the main process, prints and writes. A process
+that fails tells the others, which then end too. One that dies without a word misses JAX's
+heartbeat, which ends the others shortly after `HEARTBEAT` seconds.
 """
 
 import atexit
@@ -29,22 +29,20 @@ from jaxtune.core.errors import Interrupted, UserError, status
 
 HEARTBEAT = 20
 _FAILURE, _SHOWN = "jaxtune/failure", "jaxtune/shown"
-_LONGEST = (
-    24 * 3600 * 1000
-)  # milliseconds that one process may let the others wait, say while it downloads a model
+# Milliseconds that a process may keep the others waiting, for example while it downloads a model.
+_LONGEST = 24 * 3600 * 1000
 _GRACE, _LOOK = 5.0, 1.0
-_numbers = (
-    count()
-)  # every process asks in the same order, so the same number means the same question
+# Every process asks in the same order, so the same number means the same question.
+_numbers = count()
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What started the processes.
+    """The launcher of the processes.
 
     Attributes:
-        name: for a message.
-        arguments: of `jax.distributed.initialize`.
+        name: its name, for messages.
+        arguments: the arguments of `jax.distributed.initialize`.
 
     """
 
@@ -53,14 +51,14 @@ class Cluster:
 
 
 def find_cluster(environment: Mapping[str, str], has_tpu: bool = False) -> Cluster | None:
-    """What started this process beside others, by its environment; None where it is alone.
+    """Return the launcher that the environment names; None for a single process.
 
     Args:
-        environment: the process's.
+        environment: the environment of this process.
         has_tpu: whether this is a host of TPUs, where JAX asks the cloud.
 
     Raises:
-        UserError: settings that are there in part.
+        UserError: only a part of the settings is there.
 
     """
     if address := environment.get("JAX_COORDINATOR_ADDRESS"):
@@ -79,16 +77,16 @@ def find_cluster(environment: Mapping[str, str], has_tpu: bool = False) -> Clust
     if has_tpu and environment.get("JAX_PLATFORMS", "tpu").startswith("tpu"):
         hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
         slices = int(environment.get("MEGASCALE_NUM_SLICES") or 1)
-        alone = hosts is not None and "," not in hosts and slices == 1
-        return None if alone else Cluster("Cloud TPU")
+        is_single = hosts is not None and "," not in hosts and slices == 1
+        return None if is_single else Cluster("Cloud TPU")
     return None
 
 
 def explicit_cluster(address: str, total: int, number: int) -> Cluster:
-    """Processes that were told where the first is, how many they are and which this is.
+    """Return a cluster from the address of process 0, the number of processes and this one's.
 
     Raises:
-        UserError: numbers that cannot be.
+        UserError: the address or a number is invalid.
 
     """
     if ":" not in address:
@@ -97,48 +95,50 @@ def explicit_cluster(address: str, total: int, number: int) -> Cluster:
         raise UserError(
             f"--process {number}: with {total} processes they are numbered 0 to {total - 1}."
         )
-    where = {"coordinator_address": address, "num_processes": total, "process_id": number}
-    return Cluster("given", where | {"cluster_detection_method": "deactivate"})
+    arguments = {
+        "coordinator_address": address,
+        "num_processes": total,
+        "process_id": number,
+        "cluster_detection_method": "deactivate",
+    }
+    return Cluster("given", arguments)
 
 
 def _slurm(environment: Mapping[str, str]) -> Cluster:
-    """A step of SLURM. A task has all GPUs of its node that it sees, or where several tasks see
-    the same its share of them.
+    """Return the cluster of a step of SLURM.
+
+    A task has every GPU that it sees; where several tasks of a node see the same ones, its share.
     """
     nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
     job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", "0"))
-    port = 61440 + (job * 31 + step) % 4096  # beyond what systems give to outgoing connections
+    port = 61440 + (job * 31 + step) % 4096  # above the ports of outgoing connections
     number, local = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
-    found = explicit_cluster(
-        f"{first_host(nodes)}:{port}", int(environment["SLURM_STEP_NUM_TASKS"]), number
-    )
+    total = int(environment["SLURM_STEP_NUM_TASKS"])
+    arguments = explicit_cluster(f"{first_host(nodes)}:{port}", total, number).arguments
     tasks = re.split(r"[(,]", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0]
     gpus = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     if int(tasks) > 1 and len(gpus) > 1 and len(gpus) % int(tasks) == 0:
         share = len(gpus) // int(tasks)
-        return Cluster(
-            "SLURM",
-            found.arguments | {"local_device_ids": list(range(local * share, (local + 1) * share))},
-        )
-    return Cluster("SLURM", found.arguments)
+        arguments |= {"local_device_ids": list(range(local * share, (local + 1) * share))}
+    return Cluster("SLURM", arguments)
 
 
 def first_host(nodes: str) -> str:
-    """The first name in SLURM's short form of a list: n[3-5,9],m1 begins with n3."""
-    found = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", nodes)
-    assert found is not None
-    return found[1] + (found[2] or "") + (found[3] or "")
+    """Return the first host in SLURM's compressed list: n[3-5,9],m1 begins with n3."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", nodes)
+    assert match is not None
+    return match[1] + (match[2] or "") + (match[3] or "")
 
 
 def start(cluster: Cluster | None = None) -> None:
-    """Join the other processes, where there are any; call before the first computation. A second
-    call does nothing.
+    """Join the other processes, if there are any, before the first computation. A second call does
+    nothing.
 
     Args:
-        cluster: where they are; found by itself by default.
+        cluster: the launcher; by default the one that the environment names.
 
     Raises:
-        UserError: the others do not come.
+        UserError: the processes do not find each other.
 
     """
     import jax
@@ -156,12 +156,12 @@ def start(cluster: Cluster | None = None) -> None:
             f"The processes of this run ({cluster.name}) did not find each other: {reason}"
         ) from None
     if jax.process_count() > 1:
-        over = threading.Event()
+        ended = threading.Event()
         watcher = threading.Thread(
-            target=_watch, args=(over,), name="jaxtune-failures", daemon=True
+            target=_watch, args=(ended,), name="jaxtune-failures", daemon=True
         )
         watcher.start()
-        atexit.register(lambda: (over.set(), watcher.join()))  # before JAX leaves the others
+        atexit.register(lambda: (ended.set(), watcher.join()))  # before JAX leaves the others
 
 
 def _has_tpu() -> bool:
@@ -171,8 +171,8 @@ def _has_tpu() -> bool:
 
 
 def only_compiles_for_tpu() -> bool:
-    """Whether the compiler for TPUs is installed (for plans), and neither a TPU nor JAX for
-    another accelerator is there.
+    """Return whether the compiler for TPUs is installed (for plans), and neither a TPU nor JAX for
+    another accelerator.
     """
     others = any(
         importlib.util.find_spec(name)
@@ -182,14 +182,14 @@ def only_compiles_for_tpu() -> bool:
 
 
 def is_multiprocess() -> bool:
-    """Whether there are other processes."""
+    """Return whether there are other processes."""
     import jax
 
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def require_single_process(command: str) -> None:
-    """Refuse to go on as one of several.
+    """Refuse a command that one process alone can run.
 
     Raises:
         UserError: there are other processes.
@@ -197,34 +197,37 @@ def require_single_process(command: str) -> None:
     """
     if is_multiprocess():
         raise UserError(
-            f"{command} runs in one process, and there are several. Start it once, on one machine."
+            f"{command} runs in a single process, and there are several. Start it once, on one "
+            "machine."
         )
 
 
 def is_main() -> bool:
-    """Whether this process prints and writes."""
+    """Return whether this is the main process, which prints and writes."""
     import jax
 
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def broadcast_from_main(ask: Callable[[], Any]) -> Any:
-    """What the lead's `ask` returns, which JSON must hold; only the lead calls it."""
+    """Return on every process what `ask` returns on the main one, which alone calls it: a JSON
+    value.
+    """
     if not is_multiprocess():
         return ask()
     client, key = _client(), f"jaxtune/said/{next(_numbers)}"
     if is_main():
-        said = ask()
-        client.key_value_set(key, json.dumps(said))
-        return said
+        answer = ask()
+        client.key_value_set(key, json.dumps(answer))
+        return answer
     return json.loads(client.blocking_key_value_get(key, _LONGEST))
 
 
 def assert_same(what: str, value: str) -> None:
-    """That all processes have the same `value`.
+    """Check that all processes have the same `value`.
 
     Raises:
-        UserError: this one has another than the lead.
+        UserError: this process has another one than the main process.
 
     """
     if broadcast_from_main(lambda: value) != value:
@@ -240,7 +243,7 @@ def barrier(name: str) -> None:
 
 
 def fetch(tree: Any) -> Any:
-    """The arrays of a tree as numpy arrays, whole, on every process; all must ask."""
+    """Return a tree's arrays as full numpy arrays on every process; all processes must call it."""
     import jax
     from jax.experimental import multihost_utils
 
@@ -254,10 +257,10 @@ def fetch(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def main_only_path(target: Path) -> Iterator[Path]:
-    """Where this process writes what only the lead keeps: `target`, for the others a place of their
-    own that is removed.
+    """Give the path to write what only the main process keeps: `target` there, a temporary path on
+    the other processes.
 
-    So all run the same code, and what they must compute together to write it they do.
+    All processes thus run the same code, which may compute together what it writes.
     """
     if is_main():
         yield target
@@ -271,10 +274,10 @@ def main_only_path(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def fail_together() -> Iterator[None]:
-    """What fails in here ends all processes: the lead prints the first error, and each exits with
-    its status.
+    """End all processes where one fails inside: the main process prints the first error, and each
+    exits with its status.
 
-    A process that is alone is left to its own.
+    Without other processes the error is raised as usual.
     """
     try:
         yield
@@ -293,24 +296,22 @@ def fail_all(error: Exception) -> None:
 
 
 def _report(error: BaseException) -> None:
-    """Tell the others, and leave it to the lead to print; without it, raise here."""
+    """Tell the other processes, and let the main one print; raise here where it does not answer."""
     import jax
 
     if os.environ.get("JAXTUNE_DEBUG") == "1":
         traceback.print_exception(error)
-    client, lead = _client(), is_main()
-    message = json.dumps(
-        {
-            "process": jax.process_index(),
-            "text": str(error) or type(error).__name__,
-            "status": status(error),
-        }
-    )
+    client, is_printing = _client(), is_main()
+    message = {
+        "process": jax.process_index(),
+        "text": str(error) or type(error).__name__,
+        "status": status(error),
+    }
     try:
-        client.key_value_set(_FAILURE, message)
-    except jax.errors.JaxRuntimeError:  # another was first
+        client.key_value_set(_FAILURE, json.dumps(message))
+    except jax.errors.JaxRuntimeError:  # another process was first
         time.sleep(_GRACE)
-    if lead:
+    if is_printing:
         _show_and_leave(client)
     try:
         client.blocking_key_value_get(_SHOWN, int(_GRACE * 1000))
@@ -319,15 +320,15 @@ def _report(error: BaseException) -> None:
     _leave(status(error))
 
 
-def _watch(over: threading.Event) -> None:
+def _watch(ended: threading.Event) -> None:
     """Look for a failure of any process, and end with it."""
     import jax
 
     client = _client()
-    while not over.wait(_LOOK):
+    while not ended.wait(_LOOK):
         try:
             message = json.loads(client.key_value_try_get(_FAILURE))
-        except jax.errors.JaxRuntimeError:  # there is none
+        except jax.errors.JaxRuntimeError:  # no process has failed
             continue
         if is_main():
             _show_and_leave(client)
@@ -341,12 +342,12 @@ def _show_and_leave(client: Any) -> None:
     where = f"process {failed['process']}: " if failed["process"] else ""
     print(f"jaxtune: {where}{failed['text']}", file=sys.stderr, flush=True)
     client.key_value_set(_SHOWN, "", allow_overwrite=True)
-    time.sleep(_GRACE / 2)  # the others ask this process
+    time.sleep(_GRACE / 2)  # the others still read from this process
     _leave(failed["status"])
 
 
 def _leave(status: int) -> None:
-    """End at once: the others are not waited for, as a normal end would."""
+    """End at once; a normal exit would wait for the other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -359,9 +360,7 @@ def _index() -> int:
 
 
 def _client() -> Any:
-    """The processes' common notice board. JAX has no public name for it; orbax takes it from
-    here too.
-    """
+    """Return the processes' key-value store. JAX has no public name for it; orbax uses this one."""
     from jax._src import distributed
 
     return distributed.global_state.client

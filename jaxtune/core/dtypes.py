@@ -1,4 +1,4 @@
-"""Names of number formats, and what 'auto' means on this machine."""
+"""The dtypes by name, and what 'auto' means on this machine."""
 
 import jax
 import jax.numpy as jnp
@@ -14,27 +14,27 @@ DTYPES: dict[str, np.dtype] = {
 
 
 def compute_dtype(name: str) -> np.dtype:
-    """The dtype of activations and matrix products: 'auto' is bfloat16 on accelerators, float32
-    on CPU.
+    """Return the dtype of activations and matrix products: 'auto' is bfloat16 on accelerators,
+    float32 on CPU.
     """
     if name != "auto":
         return _named(name)
     return DTYPES["float32" if jax.default_backend() == "cpu" else "bfloat16"]
 
 
-def storage_dtype(name: str, found: np.dtype, quantized: bool) -> np.dtype:
-    """The dtype a frozen weight is kept in.
+def storage_dtype(name: str, file_dtype: np.dtype, quantized: bool) -> np.dtype:
+    """Return the dtype in which a frozen weight is stored.
 
     Args:
-        name: the `model.dtype` key; 'auto' keeps what the file has.
-        found: the dtype in the file.
-        quantized: whether the file held a block-quantized tensor, which 'auto' keeps at the compute
-            precision.
+        name: the `model.dtype` key; 'auto' keeps the file's dtype.
+        file_dtype: the dtype in the file.
+        quantized: whether the tensor is block-quantized in the file; 'auto' then stores it in the
+            compute dtype.
 
     """
     if name != "auto":
         return _named(name)
-    return compute_dtype("auto") if quantized else found
+    return compute_dtype("auto") if quantized else file_dtype
 
 
 def _named(name: str) -> np.dtype:
@@ -46,7 +46,7 @@ def _named(name: str) -> np.dtype:
 
 
 def precision(dtype: np.dtype) -> jax.lax.Precision | None:
-    """What a matrix product of this dtype is computed with: float32 means float32 on every
-    platform, not TF32 or bfloat16 passes.
+    """Return the precision of matrix products of this dtype: float32 is computed as float32 on
+    every platform, not in TF32 or bfloat16 passes.
     """
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: write under a temporary name, then rename."""
+"""Files and folders that are complete or absent: written under a temporary name, then renamed."""
 
 import fcntl
 import json
@@ -14,9 +14,7 @@ from jaxtune.core.errors import UserError
 
 
 def shown(path: str | Path) -> str:
-    """A path as a person would type it: relative to the working directory where it lies below
-    it.
-    """
+    """Return a path as a person would type it: relative to the working directory, if inside it."""
     try:
         return str(Path(path).relative_to(Path.cwd()))
     except ValueError:
@@ -24,9 +22,7 @@ def shown(path: str | Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file at `path` by `text`; a reader sees the old file or the new one, never a
-    part.
-    """
+    """Replace the file at `path` by `text`; readers see the old text or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -42,25 +38,25 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
+    """Write `value` as indented JSON, completely or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
-    """Write `rows` as JSON Lines, whole or not at all."""
+    """Write `rows` as JSON Lines, completely or not at all."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The rows that `write_jsonl` wrote."""
+    """Return the rows that `write_jsonl` wrote."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in `path`.
+    """Return the JSON value in `path`.
 
     Raises:
-        UserError: the file is missing or is not JSON, with the line.
+        UserError: the file is missing, or is not JSON; with the line.
 
     """
     try:
@@ -85,9 +81,7 @@ def cache_root() -> Path:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file at `path`, which no two processes or threads do at a time; who comes
-    second waits.
-    """
+    """Hold the lock file at `path`; other processes and threads wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -95,7 +89,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def refuse_existing(target: Path) -> None:
-    """Nothing is overwritten.
+    """Refuse to overwrite what is at `target`.
 
     Raises:
         UserError: `target` is a file, or a directory that holds something.
@@ -109,8 +103,7 @@ def refuse_existing(target: Path) -> None:
 
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """A path in a temporary directory beside `target`; the file made there takes the name `target`
-    only if the block succeeds.
+    """Give a path beside `target` to write; the file takes the name `target` if the block succeeds.
 
     Raises:
         UserError: `target` exists.
@@ -128,12 +121,11 @@ def new_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A temporary sibling of `target` to fill; it takes the name `target` only if the block
-    succeeds.
+    """Give a directory beside `target` to fill; it takes the name `target` if the block succeeds.
 
     Args:
         target: the directory to make.
-        replace: whether an existing `target` is replaced (it is moved away only after success).
+        replace: whether an existing `target` is replaced, which happens only after success.
 
     Raises:
         UserError: `target` exists and is not empty, and `replace` is false.

@@ -1,4 +1,4 @@
-"""Logical axis names of arrays, and the one table that maps them to mesh axes."""
+"""The logical axes of arrays, and the one table that maps them to mesh axes."""
 
 import math
 from dataclasses import dataclass, fields
@@ -8,38 +8,38 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxtune.core.mesh import BATCH, CONTEXT, DATA, FSDP, SLICES, TENSOR
 
-type_axis = str | tuple[str, ...] | None
+MeshAxes = str | tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Where each logical axis lies on the mesh; changing a strategy edits one such object.
+    """The mesh axes of each logical axis; another sharding strategy is another such object.
 
-    A parameter's axes are shardable names (`embed`, `mlp`, `heads`, ...), an activation's `batch`,
-    `seq`, `act_embed`, ... Between layers, where activations wait for the backward pass, a sequence
-    is cut over the tensor axis too (`kept_seq`; Korthikanti et al. 2022, sequence parallelism): the
-    sum over the parts of a product and the cut are one reduce-scatter.
+    Parameters have axes such as `embed`, `mlp` and `heads`, activations `batch` and `seq`.
+    Between layers, where activations are kept for the backward pass, a sequence is sharded over the
+    tensor axis too (`kept_seq`; Korthikanti et al. 2022, sequence parallelism): summing a product
+    over its shards and sharding the sequence are one reduce-scatter.
     """
 
-    batch: type_axis = BATCH
-    lookup: type_axis = (SLICES, DATA)
-    seq: type_axis = CONTEXT
-    kept_seq: type_axis = (CONTEXT, TENSOR)
-    tokens: type_axis = (*BATCH, CONTEXT)
-    act_embed: type_axis = None
-    act_heads: type_axis = TENSOR
-    act_mlp: type_axis = TENSOR
-    embed: type_axis = FSDP
-    heads: type_axis = TENSOR
-    kv_heads: type_axis = TENSOR
-    mlp: type_axis = TENSOR
-    vocab: type_axis = TENSOR
+    batch: MeshAxes = BATCH
+    lookup: MeshAxes = (SLICES, DATA)
+    seq: MeshAxes = CONTEXT
+    kept_seq: MeshAxes = (CONTEXT, TENSOR)
+    tokens: MeshAxes = (*BATCH, CONTEXT)
+    act_embed: MeshAxes = None
+    act_heads: MeshAxes = TENSOR
+    act_mlp: MeshAxes = TENSOR
+    embed: MeshAxes = FSDP
+    heads: MeshAxes = TENSOR
+    kv_heads: MeshAxes = TENSOR
+    mlp: MeshAxes = TENSOR
+    vocab: MeshAxes = TENSOR
     expert: str = TENSOR
-    rank: type_axis = None
-    layers: type_axis = None
+    rank: MeshAxes = None
+    layers: MeshAxes = None
 
     def spec(self, axes: tuple[str | None, ...]) -> PartitionSpec:
-        """The partition of an array whose dimensions have these logical names.
+        """Return the partition of an array whose dimensions have these logical axes.
 
         Raises:
             ValueError: two dimensions of one array would lie on the same mesh axis, or a name is
@@ -65,77 +65,72 @@ def partition_spec(
     shape: tuple[int, ...],
     rules: Rules = RULES,
 ) -> PartitionSpec:
-    """The partition of an array of this shape: of the mesh axes of a dimension as many, from the
-    first, as divide it.
+    """Return the partition of an array of this shape: each dimension is sharded over as many of its
+    mesh axes, from the first, as divide it.
 
     Args:
         mesh: the device mesh.
-        axes: logical names of the trailing dimensions; leading ones (stacked layers) are not
+        axes: logical axes of the trailing dimensions; leading ones (stacked layers) are not
             sharded.
         shape: the array's shape.
         rules: the table of axes.
 
     """
     spec = (None,) * (len(shape) - len(axes)) + tuple(rules.spec(axes))
-    return PartitionSpec(
-        *(_dividing(mesh, entry, size) for size, entry in zip(shape, spec, strict=True))
-    )
+    entries = zip(shape, spec, strict=True)
+    return PartitionSpec(*(_dividing_axes(mesh, entry, size) for size, entry in entries))
 
 
 def sharding(
     mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules = RULES
 ) -> NamedSharding:
-    """The sharding of a parameter; see `partition_spec`."""
+    """Return the sharding of a parameter; see `partition_spec`."""
     return NamedSharding(mesh, partition_spec(mesh, axes, shape, rules))
 
 
 def axis_size(mesh: Mesh | AbstractMesh, axis: str, rules: Rules = RULES) -> int:
-    """Into how many parts the mesh cuts a logical axis."""
+    """Return the number of shards of a logical axis on a mesh."""
     return math.prod(mesh.shape[name] for name in _names(getattr(rules, axis)))
 
 
 def is_multi_device() -> bool:
-    """Whether the current mesh has several devices."""
+    """Return whether the current mesh has several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
 
 
 def num_shards(axis: str, size: int) -> int:
-    """Into how many parts the current mesh cuts a logical axis of this size."""
+    """Return the number of shards of a logical axis of this size on the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return (
-        1
-        if mesh.empty
-        else math.prod(
-            mesh.shape[name] for name in _names(_dividing(mesh, getattr(RULES, axis), size))
-        )
-    )
+    if mesh.empty:
+        return 1
+    axes = _dividing_axes(mesh, getattr(RULES, axis), size)
+    return math.prod(mesh.shape[name] for name in _names(axes))
 
 
 def divides_evenly(axis: str, size: int) -> bool:
-    """Whether the current mesh cuts a logical axis of this size into equal parts."""
+    """Return whether the current mesh divides a logical axis of this size into equal shards."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and size % axis_size(mesh, axis) == 0
 
 
 def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Array:
-    """Pin an activation's layout on the current mesh; without a mesh of several devices it is
-    `x` itself.
-    """
+    """Constrain an activation's sharding on the current mesh; with one device return `x` itself."""
     if not is_multi_device():
         return x
     mesh = jax.sharding.get_abstract_mesh()
     return jax.lax.with_sharding_constraint(x, partition_spec(mesh, axes, x.shape, rules))
 
 
-def _names(entry: type_axis) -> tuple[str, ...]:
+def _names(entry: MeshAxes) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def _dividing(mesh: Mesh | AbstractMesh, entry: type_axis, size: int) -> type_axis:
+def _dividing_axes(mesh: Mesh | AbstractMesh, entry: MeshAxes, size: int) -> MeshAxes:
+    """Return the leading mesh axes whose product divides a size."""
     kept: list[str] = []
     for name in _names(entry):
-        if size % math.prod(mesh.shape[one] for one in (*kept, name)):
+        if size % math.prod(mesh.shape[axis] for axis in (*kept, name)):
             break
         kept.append(name)
     return tuple(kept) if len(kept) > 1 else kept[0] if kept else None

@@ -114,7 +114,7 @@ def test_flags_that_cannot_be(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_process_that_is_alone_is_the_lead():
+def test_a_single_process_is_the_main_one():
     assert is_main()
     assert not is_multiprocess()
     assert broadcast_from_main(lambda: {"a": 1}) == {"a": 1}

@@ -44,10 +44,8 @@ def test_a_file_that_fails_half_way_leaves_the_old_one_and_nothing_beside_it(tmp
     with pytest.raises(UnicodeEncodeError):
         write_text(target, "new \ud800")
     assert target.read_text() == "old"
-    with pytest.raises(RuntimeError), new_file(tmp_path / "other") as staging:
-        staging.write_text("part")
-        raise RuntimeError
-    with pytest.raises(RuntimeError), new_directory(tmp_path / "folder") as folder:
-        (folder / "part").write_text("part")
-        raise RuntimeError
+    with pytest.raises(ZeroDivisionError), new_file(tmp_path / "other") as staging:
+        staging.write_text(str(1 / 0))
+    with pytest.raises(ZeroDivisionError), new_directory(tmp_path / "folder") as folder:
+        (folder / "part").write_text(str(1 / 0))
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
