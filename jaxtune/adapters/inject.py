@@ -9,9 +9,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxtune.adapters.config import ALL_LINEAR, LoRAConfig, fits
-from jaxtune.adapters.lora import LoRAEmbedding, LoRALinear, LoRAParam, LoRASpec
-from jaxtune.adapters.tokens import TokenEmbedding, TokenLinear
+from jaxtune.adapters.config import ALL_LINEAR, AdapterConfig, matches
+from jaxtune.adapters.method import (
+    AdaptedLayer,
+    AdapterConstant,
+    AdapterMethod,
+    AdapterParam,
+    Site,
+    method_named,
+)
+from jaxtune.adapters.tokens import TOKEN_ROWS
 from jaxtune.core.errors import UserError, listed, nearest
 from jaxtune.core.sharding import sharding
 from jaxtune.models.config import ModelConfig
@@ -23,11 +30,11 @@ HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
 
 
 def module_names(path: tuple[Any, ...], config: ModelConfig) -> tuple[str, ...]:
-    """Hugging Face's names of the modules in one of ours, one a layer where it is a stack."""
+    """Return Hugging Face's names of the modules in one of ours, one a layer of a stack."""
     return tuple(name.removesuffix(".weight") for name in names_of((*path, "weight"), config)[1])
 
 
-def inject(model: CausalLM, config: LoRAConfig, seed: int, mesh: Mesh) -> None:
+def inject(model: CausalLM, config: AdapterConfig, seed: int, mesh: Mesh) -> None:
     """Put an adapter on the layers of `model` that `config` names, in place.
 
     A layer's draw depends on the seed, its path and its number, not on which other layers have an
@@ -38,57 +45,67 @@ def inject(model: CausalLM, config: LoRAConfig, seed: int, mesh: Mesh) -> None:
             adapted.
 
     """
+    method = method_named(config.method)
     _untie(model, config)
-    chosen = _chosen(model, config)
-    for path, part in chosen.items():
-        module, key = (
-            _at(model, path),
-            jax.random.fold_in(jax.random.key(seed), zlib.crc32(part.name.encode())),
-        )
-        if isinstance(module, Embedding):
-            if config.dora:
-                raise UserError(
-                    "DoRA on the embedding is not supported. Leave embed_tokens out of the targets."
-                )
-            new: nnx.Module = LoRAEmbedding(module, part, key)
-        else:
-            draw = partial(_draw, key, model.config, path)
-            new = LoRALinear(module, part, draw, dora=config.dora)
-        setattr(_at(model, path[:-1]), str(path[-1]), new)
+    for path, adapted_layers in _targets(model, config).items():
+        base, site = _at(model, path), _site(model, path, adapted_layers, seed)
+        if not isinstance(base, method.wraps):
+            raise UserError(
+                f"{method.title} on the embedding is not supported. Leave embed_tokens out of the "
+                "targets."
+            )
+        _replace(model, path, method.wrap(base, site, config))
     _train_whole(model, config)
-    _own_rows(model, config)
-    for _, variable in nnx.to_flat_state(nnx.state(model, LoRAParam)):
-        place = sharding(mesh, variable.get_metadata()["axes"], variable.shape)
-        variable.set_value(jax.device_put(variable[...], place))
+    _add_token_rows(model, config, method)
+    for _, variable in nnx.to_flat_state(nnx.state(model, _is_of_adapter)):
+        if axes := variable.get_metadata()["axes"]:
+            place = sharding(mesh, axes, variable.shape)
+            variable.set_value(jax.device_put(variable[...], place))
     model.adapter = config
 
 
 def partition_trainable(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """`(graphdef, trainable, frozen)`: the leaves of an adapter, but for those that only come with
-    it, or the weights that were loaded to be trained; and everything else.
+    """Return `(graphdef, trainable, frozen)`: the leaves that say that they train, which are those
+    of an adapter or the weights that were loaded to be trained, and everything else.
     """
-    graph, trainable, frozen = nnx.split(model, lambda _, leaf: _trains(leaf), ...)
+    graph, trainable, frozen = nnx.split(
+        model, lambda _, leaf: bool(leaf.get_metadata().get("trained", False)), ...
+    )
     return graph, trainable, frozen
 
 
-def _trains(leaf: Any) -> bool:
-    return (
-        leaf.trains
-        if isinstance(leaf, LoRAParam)
-        else bool(leaf.get_metadata().get("trained", False))
-    )
-
-
-def adapted(model: nnx.Module) -> dict[tuple[Any, ...], LoRALinear | LoRAEmbedding]:
-    """The modules that have an adapter, by path."""
+def adapted(model: nnx.Module) -> dict[tuple[Any, ...], Any]:
+    """Return the layers that `adapter.targets` put an adapter on, by path."""
     return {
         path: module
         for path, module in nnx.iter_modules(model)
-        if isinstance(module, LoRALinear | LoRAEmbedding)
+        if isinstance(module, AdaptedLayer) and module.by_target
     }
 
 
-def _chosen(model: CausalLM, config: LoRAConfig) -> dict[tuple[Any, ...], LoRASpec]:
+def exportable(model: CausalLM) -> CausalLM:
+    """Return the model with an adapter that PEFT's files can express; a model whose adapter is one
+    already, or that has none, is returned as it is.
+    """
+    if model.adapter is None:
+        return model
+    config = method_named(model.adapter.method).exportable(model.adapter)
+    if config is model.adapter:
+        return model
+    graph, state = nnx.split(model)
+    model = nnx.merge(graph, state)
+    for path, layer in adapted(model).items():
+        _replace(model, path, layer.exportable())
+    model.adapter = config
+    return model
+
+
+def _is_of_adapter(_: Any, variable: Any) -> bool:
+    return isinstance(variable, AdapterParam | AdapterConstant)
+
+
+def _targets(model: CausalLM, config: AdapterConfig) -> dict[tuple[Any, ...], tuple[bool, ...]]:
+    """Return the paths of the layers that get an adapter, and which of a stack do."""
     candidates = {
         path: module_names(path, model.config)
         for path, module in sorted(nnx.iter_modules(model), key=lambda item: str(item[0]))
@@ -97,31 +114,33 @@ def _chosen(model: CausalLM, config: LoRAConfig) -> dict[tuple[Any, ...], LoRASp
     everything = [name for names in candidates.values() for name in names]
     targets = (config.targets,) if isinstance(config.targets, str) else config.targets
     for target in targets:
-        wanted = target if isinstance(config.targets, str) else (target,)
-        if config.targets != ALL_LINEAR and not any(fits(wanted, name) for name in everything):
+        pattern = target if isinstance(config.targets, str) else (target,)
+        if config.targets != ALL_LINEAR and not any(matches(pattern, name) for name in everything):
             known = sorted({name.rpartition(".")[2] for name in everything})
             raise UserError(
                 f"adapter.targets: '{target}' matches no module; there are {listed(known, 20)}, "
                 f"or all-linear.{nearest(target, known)}"
             )
-    chosen = {}
+    hits = {}
     for path, names in candidates.items():
         in_block = isinstance(_at(model, path), Linear) and path[0] != HEAD
-        hits = [config.is_target(name, in_block) for name in names]
-        if any(hits):
-            ranks = tuple(
-                config.rank_of(name) if hit else 0 for name, hit in zip(names, hits, strict=True)
-            )
-            scales = tuple(
-                config.scale_of(name) if hit else 0.0 for name, hit in zip(names, hits, strict=True)
-            )
-            chosen[path] = LoRASpec(_generic(path), ranks, scales, config.dropout)
-    if not chosen:
+        hits[path] = tuple(config.is_target(name, in_block) for name in names)
+    hits = {path: layers for path, layers in hits.items() if any(layers)}
+    if not hits:
         raise UserError(
             f"adapter.targets: no module is left to adapt of {listed(targets)} after the choice "
             "of layers."
         )
-    return chosen
+    return hits
+
+
+def _site(
+    model: CausalLM, path: tuple[Any, ...], adapted_layers: tuple[bool, ...], seed: int
+) -> Site:
+    name = _generic(path)
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    uniform = partial(_draw, key, model.config, path)
+    return Site(name, module_names(path, model.config), adapted_layers, key, uniform)
 
 
 def _generic(path: tuple[Any, ...]) -> str:
@@ -131,8 +150,8 @@ def _generic(path: tuple[Any, ...]) -> str:
 def _draw(
     key: jax.Array, config: ModelConfig, path: tuple[Any, ...], shape: tuple[int, ...], bound: float
 ) -> jax.Array:
-    """A uniform factor: of a stack the rows of a draw for all layers of the model, however they
-    are cut into stacks.
+    """Draw a uniform factor: of a stack the rows of a draw for all layers of the model, however
+    these are divided into stacks.
     """
     if len(shape) == 2:
         return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
@@ -141,13 +160,13 @@ def _draw(
     return whole[layers.start : layers.stop]
 
 
-def _untie(model: CausalLM, config: LoRAConfig) -> None:
+def _untie(model: CausalLM, config: AdapterConfig) -> None:
     """Give a tied head its own module where the adapter trains the head or the embedding alone,
     as PEFT does.
     """
     if model.lm_head is not None:
         return
-    named = config.targets != ALL_LINEAR and fits(config.targets, HEAD)
+    named = config.targets != ALL_LINEAR and matches(config.targets, HEAD)
     if named or config.is_saved(HEAD) or config.is_saved(EMBEDDING):
         table = model.model.embed_tokens.weight
         with nnx.use_eager_sharding(False):
@@ -160,89 +179,84 @@ def _untie(model: CausalLM, config: LoRAConfig) -> None:
         model.lm_head = head
 
 
-def _train_whole(model: CausalLM, config: LoRAConfig) -> None:
+def _train_whole(model: CausalLM, config: AdapterConfig) -> None:
     """Make the weights of saved modules, and the biases that train, leaves of the adapter."""
     for path, module in list(nnx.iter_modules(model)):
+        layers = module.adapted if isinstance(module, AdaptedLayer) else ()
         for leaf in ("weight", "bias"):
             variable = getattr(module, leaf, None)
             if not isinstance(variable, nnx.Param):
                 continue
             names = module_names(path, model.config)
-            hits = {config.is_saved(name) for name in names}
-            with_bias = config.bias == "all" or (
-                config.bias == "lora_only" and isinstance(module, LoRALinear)
-            )
-            if hits == {True, False}:
+            saved = {config.is_saved(name) for name in names}
+            if saved == {True, False}:
                 raise UserError(
                     f"modules_to_save: {listed(config.saved)} takes some layers of "
                     f"{_generic(path)} only; name all of them."
                 )
-            if (
-                leaf == "bias"
-                and config.bias == "lora_only"
-                and isinstance(module, LoRALinear)
-                and 0 in module.part.ranks
-            ):
+            of_adapted = leaf == "bias" and config.bias == "lora_only" and bool(layers)
+            if of_adapted and not all(layers):
                 raise UserError(
                     f"bias: lora_only where some layers of {_generic(path)} only are adapted is "
                     "not supported; use none or all."
                 )
-            if True in hits or (leaf == "bias" and with_bias):
-                setattr(
-                    module,
-                    leaf,
-                    LoRAParam(
-                        variable[...].astype(jnp.float32), axes=variable.get_metadata()["axes"]
-                    ),
-                )
+            if True in saved or of_adapted or (leaf == "bias" and config.bias == "all"):
+                axes = variable.get_metadata()["axes"]
+                setattr(module, leaf, AdapterParam(variable[...].astype(jnp.float32), axes=axes))
 
 
-def _own_rows(model: CausalLM, config: LoRAConfig) -> None:
+def _add_token_rows(model: CausalLM, config: AdapterConfig, method: AdapterMethod) -> None:
     """Give the tokens that have rows of their own in the adapter those rows, which begin at what
     they are.
 
     Raises:
-        UserError: a module without rows of tokens, one that is adapted otherwise too, or an id that
-            it does not have.
+        UserError: a module without rows of tokens, one that is adapted otherwise too, an id that
+            it does not have, or a method that has no place for such rows.
 
     """
     rows = dict(config.tokens)
-    if unknown := [name for name in rows if not (fits((name,), EMBEDDING) or fits((name,), HEAD))]:
+    if rows and not method.token_rows:
+        raise UserError(
+            f"{method.title} has no place for rows of single tokens. To train new tokens set "
+            "adapter.modules_to_save=[embed_tokens, lm_head]."
+        )
+    unknown = [name for name in rows if not (matches((name,), EMBEDDING) or matches((name,), HEAD))]
+    if unknown:
         raise UserError(
             f"trainable_token_indices: {listed(unknown)} has no tokens; embed_tokens and lm_head "
             "have."
         )
-    for name, module in (("embed_tokens", model.model.embed_tokens), ("lm_head", model.lm_head)):
-        ids = rows.get(name, rows.get(f"model.{name}"))
-        if ids is None or (
-            module is None and ids == rows.get("embed_tokens")
-        ):  # a tied head has the embedding's
+    for name, path in (("embed_tokens", ("model", "embed_tokens")), ("lm_head", (HEAD,))):
+        module, ids = _at(model, path), rows.get(name, rows.get(f"model.{name}"))
+        tied = module is None and ids == rows.get("embed_tokens")  # it has the embedding's
+        if ids is None or tied:
             continue
-        untied = model.config.tie_embeddings and model.lm_head is not None
-        plain = (
-            module is not None
-            and type(module) in (Embedding, Linear)
-            and not isinstance(module.weight, LoRAParam)
+        _check_token_rows(model, name, module, ids)
+        _replace(model, path, TOKEN_ROWS.wrap(module, _site(model, path, (True,), 0), config))
+
+
+def _check_token_rows(model: CausalLM, name: str, module: Any, ids: tuple[int, ...]) -> None:
+    untied = model.config.tie_embeddings and model.lm_head is not None
+    plain = type(module) in (Embedding, Linear) and not isinstance(module.weight, AdapterParam)
+    if untied or not plain:
+        raise UserError(
+            f"{name}: rows of single tokens and another adapter on the same or a tied module "
+            "are not supported."
         )
-        if module is None or untied or not plain:
-            raise UserError(
-                f"{name}: rows of single tokens and another adapter on the same or a tied module "
-                "are not supported."
-            )
-        if not ids or min(ids) < 0 or max(ids) >= model.config.vocab_size:
-            tokens = listed(map(str, ids))
-            raise UserError(
-                f"trainable_token_indices: {name} has the tokens 0 to "
-                f"{model.config.vocab_size - 1}, not all of {tokens}."
-            )
-        if isinstance(module, Embedding):
-            model.model.embed_tokens = TokenEmbedding(module, ids, trains=config.tokens_train)
-        else:
-            model.lm_head = TokenLinear(module, ids, trains=config.tokens_train)
+    if not ids or min(ids) < 0 or max(ids) >= model.config.vocab_size:
+        tokens = listed(map(str, ids))
+        raise UserError(
+            f"trainable_token_indices: {name} has the tokens 0 to "
+            f"{model.config.vocab_size - 1}, not all of {tokens}."
+        )
 
 
 def _at(model: nnx.Module, path: tuple[Any, ...]) -> Any:
-    found: Any = model
+    module: Any = model
     for part in path:
-        found = found[part] if isinstance(part, int) else getattr(found, part)
-    return found
+        module = module[part] if isinstance(part, int) else getattr(module, part)
+    return module
+
+
+def _replace(model: nnx.Module, path: tuple[Any, ...], module: nnx.Module) -> None:
+    setattr(_at(model, path[:-1]), str(path[-1]), module)

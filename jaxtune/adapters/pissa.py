@@ -1,63 +1,136 @@
-"""PiSSA: an adapter that begins as the principal part of the weight it lies on (Meng et al. 2024).
+"""PiSSA: LoRA that begins as the principal part of the weight it lies on (Meng et al. 2024).
 
 The paper subtracts that part from the base. Here the base stays as it is and the start is
 subtracted in the forward pass, which computes the same and makes the first step exactly the base's;
 the export is an ordinary adapter of twice the rank.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
-from jaxtune.adapters.config import LoRAConfig
-from jaxtune.adapters.inject import adapted
-from jaxtune.adapters.lora import LoRAInit, LoRALinear, LoRAParam
+from jaxtune.adapters.lora import LoRA, LoRAConfig, LoRALinear, LoRASpec
+from jaxtune.adapters.method import AdaptedLayer, AdapterConstant, Site, register
+from jaxtune.adapters.products import low_rank
+from jaxtune.config.schema import AdapterSection
 from jaxtune.core.distributed import fetch
-from jaxtune.core.errors import UserError
-from jaxtune.core.sharding import sharding
-from jaxtune.models.decoder import CausalLM
+from jaxtune.models.layers import Dropout, Linear, matmul
 
 _OVERSAMPLING, _ITERATIONS = 32, 8
 
 
-def begin(model: CausalLM, mesh: Mesh) -> None:
-    """Set the factors of the model's adapter to the principal singular vectors, A = sqrt(S / scale)
-    V^T and B = U sqrt(S / scale).
+@dataclass(frozen=True)
+class PiSSAConfig(LoRAConfig):
+    """A low-rank adapter that begins as the principal part of its weights."""
 
-    Raises:
-        UserError: an adapter on the embedding.
+    method: ClassVar[str] = "pissa"
 
+
+class LoRAInit(AdapterConstant):
+    """A factor as it was when training began, which is subtracted."""
+
+
+class PiSSALinear(LoRALinear):
+    """y = x W^T (+ b) + scale ((x A^T) B^T - (x A0^T) B0^T), A0 and B0 being A and B at first."""
+
+    _fused = False
+
+    def __init__(self, base: Linear, spec: LoRASpec, a: jax.Array, b: jax.Array) -> None:
+        super().__init__(base, spec, a, b)
+        self.start_A = LoRAInit(jnp.copy(a), axes=self.lora_A.get_metadata()["axes"])
+        self.start_B = LoRAInit(jnp.copy(b), axes=self.lora_B.get_metadata()["axes"])
+
+    def _update(
+        self, dropped: Float[Array, "*batch in"], x: Float[Array, "*batch in"]
+    ) -> Float[Array, "*batch out"]:
+        update = super()._update(dropped, x)
+        return update - low_rank(x, self.start_A[...], self._scaled(self.start_B[...]))
+
+    def _head_factors(
+        self, x: jax.Array, dropout: Dropout | None
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        low, b = super()._head_factors(x, dropout)
+        start = matmul(x, self.start_A[...]), -self._scaled(self.start_B[...])
+        return [*low, start[0]], [*b, start[1]]
+
+    def exportable(self) -> LoRALinear:
+        """Return the layer with ordinary factors of twice the rank: [A; A0] and [B, -B0]."""
+        ranks, b0 = self.spec.ranks, self.start_B[...]
+        a = _joined(self.lora_A[...], self.start_A[...], ranks)
+        b = _joined(self.lora_B[...].swapaxes(-1, -2), -b0.swapaxes(-1, -2), ranks)
+        spec = replace(self.spec, ranks=tuple(2 * rank for rank in ranks))
+        return LoRALinear(self, spec, jnp.asarray(a), jnp.asarray(b.swapaxes(-1, -2)))
+
+
+def _joined(trained: Any, start: Any, ranks: tuple[int, ...]) -> np.ndarray:
+    """Return [A; A0] of every layer, its own ranks first."""
+    trained, start = fetch((trained, start))
+    whole = np.zeros((*trained.shape[:-2], 2 * trained.shape[-2], trained.shape[-1]), np.float32)
+    flat, first, second = (part.reshape(-1, *part.shape[-2:]) for part in (whole, trained, start))
+    for layer, rank in enumerate(ranks):
+        flat[layer, :rank], flat[layer, rank : 2 * rank] = first[layer, :rank], second[layer, :rank]
+    return whole
+
+
+class PiSSA(LoRA):
+    """Low-rank updates of linear layers, A = sqrt(S / scale) V^T and B = U sqrt(S / scale) at
+    first, from the principal singular values and vectors of W.
     """
-    for module in adapted(model).values():
-        if not isinstance(module, LoRALinear):
-            raise UserError(
-                "adapter.init=pissa on the embedding is not supported. Leave embed_tokens out of "
-                "the targets."
-            )
-        rank, stack = max(module.part.ranks), module.weight.shape[:-2]
-        weights = module.weight[...].astype(jnp.float32)
-        flat = weights.reshape(-1, *weights.shape[-2:]), module.scale[...].reshape(-1)
-        factors = jax.lax.map(partial(_principal, rank), flat)
-        for variable, start, value, axis in zip(
-            (module.lora_A, module.lora_B), ("start_A", "start_B"), factors, (-2, -1), strict=True
-        ):
-            shaped = value.reshape(*stack, *value.shape[1:])
-            shaped = jnp.where(module.part.within(shaped.shape, axis), shaped, 0.0)
-            axes = variable.get_metadata()["axes"]
-            placed = jax.device_put(shaped, sharding(mesh, axes, shaped.shape))
-            variable.set_value(placed)
-            setattr(module, start, nnx.data(LoRAInit(jnp.copy(placed), axes=axes)))
+
+    name = "pissa"
+    title = "PiSSA"
+    config = PiSSAConfig
+    wraps = (Linear,)
+    starts = "lora"
+
+    def describe(self, section: AdapterSection) -> str:
+        """See AdapterMethod."""
+        return f"{super().describe(section)} from the principal singular vectors"
+
+    def wrap(self, base: Any, site: Site, config: LoRAConfig) -> AdaptedLayer:
+        """See AdapterMethod."""
+        spec = LoRASpec.of(site, config)
+        return PiSSALinear(base, spec, *self.initial_factors(base, site, spec))
+
+    def initial_factors(
+        self, base: Linear, site: Site, spec: LoRASpec
+    ) -> tuple[jax.Array, jax.Array]:
+        """See LoRA."""
+        stack, weights = base.weight.shape[:-2], base.weight[...].astype(jnp.float32)
+        scales = spec.scale(stack)[...].reshape(-1)
+        layers = weights.reshape(-1, *weights.shape[-2:]), scales
+        a, b = (
+            factor.reshape(*stack, *factor.shape[1:])
+            for factor in jax.lax.map(partial(_principal, max(spec.ranks)), layers)
+        )
+        a = jnp.where(spec.within(a.shape, -2), a, 0.0)
+        return a, jnp.where(spec.within(b.shape, -1), b, 0.0)
+
+    def reads(self, raw: Any) -> bool:
+        """See AdapterMethod: what is written is an ordinary adapter."""
+        return False
+
+    def exportable(self, config: LoRAConfig) -> LoRAConfig:
+        """See AdapterMethod: twice the ranks with the same scales."""
+        factor = 2.0**0.5 if config.rslora else 2.0
+        ordinary = LoRAConfig(**vars(config))
+        return replace(
+            ordinary,
+            rank=2 * config.rank,
+            alpha=factor * config.alpha,
+            ranks=tuple((name, 2 * rank) for name, rank in config.ranks),
+            alphas=tuple((name, factor * alpha) for name, alpha in config.alphas),
+        )
 
 
 def _principal(rank: int, layer: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """`(A, B)` of one matrix, by subspace iteration (Halko et al. 2011, algorithm 4.4); exact
-    where all its directions fit.
+    """Return A and B of one matrix and scale, by subspace iteration (Halko et al. 2011, algorithm
+    4.4); exact where all its directions fit.
     """
     weight, scale = layer
     size = min(2 * rank + _OVERSAMPLING, *weight.shape)
@@ -72,48 +145,4 @@ def _principal(rank: int, layer: tuple[jax.Array, jax.Array]) -> tuple[jax.Array
     return root[:, None] * right[:rank], product(basis, left[:, :rank]) * root
 
 
-def as_lora(model: CausalLM) -> CausalLM:
-    """The same model with ordinary factors of twice the rank: [A; A0] and [B, -B0]. A model that
-    did not begin so is returned as it is.
-    """
-    if not any(getattr(module, "start_A", None) is not None for module in adapted(model).values()):
-        return model
-    graph, state = nnx.split(model)
-    model = nnx.merge(graph, state)
-    for module in adapted(model).values():
-        assert isinstance(module, LoRALinear)
-        assert module.start_A is not None
-        assert module.start_B is not None
-        ranks = module.part.ranks
-        a = _joined(module.lora_A[...], module.start_A[...], ranks)
-        b = _joined(
-            module.lora_B[...].swapaxes(-1, -2), -module.start_B[...].swapaxes(-1, -2), ranks
-        ).swapaxes(-1, -2)
-        module.lora_A = LoRAParam(jnp.asarray(a), axes=module.lora_A.get_metadata()["axes"])
-        module.lora_B = LoRAParam(jnp.asarray(b), axes=module.lora_B.get_metadata()["axes"])
-        module.part = replace(module.part, ranks=tuple(2 * rank for rank in ranks))
-        module.start_A = module.start_B = None
-    model.adapter = _doubled(model.adapter)
-    return model
-
-
-def _joined(trained: Any, start: Any, ranks: tuple[int, ...]) -> np.ndarray:
-    """[A; A0] of every layer, its own ranks first."""
-    trained, start = fetch((trained, start))
-    whole = np.zeros((*trained.shape[:-2], 2 * trained.shape[-2], trained.shape[-1]), np.float32)
-    flat, first, second = (part.reshape(-1, *part.shape[-2:]) for part in (whole, trained, start))
-    for layer, rank in enumerate(ranks):
-        flat[layer, :rank], flat[layer, rank : 2 * rank] = first[layer, :rank], second[layer, :rank]
-    return whole
-
-
-def _doubled(config: LoRAConfig) -> LoRAConfig:
-    """Twice the ranks with the same scales."""
-    factor = 2.0**0.5 if config.rslora else 2.0
-    return replace(
-        config,
-        rank=2 * config.rank,
-        alpha=factor * config.alpha,
-        ranks=tuple((name, 2 * rank) for name, rank in config.ranks),
-        alphas=tuple((name, factor * alpha) for name, alpha in config.alphas),
-    )
+register(PiSSA())

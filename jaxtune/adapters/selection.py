@@ -1,4 +1,4 @@
-"""Which weights train where there is no adapter, and where the stack of layers is cut for it."""
+"""Which weights train without an adapter, and where the stack of layers is divided for that."""
 
 import re
 from collections.abc import Iterable
@@ -22,8 +22,8 @@ class Selection:
 
     Attributes:
         entries: `all`, `last:N` (the last N layers), `norms`, `biases`, `embeddings`, `head`, and
-            regular expressions for consecutive parts of a tensor's name in Hugging Face's words,
-            such as `q_proj` or `layers.29`.
+            regular expressions for consecutive parts of a tensor's Hugging Face name, such as
+            `q_proj` or `layers.29`.
         layers: layers of the model.
 
     """
@@ -32,11 +32,11 @@ class Selection:
     layers: int
 
     def trains(self, name: str) -> bool:
-        """Whether the tensor of this name trains."""
+        """Return whether the tensor of this name trains."""
         return any(self._fits(entry, name) for entry in self.entries)
 
     def check(self, names: Iterable[str]) -> None:
-        """That each entry means something.
+        """Check that each entry means something.
 
         Raises:
             UserError: an entry that is no pattern, or that fits no tensor.
@@ -45,45 +45,39 @@ class Selection:
         names = list(names)
         for entry in self.entries:
             try:
-                hits = any(self._fits(entry, name) for name in names)
+                fits = any(self._fits(entry, name) for name in names)
             except re.error as error:
                 raise UserError(
                     f"trainable: {entry!r} is not a regular expression: {error}."
                 ) from None
-            if not hits:
+            if not fits:
                 tied = (
                     " The head is tied to the embedding: name embeddings."
                     if entry in ("head", "lm_head")
                     else ""
                 )
-                known = sorted(
-                    {
-                        part
-                        for name in names
-                        for part in name.split(".")[:-1]
-                        if not part.isdecimal()
-                    }
-                )
+                parts = {part for name in names for part in name.split(".")[:-1]}
+                known = sorted(part for part in parts if not part.isdecimal())
                 raise UserError(
                     f"trainable: '{entry}' fits no weight.{tied} There are all, last:N, "
                     f"{', '.join(_GROUPS)} and parts of names: {listed(known, 20)}."
                 )
 
     def layer_boundaries(self, names: Iterable[str]) -> tuple[int, ...]:
-        """The layers in which other tensors train than in the layer before."""
-        chosen: list[set[str]] = [set() for _ in range(self.layers)]
+        """Return the layers in which other tensors train than in the layer before."""
+        trained: list[set[str]] = [set() for _ in range(self.layers)]
         for name in names:
-            found = _LAYER.fullmatch(name)
-            if found and self.trains(name):
-                chosen[int(found[2])].add(found[3])
-        return tuple(at for at in range(1, self.layers) if chosen[at] != chosen[at - 1])
+            parts = _LAYER.fullmatch(name)
+            if parts and self.trains(name):
+                trained[int(parts[2])].add(parts[3])
+        return tuple(at for at in range(1, self.layers) if trained[at] != trained[at - 1])
 
     def _fits(self, entry: str, name: str) -> bool:
         if entry == EVERYTHING:
             return True
         if last := re.fullmatch(r"last:([1-9]\d*)", entry):
-            found = _LAYER.fullmatch(name)
-            return found is not None and int(found[2]) >= self.layers - int(last[1])
+            parts = _LAYER.fullmatch(name)
+            return parts is not None and int(parts[2]) >= self.layers - int(last[1])
         if entry in _GROUPS:
             return re.fullmatch(_GROUPS[entry], name) is not None
         return re.search(rf"(^|\.)({entry})(\.|$)", name) is not None

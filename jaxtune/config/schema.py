@@ -77,8 +77,10 @@ class ModelSection(Section):
 class AdapterSection(Section):
     """The trainable adapter."""
 
-    method: Annotated[Literal["lora", "dora", "none"], Trait.KEEPS_START] = "lora"
-    """The kind of adapter; none trains the weights themselves (see trainable)."""
+    method: Annotated[Literal["lora", "dora", "ia3", "none"], Trait.KEEPS_START] = "lora"
+    """The kind of adapter; none trains the weights themselves (see trainable). ia3 reads only
+    targets, exclude, modules_to_save and init; its paper has targets [k_proj, v_proj, down_proj].
+    """
     rank: Annotated[Count, Trait.KEEPS_START] = 16
     """Rank r of the update B A."""
     alpha: Annotated[Positive, Trait.KEEPS_START] = 32

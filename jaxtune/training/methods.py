@@ -1,4 +1,4 @@
-"""The technique of a run: which weights are loaded how, and which leaves of the model train."""
+"""The technique of a run: how the weights are loaded, and which leaves of the model train."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,11 +7,11 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxtune.adapters import pissa
-from jaxtune.adapters.config import LoRAConfig
+from jaxtune.adapters.config import AdapterConfig
 from jaxtune.adapters.inject import adapted, inject
+from jaxtune.adapters.method import COMMON_KEYS, AdapterMethod, method_named, method_of
 from jaxtune.config.schema import AdapterSection, Config
-from jaxtune.core.errors import UserError
+from jaxtune.core.errors import UserError, listed
 from jaxtune.core.sharding import sharding
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.families.from_hf import from_hf
@@ -20,9 +20,11 @@ from jaxtune.weights.peft import Adapter, attach, open_adapter
 from jaxtune.weights.source import Source
 from jaxtune.weights.vocabulary import ResizedSource
 
+_WITH_TOKENS = ("embed_tokens", "lm_head")  # what has a row for every token
+
 
 def selected(config: Config) -> tuple[str, ...]:
-    """The entries of `trainable` where weights train; empty with an adapter."""
+    """Return the entries of `trainable` where weights train; empty with an adapter."""
     if config.adapter.method != "none":
         return ()
     return (config.trainable,) if isinstance(config.trainable, str) else tuple(config.trainable)
@@ -31,11 +33,11 @@ def selected(config: Config) -> tuple[str, ...]:
 def trained_model(
     config: Config, source: Source, adapter: Adapter | None, mesh: Mesh, *, shapes: bool = False
 ) -> CausalLM:
-    """The model as training begins.
+    """Load the model as training begins.
 
     Args:
         config: the resolved configuration.
-        source: the base, grown by new tokens.
+        source: the base, with rows for new tokens.
         adapter: the one to start from, if any.
         mesh: where it goes.
         shapes: only what its leaves would be and where.
@@ -44,28 +46,21 @@ def trained_model(
         UserError: weights, targets or patterns that do not fit.
 
     """
-    kind = config.model
     count = from_hf(source.config_json(), str(source.config_path)).num_layers
     layers = _layers(config.adapter, count)
-    layer_boundaries = (
-        ()
-        if layers is None
-        else tuple(at for at in range(1, count) if (at in layers) != (at - 1 in layers))
-    )
     model = load_model(
         source,
         mesh,
-        dtype=kind.dtype,
-        compute=kind.compute_dtype,
+        dtype=config.model.dtype,
+        compute=config.model.compute_dtype,
         trainable=selected(config),
-        layer_boundaries=layer_boundaries,
+        layer_boundaries=_boundaries(layers, count),
         shapes=shapes,
     )
 
     def adapt(model: CausalLM) -> None:
-        inject(model, _lora(config.adapter, layers, model, source), config.train.seed, mesh)
-        if config.adapter.init == "pissa":
-            pissa.begin(model, mesh)
+        adapter_config = _adapter_config(config.adapter, layers, model, source)
+        inject(model, adapter_config, config.train.seed, mesh)
 
     if adapter is not None and not shapes:
         attach(model, adapter, mesh, config.adapter.dropout)
@@ -77,15 +72,16 @@ def trained_model(
 
 
 def _shaped(model: CausalLM, change: Callable[[CausalLM], None], mesh: Mesh) -> CausalLM:
-    """A model of shapes after a change of it, new leaves laid out by their axes."""
+    """Return a model of shapes after a change of it, new leaves laid out by their axes."""
     graph, state = nnx.split(model)
-    kept, made = dict(nnx.to_flat_state(state)), []
+    kept, graphs = dict(nnx.to_flat_state(state)), []
 
     def changed(state: nnx.State) -> nnx.State:
         model = nnx.merge(graph, state)
         change(model)
-        made.append(nnx.split(model)[0])
-        return nnx.split(model)[1]
+        new_graph, new_state = nnx.split(model)
+        graphs.append(new_graph)
+        return new_state
 
     leaves = dict(nnx.to_flat_state(jax.eval_shape(changed, state)))
     for path, leaf in leaves.items():
@@ -97,102 +93,124 @@ def _shaped(model: CausalLM, change: Callable[[CausalLM], None], mesh: Mesh) -> 
                 value.shape, value.dtype, sharding=sharding(mesh, axes, value.shape)
             )
             leaves[path] = leaf.replace(placed)
-    return nnx.merge(made[0], nnx.from_flat_state(leaves))
+    return nnx.merge(graphs[0], nnx.from_flat_state(leaves))
 
 
-def _lora(
+def _adapter_config(
     section: AdapterSection, layers: tuple[int, ...] | None, model: CausalLM, source: Source
-) -> LoRAConfig:
-    saved = tuple(section.modules_to_save)
+) -> AdapterConfig:
+    method, saved = method_of(section), tuple(section.modules_to_save)
     if section.train_tokens == "all":
-        saved = tuple(dict.fromkeys((*saved, "embed_tokens", "lm_head")))
-    tokens = {} if section.train_tokens == "all" else _token_rows(model, source)
-    return LoRAConfig(
-        section.rank,
-        section.alpha,
-        section.dropout,
-        section.rslora,
-        section.method == "dora",
+        saved = tuple(dict.fromkeys((*saved, *_WITH_TOKENS)))
+    tokens = {} if set(saved) >= set(_WITH_TOKENS) else _token_rows(model, source)
+    return method.config(
         targets=section.targets if isinstance(section.targets, str) else tuple(section.targets),
         excluded=section.exclude if isinstance(section.exclude, str) else tuple(section.exclude),
         layers=layers,
-        ranks=tuple(section.rank_pattern.items()),
-        alphas=tuple(section.alpha_pattern.items()),
         saved=saved,
         bias=section.bias,
         tokens=tuple(tokens.items()),
         tokens_train=section.train_tokens == "new",
+        **method.from_section(section),
     )
+
+
+def _boundaries(layers: tuple[int, ...] | None, count: int) -> tuple[int, ...]:
+    """Return the layers at which adapted ones begin or end."""
+    if layers is None:
+        return ()
+    return tuple(at for at in range(1, count) if (at in layers) != (at - 1 in layers))
 
 
 def _layers(section: AdapterSection, count: int) -> tuple[int, ...] | None:
-    found = section.layers
-    if isinstance(found, str):
-        return tuple(range(max(0, count - int(found.removeprefix("last:"))), count))
-    if found is not None and (beyond := [number for number in found if number >= count]):
+    layers = section.layers
+    if isinstance(layers, str):
+        return tuple(range(max(0, count - int(layers.removeprefix("last:"))), count))
+    if layers is not None and (beyond := [number for number in layers if number >= count]):
         raise UserError(
             f"adapter.layers: the model has the layers 0 to {count - 1}, not {beyond[0]}."
         )
-    return None if found is None else tuple(found)
+    return None if layers is None else tuple(layers)
 
 
 def _token_rows(model: CausalLM, source: Source) -> dict[str, tuple[int, ...]]:
-    """The rows of new tokens that come with the adapter, by module."""
+    """Return the rows of new tokens that come with the adapter, by module."""
     if not isinstance(source, ResizedSource):
         return {}
-    return dict.fromkeys(
-        ("embed_tokens", "lm_head")[: 1 if model.lm_head is None else 2], source.new_ids
-    )
+    return dict.fromkeys(_WITH_TOKENS[: 1 if model.lm_head is None else 2], source.new_ids)
 
 
 def adopt_adapter(config: Config) -> Config:
-    """The configuration with the numbers of the adapter it starts from, if it starts from one.
+    """Return the configuration with the numbers of the adapter it starts from, if it starts from
+    one.
 
     Raises:
         UserError: the configuration says another rank, alpha, targets or the like than the adapter
-            has.
+            has, or sets keys that its method has no use for.
 
     """
-    if config.adapter.start is None:
-        return config
-    found = _adopted(open_adapter(config.adapter.start).config)
-    for key, value in found.items():
-        if key in config.adapter.model_fields_set and getattr(config.adapter, key) != value:
-            raise UserError(
-                f"adapter.{key} = {getattr(config.adapter, key)}, and adapter.init has {value}. "
-                f"Remove adapter.{key}, or set it to that."
-            )
-    return config.model_copy(update={"adapter": config.adapter.model_copy(update=found)})
+    if config.adapter.start is not None:
+        numbers = _section_of(open_adapter(config.adapter.start).config)
+        for key, value in numbers.items():
+            given = getattr(config.adapter, key)
+            if key in config.adapter.model_fields_set and given != value:
+                raise UserError(
+                    f"adapter.{key} = {given}, and adapter.init has {value}. Remove "
+                    f"adapter.{key}, or set it to that."
+                )
+        section = config.adapter.model_copy(update=numbers)
+        config = config.model_copy(update={"adapter": section})
+    if config.adapter.method != "none":
+        _refuse_unused_keys(config, method_of(config.adapter))
+    return config
 
 
-def _adopted(adapter: LoRAConfig) -> dict[str, Any]:
-    def plain(names: tuple[str, ...] | str) -> list[str] | str:
+def _section_of(adapter: AdapterConfig) -> dict[str, Any]:
+    """Return an adapter's numbers by the keys of the section `adapter`."""
+
+    def as_list(names: tuple[str, ...] | str) -> list[str] | str:
         return names if isinstance(names, str) else list(names)
 
     return {
-        "method": "dora" if adapter.dora else "lora",
-        "rank": adapter.rank,
-        "alpha": adapter.alpha,
-        "rslora": adapter.rslora,
-        "targets": plain(adapter.targets),
-        "exclude": plain(adapter.excluded),
-        "layers": None if adapter.layers is None else list(adapter.layers),
-        "rank_pattern": dict(adapter.ranks),
-        "alpha_pattern": dict(adapter.alphas),
+        **method_named(adapter.method).to_section(adapter),
+        "targets": as_list(adapter.targets),
+        "exclude": as_list(adapter.excluded),
         "modules_to_save": list(adapter.saved),
-        "bias": adapter.bias,
     }
 
 
+def _refuse_unused_keys(config: Config, method: AdapterMethod) -> None:
+    """Check that no key is set that means nothing to the adapter's method.
+
+    Raises:
+        UserError: some are.
+
+    """
+    unused = [
+        f"adapter.{key}"
+        for key, field in AdapterSection.model_fields.items()
+        if key not in COMMON_KEYS | method.keys
+        and getattr(config.adapter, key) != field.get_default(call_default_factory=True)
+    ]
+    if config.optimizer.lora_plus is not None and not method.low_rank:
+        unused.append("optimizer.lora_plus")
+    if config.optimizer.learning_rate == "auto" and not method.low_rank:
+        unused.append("optimizer.learning_rate=auto")
+    if unused:
+        raise UserError(
+            f"adapter.method={method.name} has no use for {listed(unused, 20)}. Remove "
+            f"{'it' if len(unused) == 1 else 'them'}."
+        )
+
+
 def describe_training(config: Config, model: CausalLM, train: int, frozen: int, mesh: Mesh) -> str:
-    """What trains, in a line for a person."""
-    names = {"lora": "rsLoRA" if config.adapter.rslora else "LoRA", "dora": "DoRA"}
+    """Return what trains, in a line for a person."""
     if config.adapter.method == "none":
         what = "Training " + ", ".join(selected(config))
     else:
-        start = ", from the principal singular vectors" if config.adapter.init == "pissa" else ""
         kinds = len({str(path[-1]) for path in adapted(model)})
-        what = f"{names[config.adapter.method]} on {kinds} linear maps in each of {_adapted_layers(model)} layers{start}"
+        name = method_of(config.adapter).describe(config.adapter)
+        what = f"{name} on {kinds} linear maps in each of {_adapted_layers(model)} layers"
     held = f", base in {config.model.dtype}" if config.model.dtype in ("nf4", "int8") else ""
     share = train / (train + frozen)
     device = jax.devices()[0].device_kind

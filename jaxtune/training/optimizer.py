@@ -17,14 +17,15 @@ from jaxtune.models.config import ModelConfig
 from jaxtune.models.names import names_of
 
 DECAY_SHARE = 0.2
-_MUON_RMS = 0.2  # size of an update's entries, as of AdamW's, so that its learning rates fit (Liu et al. 2025)
+# RMS of an update's entries, that of AdamW's updates, so that its rates fit (Liu et al. 2025).
+_MUON_RMS = 0.2
 _FULL_RATE, _LORA_FACTOR, _WIDTH = 5e-5, 10.0, 2000.0
 _POWER = {"llama": 0.781, "qwen2": 0.0775, "qwen3": 0.0775}
 
 
 def auto_rate(config: ModelConfig, lora: bool) -> float:
-    """5e-5 (2000 / hidden size)^p, ten times that for LoRA, p = 0.781 for Llama and 0.0775 for
-    Qwen.
+    """Return 5e-5 (2000 / hidden size)^p, p = 0.781 for Llama and 0.0775 for Qwen; for LoRA ten
+    times that.
 
     Thinking Machines' rule for AdamW, fitted to their sweeps (LoRA Without Regret, 2025); it
     depends neither on the rank nor on the task.
@@ -61,12 +62,12 @@ def resolve_learning_rate(config: Config, model: ModelConfig) -> Config:
 
 
 def warmup_steps(config: OptimizerSection, steps: int) -> int:
-    """Steps of warmup: `warmup` itself, or a fraction of all steps where it is below 1."""
+    """Return the steps of warmup: `warmup` itself; below 1 it is a fraction of all steps."""
     return math.ceil(config.warmup * steps) if config.warmup < 1 else min(int(config.warmup), steps)
 
 
 def learning_rate_schedule(config: OptimizerSection, steps: int) -> optax.Schedule:
-    """Learning rate of the step with index 0, 1, 2 ...
+    """Return the learning rate as a function of the step's index 0, 1, 2 ...
 
     The warmup's k-th step (from 1) has k / warmup of the peak, so no step is spent at zero; after
     it the cosine and the line are those of transformers' schedulers, at the same step.
@@ -107,6 +108,7 @@ class Leaf:
         stack: leading axes of stacked layers.
         matrix: whether it is a matrix; else a vector, such as a norm, a bias or a magnitude.
         vocabulary: whether one of its sides is the vocabulary.
+        lora_plus: whether LoRA+ has its higher rate.
 
     """
 
@@ -115,27 +117,36 @@ class Leaf:
     stack: int
     matrix: bool
     vocabulary: bool
+    lora_plus: bool = False
 
 
 def leaves_of(trainable: nnx.State, config: ModelConfig) -> list[Leaf]:
-    """The leaves that train, in the tree's order."""
-    found = []
+    """Return what the update rule must know of each leaf that trains, in the tree's order."""
+    leaves = []
     for path, variable in nnx.to_flat_state(trainable):
-        axes = variable.get_metadata()["axes"]
+        metadata = variable.get_metadata()
+        axes = metadata["axes"]
         names = tuple(
             name.removesuffix(".weight") for name in names_of((*path[:-1], "weight"), config)[1]
         )
         value = variable.get_value()
-        found.append(
-            Leaf(names, str(path[-1]), value.ndim - len(axes), len(axes) > 1, "vocab" in axes)
+        leaves.append(
+            Leaf(
+                names,
+                str(path[-1]),
+                value.ndim - len(axes),
+                len(axes) > 1,
+                "vocab" in axes,
+                bool(metadata.get("lora_plus", False)),
+            )
         )
-    return found
+    return leaves
 
 
 def build_optimizer(
     config: OptimizerSection, steps: int, leaves: list[Leaf]
 ) -> optax.GradientTransformation:
-    """The update rule over a whole run: clipping by the global norm, then the rule, decoupled
+    """Build the update rule of a whole run: clipping by the global norm, then the rule, decoupled
     decay, and each leaf's rate.
 
     Args:
@@ -169,8 +180,8 @@ def build_optimizer(
 
 
 def eval_params(config: OptimizerSection, opt_state: Any, trainable: nnx.State) -> nnx.State:
-    """The leaves to evaluate and export: those that train, but for schedule-free AdamW, which
-    averages them.
+    """Return the leaves to evaluate and export: those that train; of schedule-free AdamW, their
+    average.
     """
     if config.name != "schedule-free":
         return trainable
@@ -178,11 +189,10 @@ def eval_params(config: OptimizerSection, opt_state: Any, trainable: nnx.State) 
 
 
 def _direction(config: OptimizerSection, leaves: list[Leaf]) -> optax.GradientTransformation:
-    """The rule without decay and rate."""
+    """Return the rule without decay and rate."""
     first, second = config.betas
-    if (
-        config.name == "adafactor"
-    ):  # Shazeer & Stern 2018, with a given rate and without the parameters' scale
+    if config.name == "adafactor":
+        # Shazeer & Stern 2018, with a given rate and without the parameters' scale
         rule = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
         return _by_matrix(rule, [leaf.stack for leaf in leaves])
     if config.name == "muon":
@@ -201,8 +211,9 @@ def _direction(config: OptimizerSection, leaves: list[Leaf]) -> optax.GradientTr
 
 
 def _muon(momentum: float, eps: float) -> optax.GradientTransformation:
-    """Jordan et al. 2024 for matrices; vectors, and what has the vocabulary for a side, are
-    AdamW's. The momentum is bias-corrected.
+    """Return Muon (Jordan et al. 2024), its momentum bias-corrected, for matrices.
+
+    Vectors, and matrices with the vocabulary for a side, are AdamW's.
     """
 
     def sides(updates: Any) -> Any:
@@ -218,30 +229,31 @@ def _muon(momentum: float, eps: float) -> optax.GradientTransformation:
 
 
 def _factors(config: OptimizerSection, leaves: list[Leaf]) -> list[float]:
-    """By what each leaf's rate differs from the peak: `rates`, else `lora_plus` for B (Hayou et
-    al. 2024).
+    """Return what each leaf's rate is multiplied by: `rates`, else `lora_plus` for B (Hayou et al.
+    2024), else 1.
     """
     assert config.learning_rate != "auto"
     for pattern in config.rates:
         if not any(_named(pattern, leaf) for leaf in leaves):
             known = sorted({name.rpartition(".")[2] for leaf in leaves for name in leaf.names})
             raise UserError(
-                f"optimizer.rates: '{pattern}' fits nothing that trains; there are "
+                f"optimizer.rates: '{pattern}' matches nothing that trains; there are "
                 f"{listed(known, 20)}."
             )
-    found = []
+    factors = []
     for leaf in leaves:
         own = next(
             (value for pattern, value in config.rates.items() if _named(pattern, leaf)), None
         )
-        plus = config.lora_plus if config.lora_plus and leaf.name == "lora_B" else 1.0
-        found.append(plus if own is None else own / config.learning_rate)
-    return found
+        plus = config.lora_plus if config.lora_plus and leaf.lora_plus else 1.0
+        factors.append(plus if own is None else own / config.learning_rate)
+    return factors
 
 
 def _named(pattern: str, leaf: Leaf) -> bool:
-    """Whether the pattern fits all modules of a leaf; one that fits some only is an error, as
-    they are one array.
+    """Return whether the pattern matches the modules of a leaf.
+
+    One that matches some of them only is an error, since they are one array.
     """
     hits = {
         re.search(rf"(^|\.)({pattern})(\.|$)", f"{name}.{leaf.name}") is not None
@@ -249,21 +261,21 @@ def _named(pattern: str, leaf: Leaf) -> bool:
     }
     if len(hits) > 1:
         raise UserError(
-            f"optimizer.rates: '{pattern}' fits some layers of {listed(leaf.names, 3)} only. Name "
-            "modules, not single layers."
+            f"optimizer.rates: '{pattern}' matches some layers of {listed(leaf.names, 3)} only. "
+            "Name modules, not single layers."
         )
     return True in hits
 
 
 def _like(values: list[Any], tree: Any) -> Any:
-    """The values as a tree of this structure."""
+    """Return the values as a tree of this structure."""
     return jax.tree.unflatten(jax.tree.structure(tree), values)
 
 
 def _by_matrix(
     rule: optax.GradientTransformation, stacks: list[int]
 ) -> optax.GradientTransformation:
-    """The rule for each matrix by itself, where a leaf is a stack of them."""
+    """Return the rule for each matrix by itself, where a leaf is a stack of them."""
 
     def over(function: Any, depth: int) -> Any:
         for _ in range(depth):

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import yaml
 
-from jaxtune.adapters.pissa import as_lora
+from jaxtune.adapters.inject import exportable
 from jaxtune.config.schema import Config
 from jaxtune.core import runtime
 from jaxtune.core.errors import UserError
@@ -96,7 +96,7 @@ def export_run(
         if export_format.keeps_adapter or config.adapter.method == "none":
             return out, export_trained(parts, model, out, replace=False, to=to, dtype=dtype)
         with tempfile.TemporaryDirectory() as scratch:
-            write_adapter(Path(scratch), as_lora(model), parts.source.name)
+            write_adapter(Path(scratch), exportable(model), parts.source.name)
             adapter, about = open_adapter(scratch), about_run(config, directory)
             tokenizer = parts.tokenizer
             return out, convert_model(

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 
-from jaxtune.adapters.pissa import as_lora
+from jaxtune.adapters.inject import exportable
 from jaxtune.weights.load import load_model
 from jaxtune.weights.merge import merged
 from jaxtune.weights.peft import open_adapter, write_adapter
@@ -188,7 +188,7 @@ def test_pissa_begins_as_the_base_trains_as_pefts_and_its_export_is_what_was_tra
         change = value - begin[key]
         assert np.linalg.norm(whole[key] - change) <= 5e-3 * np.linalg.norm(change), key
     reloads_and_merges(run.exportable(), config, directory, tmp_path, ids, one_device)
-    assert as_lora(run.model(run.trainable)).adapter.rank == 8
+    assert exportable(run.model(run.trainable)).adapter.rank == 8
 
 
 def products(factors):
@@ -211,7 +211,7 @@ def test_the_magnitudes_of_dora_train_and_are_exported(base, tmp_path, one_devic
             assert np.abs(value - before[key]).max() > 1e-3, key
     written(run.exportable(), tmp_path / "end")
     found = open_adapter(tmp_path / "end")
-    assert found.config.dora
+    assert found.config.method == "dora"
     assert sum("magnitude" in name for name in found.tensors) == 21
 
 
@@ -241,7 +241,7 @@ def test_dora_with_dropout_is_pefts_formula(base, one_device):
     one = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
     one.lora_A.set_value(a), one.lora_B.set_value(b), one.lora_magnitude_vector.set_value(m)
     x = np.random.default_rng(0).normal(size=(2, 5, 32)).astype(np.float32)
-    dropped = np.asarray(Dropout(keys)(x, 0.5, layer.part.name))
+    dropped = np.asarray(Dropout(keys)(x, 0.5, layer.spec.name))
     changed = weight + 2 * b @ a
     stretch = m / np.linalg.norm(changed, axis=1)
     wanted = (

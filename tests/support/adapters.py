@@ -2,8 +2,8 @@
 
 import jax
 
-from jaxtune.adapters.config import LoRAConfig
 from jaxtune.adapters.inject import adapted, inject
+from jaxtune.adapters.lora import LoRAConfig
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtune.adapters.pissa import as_lora
+from jaxtune.adapters.inject import exportable
 from jaxtune.config.load import load_config
 from jaxtune.data.batch import Batch
 from jaxtune.data.loader import on_devices
@@ -32,7 +32,13 @@ class Steps:
     """
 
     def __init__(self, directory, mesh, *keys, steps=10, objective=None):
-        plain = ["optimizer.learning_rate=1e-2", "optimizer.warmup=0", "optimizer.schedule=constant", "adapter.rank=4", "adapter.alpha=8"]  # fmt: skip
+        plain = [
+            "optimizer.learning_rate=1e-2",
+            "optimizer.warmup=0",
+            "optimizer.schedule=constant",
+            "adapter.rank=4",
+            "adapter.alpha=8",
+        ]
         if any(key.startswith("adapter.init=/") for key in keys):
             plain = plain[:3]
         self.config = load_config(overrides=[f"model.source={directory}", *plain, *keys])
@@ -62,7 +68,7 @@ class Steps:
 
     def exportable(self):
         """The model as trained so far, its adapter as it is written."""
-        return as_lora(self.model(self.state.trainable))
+        return exportable(self.model(self.state.trainable))
 
     def train(self, batches, micro_batches=1):
         """`[(loss, gradient norm, further figures)]` a step; the state goes on from step to

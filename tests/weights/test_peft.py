@@ -35,11 +35,22 @@ VARIANTS = {
     "regex": {"target_modules": r".*\.(0|2)\..*(q|up)_proj"},
     "excluded": {"exclude_modules": ["k_proj", "layers.1.mlp.up_proj"]},
     "layers": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 2]},
-    "layers by pattern": {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
-    "ranks": {"rank_pattern": {"layers.1.self_attn.q_proj": 6, "down_proj": 2}, "alpha_pattern": {"layers.0.self_attn.v_proj": 5, "q_proj": 3}},
+    "layers by pattern": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": "layers",
+    },
+    "ranks": {
+        "rank_pattern": {"layers.1.self_attn.q_proj": 6, "down_proj": 2},
+        "alpha_pattern": {"layers.0.self_attn.v_proj": 5, "q_proj": 3},
+    },
     "rslora ranks": {"use_rslora": True, "rank_pattern": {r"layers\.(0|1)\.mlp\.up_proj": 7}},
     "dora": {"use_dora": True},
-    "dora layers": {"use_dora": True, "layers_to_transform": [1], "target_modules": ["q_proj", "up_proj"]},
+    "dora layers": {
+        "use_dora": True,
+        "layers_to_transform": [1],
+        "target_modules": ["q_proj", "up_proj"],
+    },
     "saved": {"modules_to_save": ["lm_head", "embed_tokens", "norm"]},
     "saved linear": {"target_modules": ["q_proj"], "modules_to_save": ["k_proj"]},
     "bias": {"bias": "all", "target_modules": ["q_proj", "v_proj"]},
@@ -48,8 +59,11 @@ VARIANTS = {
     "head": {"target_modules": ["lm_head", "q_proj"]},
     "dora head": {"target_modules": ["lm_head"], "use_dora": True},
     "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [9, 5, 200]},
-    "tokens of both": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [9, 5], "lm_head": [5, 200, 7]}},
-}  # fmt: skip
+    "tokens of both": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": [9, 5], "lm_head": [5, 200, 7]},
+    },
+}
 TIED = ("lora", "saved", "embedding", "head", "tokens")
 
 
