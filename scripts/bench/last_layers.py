@@ -59,6 +59,16 @@ class Side:
         self.seconds.append(time.perf_counter() - began)
 
 
+def random_batch(mesh):
+    """Return rows of random tokens, all supervised."""
+    random = np.random.default_rng(0)
+    ids = random.integers(0, 49152, (ROWS, LENGTH + 1)).astype(np.int32)
+    ones = np.ones((ROWS, LENGTH), np.int32)
+    positions = np.cumsum(ones, 1, dtype=np.int32) - 1
+    batch = Batch(ids[:, :-1], ids[:, 1:], ones.astype(np.float32), ones, positions)
+    return on_devices(batch, 1, mesh)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -66,22 +76,8 @@ def main():
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
-    mesh, ids = (
-        make_mesh(),
-        np.random.default_rng(0).integers(0, 49152, (ROWS, LENGTH + 1)).astype(np.int32),
-    )
-    ones = np.ones((ROWS, LENGTH), np.int32)
-    batch = on_devices(
-        Batch(
-            ids[:, :-1],
-            ids[:, 1:],
-            ones.astype(np.float32),
-            ones,
-            np.cumsum(ones, 1, dtype=np.int32) - 1,
-        ),
-        1,
-        mesh,
-    )
+    mesh = make_mesh()
+    batch = random_batch(mesh)
     whole, few = (Side(trainable, mesh, batch) for trainable in ("all", f"last:{LAST}"))
     for _ in range(options.steps + 1):
         whole.step(), few.step()
@@ -95,12 +91,19 @@ def main():
         b / a for a, b in zip(whole.seconds[1:], few.seconds[1:], strict=True)
     )
     rows = {
-        "seconds a step": (statistics.median(whole.seconds[1:]), statistics.median(few.seconds[1:]), ratio, last / everything),
+        "seconds a step": (
+            statistics.median(whole.seconds[1:]),
+            statistics.median(few.seconds[1:]),
+            ratio,
+            last / everything,
+        ),
         "temporaries, GB": (
-            whole.temporary / 1e9, few.temporary / 1e9, few.temporary / whole.temporary,
+            whole.temporary / 1e9,
+            few.temporary / 1e9,
+            few.temporary / whole.temporary,
             predicted / whole.temporary,
         ),
-    }  # fmt: skip
+    }
     lines = [
         f"| | all weights | the last {LAST} of {whole.layers} layers | ratio | predicted |",
         "|---|---|---|---|---|",
@@ -112,7 +115,8 @@ def main():
     text = "\n".join(lines) + "\n"
     print(text)
     if options.record:
-        heading = f"\n## The last layers alone\n\n`python scripts/bench/last_layers.py --steps {options.steps}`, 2 cores, float32:\n\n"
+        command = f"python scripts/bench/last_layers.py --steps {options.steps}"
+        heading = f"\n## The last layers alone\n\n`{command}`, 2 cores, float32:\n\n"
         with (Path(__file__).parent / "RESULTS.md").open("a") as file:
             file.write(heading + text)
 

@@ -92,7 +92,8 @@ def methods():
 
 
 def models():
-    head = "| model, target | mesh | rows | arguments | temporaries | peak | sum | fits | tunix, peak / sum |"
+    head = "| model, target | mesh | rows | arguments | temporaries | peak | sum | fits |"
+    head += " tunix, peak / sum |"
     lines = [head, "|---|---|---|---|---|---|---|---|---|"]
     for model, target, tensor, rows, keys, theirs in MODELS:
         slices = int(target.partition("*")[0]) if "*" in target else 1
@@ -139,7 +140,8 @@ def main():
     text = "\n".join(TABLES[options.table]()) + "\n"
     print(text)
     if options.record:
-        heading = f"\n## Memory of a step: {options.table}\n\n`python scripts/bench/memory.py {options.table}`, GiB a chip:\n\n"
+        command = f"python scripts/bench/memory.py {options.table}"
+        heading = f"\n## Memory of a step: {options.table}\n\n`{command}`, GiB a chip:\n\n"
         with (Path(__file__).parent / "RESULTS.md").open("a") as file:
             file.write(heading + text)
 

@@ -28,7 +28,8 @@ NEWS_ROWS, PACKED_ROWS, PACKED_LENGTH = 8, 2, 512
 WARM_UP = 2  # the first step compiles, the second may do so again for its own results' layout
 LIMIT = 240  # seconds to warm up; a dtype that the processor emulates may need far longer
 LIKE_JAXTUNE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as the command `jaxtune` begins
-STEPS_A_TURN = 3  # and one before that is not counted: memory and caches are then as the side before has left them
+# One more before them is not counted: memory and caches are then as the other side has left them.
+STEPS_A_TURN = 3
 PAUSE = 0.5  # seconds between turns, in which the other sides' idle threads stop spinning
 
 

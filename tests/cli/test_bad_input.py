@@ -123,14 +123,22 @@ def test_missing_files(cli, tmp_path, chat_model):
 CONFIGS = {
     "model:\n  sorce: x\n": ":2: unknown key 'model.sorce'. Did you mean 'model.source'?",
     "modell: {}\n": ":1: unknown key 'modell'. Did you mean 'model'?",
-    "train:\n  batch_size: many\n": ":2: train.batch_size = 'many': input should be a valid integer",
+    "train:\n  batch_size: many\n": (
+        ":2: train.batch_size = 'many': input should be a valid integer"
+    ),
     "train:\n\n  batch_size: '8'\n": ":3: train.batch_size = '8': input should be a valid integer",
     "adapter: {rank: 0}\n": ":1: adapter.rank = 0: input should be greater than or equal to 1",
     "adapter: {rank: 4.0}\n": ":1: adapter.rank = 4.0: input should be a valid integer",
     "adapter: {dropout: 1.0}\n": ":1: adapter.dropout = 1.0: input should be less than 1",
-    "optimizer: {learning_rate: -1e-4}\n": ":1: optimizer.learning_rate = -0.0001: input should be greater than 0",
-    "optimizer: {schedule: cosin}\n": "optimizer.schedule = 'cosin': input should be 'cosine', 'linear', 'constant' or 'wsd'",
-    "train: {batch_size: 8, micro_batch_size: 3}\n": "train.micro_batch_size (3) must divide train.batch_size (8)",
+    "optimizer: {learning_rate: -1e-4}\n": (
+        ":1: optimizer.learning_rate = -0.0001: input should be greater than 0"
+    ),
+    "optimizer: {schedule: cosin}\n": (
+        "optimizer.schedule = 'cosin': input should be 'cosine', 'linear', 'constant' or 'wsd'"
+    ),
+    "train: {batch_size: 8, micro_batch_size: 3}\n": (
+        "train.micro_batch_size (3) must divide train.batch_size (8)"
+    ),
     "data: {train: x\n": "not valid YAML",
     "- a\n": "a configuration is a mapping of keys, not a list",
     "train: {seed: 1}\ntrain: {seed: 2}\n": ":2: train is given twice",
@@ -138,7 +146,9 @@ CONFIGS = {
     "mesh: {slices: 0}\n": "mesh.slices = 0: input should be greater than or equal to 1",
     "checkpoint: {best: loss}\n": "checkpoint.best needs evaluations",
     "data:\n  train: [{sorce: x}]\n": ":2: unknown key 'data.train[0].sorce'.",
-    "data:\n  train: [a.jsonl, {source: x, weight: 0}]\n": ":2: data.train[1].weight = 0: input should be greater than 0",
+    "data:\n  train: [a.jsonl, {source: x, weight: 0}]\n": (
+        ":2: data.train[1].weight = 0: input should be greater than 0"
+    ),
     "data: {split: 5%, eval: x}\n": "data.split and data.eval are both set",
     "data: {split: 100%}\n": "data.split (100%) must lie below 100%",
     "data: {columns: {prompt: 3}}\n": "data.columns.prompt = 3: input should be a valid string",

@@ -100,7 +100,8 @@ def test_what_looks_wrong_is_said(data):
     ]
     assert found["overlap"] == {"rows": 1, "prompts": 1}
     for expected in (
-        "the answers of 2 of 35 rows are cut off", "2 rows are left out", "2 rows repeat an earlier one", "1 evaluation rows are also trained on",
+        "the answers of 2 of 35 rows are cut off", "2 rows are left out",
+        "2 rows repeat an earlier one", "1 evaluation rows are also trained on",
         "1 evaluation rows have a prompt that is trained on with another answer",
     ):  # fmt: skip
         assert any(expected in line for line in found["warnings"]), expected
@@ -136,11 +137,21 @@ def test_bad_rows_are_all_listed_and_then_refused_unless_skipped(data, tmp_path)
 @pytest.mark.parametrize(
     ("template", "eos", "keys", "expected"),
     [
-        ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
-         "</s>", [], "the end of turn is not supervised"),
-        ("{{ bos_token }}" + tools.LLAMA3, "<|eot_id|>", ["data.train_on=all"], "30 examples begin with BOS twice"),
+        (
+            "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+            "</s>",
+            [],
+            "the end of turn is not supervised",
+        ),
+        (
+            "{{ bos_token }}" + tools.LLAMA3,
+            "<|eot_id|>",
+            ["data.train_on=all"],
+            "30 examples begin with BOS twice",
+        ),
     ],
-)  # fmt: skip
+)
 def test_templates_that_look_wrong(template, eos, keys, expected, data, tmp_path):
     model = tools.save_model(
         tmp_path / "model", tools.tiny_config(), tools.byte_tokenizer(template, eos)

@@ -58,22 +58,39 @@ def make_tasks(folder):
     prompts = [{"q": "+".join("12345"[: 1 + n % 5]), "a": str(n)} for n in range(6)]
     return [
         task(
-            folder, "local_choice", questions, output_type="multiple_choice",
-            doc_to_text="{{q}}\nAnswer:", doc_to_choice="{{choices}}",
-            doc_to_target="{{gold}}", metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}],
+            folder,
+            "local_choice",
+            questions,
+            output_type="multiple_choice",
+            doc_to_text="{{q}}\nAnswer:",
+            doc_to_choice="{{choices}}",
+            doc_to_target="{{gold}}",
+            metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}],
         ),
         task(
-            folder, "local_rolling", documents, output_type="loglikelihood_rolling", doc_to_text="",
+            folder,
+            "local_rolling",
+            documents,
+            output_type="loglikelihood_rolling",
+            doc_to_text="",
             doc_to_target="{{text}}",
-            metric_list=[{"metric": "word_perplexity"}, {"metric": "byte_perplexity"}, {"metric": "bits_per_byte"}],
+            metric_list=[
+                {"metric": "word_perplexity"},
+                {"metric": "byte_perplexity"},
+                {"metric": "bits_per_byte"},
+            ],
         ),
         task(
-            folder, "local_generation", prompts, output_type="generate_until", doc_to_text="{{q}}=",
+            folder,
+            "local_generation",
+            prompts,
+            output_type="generate_until",
+            doc_to_text="{{q}}=",
             doc_to_target="{{a}}",
             generation_kwargs={"until": ["e", "\n\n"], "max_gen_toks": 20},
             metric_list=[{"metric": "exact_match"}],
         ),
-    ]  # fmt: skip
+    ]
 
 
 def samples(lm, tasks, folder):

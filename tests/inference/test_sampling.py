@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from jaxtune.inference.engine import Engine
-from jaxtune.inference.sampling import Sampling, choose
+from jaxtune.inference.sampling import Sampling, SamplingArrays, choose
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
 
@@ -26,10 +26,16 @@ LOGITS = np.random.default_rng(0).normal(size=(1, 12)).astype(np.float32) * 2
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"top_k": 3}, {"top_p": 0.6}, {"top_k": 6, "top_p": 0.7}, {"temperature": 0.5, "top_p": 0.9}, {"min_p": 0.2},
-        {"min_p": 0.1, "top_k": 8, "repetition_penalty": 1.7}, {"repetition_penalty": 0.6},
+        {},
+        {"top_k": 3},
+        {"top_p": 0.6},
+        {"top_k": 6, "top_p": 0.7},
+        {"temperature": 0.5, "top_p": 0.9},
+        {"min_p": 0.2},
+        {"min_p": 0.1, "top_k": 8, "repetition_penalty": 1.7},
+        {"repetition_penalty": 0.6},
     ],
-)  # fmt: skip
+)
 def test_draws_follow_the_distribution_of_transformers(options):
     sampling = Sampling(**({"temperature": 1.3} | options))
     before = torch.tensor([[0, 3, 3, 7]])
@@ -45,8 +51,9 @@ def test_draws_follow_the_distribution_of_transformers(options):
     scores = MinPLogitsWarper(sampling.min_p)(None, scores) if sampling.min_p else scores
     expected = torch.softmax(scores, -1).numpy()[0]
     keys = jax.random.split(jax.random.key(0), 20000)
+    arrays = SamplingArrays.of([sampling] * len(keys), len(keys))
     seen = jnp.zeros((len(keys), 12), bool).at[:, [0, 3, 7]].set(True)
-    drawn = np.asarray(choose(jnp.repeat(LOGITS, len(keys), axis=0), keys, sampling, seen))
+    drawn = np.asarray(choose(jnp.repeat(LOGITS, len(keys), axis=0), keys, arrays, seen))
     found = np.bincount(drawn, minlength=12) / len(keys)
     assert not found[expected == 0].any()
     np.testing.assert_allclose(found, expected, atol=0.015)
@@ -54,7 +61,11 @@ def test_draws_follow_the_distribution_of_transformers(options):
 
 def test_temperature_zero_is_greedy():
     assert (
-        choose(jnp.asarray(LOGITS), jax.random.split(jax.random.key(0), 1), Sampling())
+        choose(
+            jnp.asarray(LOGITS),
+            jax.random.split(jax.random.key(0), 1),
+            SamplingArrays.of([Sampling()], 1),
+        )
         == LOGITS.argmax()
     )
 

@@ -79,16 +79,24 @@ def trl(name, keys, ours, theirs, counts, labels):
 
 CASES = {
     "dpo": ("dpo", {}, []),
-    "dpo smoothed": ("dpo", {"smoothing": 0.2, "beta": 0.5}, ["preference.label_smoothing=0.2", "preference.beta=0.5"]),
+    "dpo smoothed": (
+        "dpo",
+        {"smoothing": 0.2, "beta": 0.5},
+        ["preference.label_smoothing=0.2", "preference.beta=0.5"],
+    ),
     "ipo": ("dpo", {"ipo": True}, ["preference.dpo_loss=ipo"]),
     "orpo": ("orpo", {"beta": 0.3}, ["preference.beta=0.3"]),
     "simpo": ("simpo", {}, []),
-    "kto": ("kto", {"desirable": 1.5, "undesirable": 0.5}, ["preference.desirable_weight=1.5", "preference.undesirable_weight=0.5"]),
-}  # fmt: skip
+    "kto": (
+        "kto",
+        {"desirable": 1.5, "undesirable": 0.5},
+        ["preference.desirable_weight=1.5", "preference.undesirable_weight=0.5"],
+    ),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_losses_and_gradients_equal_trls_and_the_reference_is_the_adapter_that_training_started_from(
+def test_losses_and_gradients_equal_trls_with_the_starting_adapter_as_reference(
     case, start, tmp_path, one_device
 ):
     """The leaves that train have moved on from the start by one step, so base, start and present
@@ -140,7 +148,13 @@ def test_distillation_is_the_divergence_over_the_teachers_likeliest_tokens(
 ):
     base, _, config = start
     teacher = tools.save_model(tmp_path / "teacher", config, seed=9)
-    keys = ["train.objective=distill", f"distill.teacher={teacher}", "distill.top_k=5", "distill.temperature=2", "distill.share=0.7"]  # fmt: skip
+    keys = [
+        "train.objective=distill",
+        f"distill.teacher={teacher}",
+        "distill.top_k=5",
+        "distill.temperature=2",
+        "distill.share=0.7",
+    ]
     run, rows = Steps(base, one_device, *keys), random_rows(3)
     loss, _ = run.gradient(batch_of(rows))
     total = count = 0

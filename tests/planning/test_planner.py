@@ -67,7 +67,9 @@ def arguments(name, fsdp, tensor, rows, slices=1, bits=16.0):
     return blocks + outer + layers * adapters * 4 * 3 + batch
 
 
-LARGEST = {  # on one v5e chip, or four: rows of 2,048 tokens that google-tunix 0.1.7 does not fit, at most 8, 4 and 2 (int4)
+# On one v5e chip, or four: rows of 2,048 tokens of which google-tunix 0.1.7 fits at most 8, 4 and,
+# in int4, 2.
+LARGEST = {
     "llama-3.2-1b": ("v5e:1x1", "train.batch_size=24", "mesh.fsdp=1"),
     "llama-3.1-8b": ("v5e:2x2", "train.batch_size=24", "mesh.fsdp=4"),
     "8b nf4": ("v5e:1x1", "train.batch_size=8", "mesh.fsdp=1", "model.dtype=nf4"),
@@ -238,7 +240,18 @@ def test_here_takes_what_the_run_takes(chat_model, tmp_path, quick_compilation):
     assert found.capacity_bytes is None
 
 
-@pytest.mark.parametrize("further", [["train.objective=dpo"], ["adapter.method=dora"], ["adapter.init=pissa"], ["adapter.method=none", "trainable=last:1"], ["optimizer.name=muon"], ["train.ema=0.9"], ["model.dtype=int8"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "further",
+    [
+        ["train.objective=dpo"],
+        ["adapter.method=dora"],
+        ["adapter.init=pissa"],
+        ["adapter.method=none", "trainable=last:1"],
+        ["optimizer.name=muon"],
+        ["train.ema=0.9"],
+        ["model.dtype=int8"],
+    ],
+)
 def test_every_method_can_be_planned(chat_model, further, quick_compilation):
     config = load_config(
         overrides=[
@@ -288,7 +301,9 @@ def test_the_command_prints_and_writes_it(plans, tmp_path, capsys):
     )
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found == json.loads(json.dumps(dataclasses.asdict(plans["llama-3.1-8b"][0])))
-    for key in ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "peak_bytes", "capacity_bytes", "fits", "devices", "tokens_per_step", "flops_per_step", "collectives", "compile_seconds"):  # fmt: skip
+    sizes = ("argument", "output", "alias", "temp", "peak", "capacity")
+    others = ("fits", "devices", "tokens_per_step", "flops_per_step", "collectives")
+    for key in (*(f"{size}_bytes" for size in sizes), *others, "compile_seconds"):
         assert key in found
     assert (
         f"fits: {found['peak_bytes'] / GIB:.2f} GiB per device of 15.75" in capsys.readouterr().out
@@ -364,7 +379,8 @@ def test_a_topology_that_the_compiler_has_not_is_refused():
 
 
 def test_the_compilers_message_is_read():
-    text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm. (17.25G) exceeds available HBM (15.75G)"
+    text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. "
+    text += "Used 20.5G of 15.75G hbm. (17.25G) exceeds available HBM (15.75G)"
     assert memory_shortage(text) == MemoryShortage(round(17.25 * GIB), round(15.75 * GIB))
     assert memory_shortage("INTERNAL: something else") is None
 

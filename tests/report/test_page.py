@@ -157,9 +157,18 @@ def test_every_plot_is_drawn_in_a_browser(run, tmp_path):
         "--enable-logging=stderr",
     ]
     done = subprocess.run(
-        ["chromium", *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{page}"],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+        [
+            "chromium",
+            *options,
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--dump-dom",
+            f"file://{page}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     assert done.stdout.count('class="main-svg"') >= 8
     assert done.stdout.count('class="plot-container plotly"') == 8
     said = [

@@ -29,37 +29,84 @@ FAMILIES = {
     "mistral": ("mistral", {"sliding_window": 7, "head_dim": 16}),
     "mistral_without_window": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen2_windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+    "qwen2_windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+    ),
     "qwen3": ("qwen3", {"head_dim": 16}),
-    "qwen3_windows": ("qwen3", {"head_dim": 16, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "attention_bias": True}),
+    "qwen3_windows": (
+        "qwen3",
+        {
+            "head_dim": 16,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+            "attention_bias": True,
+        },
+    ),
     "gemma2": ("gemma2", _GEMMA | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0}),
-    "gemma2_uncapped": ("gemma2", _GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma2_uncapped": (
+        "gemma2",
+        _GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ),
     "gemma3": (
         "gemma3_text",
-        _GEMMA | {"layer_types": ["sliding_attention", "full_attention"] * 2, "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
-            "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 8.0}}},
+        _GEMMA
+        | {
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 8.0},
+            },
+        },
     ),
-    "gemma3_pattern": ("gemma3_text", _GEMMA | {"num_hidden_layers": 7, "final_logit_softcapping": 5.0}),
+    "gemma3_pattern": (
+        "gemma3_text",
+        _GEMMA | {"num_hidden_layers": 7, "final_logit_softcapping": 5.0},
+    ),
     "phi3": ("phi3", {"sliding_window": 9}),
     "phi3_long": (
         "phi3",
-        {"rope_parameters": _LONG | {"partial_rotary_factor": 0.75}, "original_max_position_embeddings": 20, "tie_word_embeddings": True},
+        {
+            "rope_parameters": _LONG | {"partial_rotary_factor": 0.75},
+            "original_max_position_embeddings": 20,
+            "tie_word_embeddings": True,
+        },
     ),
     "olmo2": ("olmo2", {}),
     "smollm3": ("smollm3", {}),
-    "smollm3_windows": ("smollm3", {"use_sliding_window": True, "sliding_window": 6, "no_rope_layers": [1, 0, 0, 1]}),
+    "smollm3_windows": (
+        "smollm3",
+        {"use_sliding_window": True, "sliding_window": 6, "no_rope_layers": [1, 0, 0, 1]},
+    ),
     "granite": (
         "granite",
-        {"embedding_multiplier": 12.0, "attention_multiplier": 0.2, "residual_multiplier": 0.22, "logits_scaling": 8.0, "attention_bias": True},
+        {
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+            "attention_bias": True,
+        },
     ),
     "mixtral": ("mixtral", _MOE | {"num_local_experts": 4, "sliding_window": 7}),
-    "qwen3_moe": ("qwen3_moe", _MOE | {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 16, "norm_topk_prob": True}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        _MOE
+        | {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 16, "norm_topk_prob": True},
+    ),
     "qwen3_moe_mixed": (
         "qwen3_moe",
-        _MOE | {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 16, "mlp_only_layers": [0], "decoder_sparse_step": 1},
+        _MOE
+        | {
+            "num_experts": 4,
+            "moe_intermediate_size": 24,
+            "head_dim": 16,
+            "mlp_only_layers": [0],
+            "decoder_sparse_step": 1,
+        },
     ),
-}  # fmt: skip
+}
 
 
 def config(name, **changes):

@@ -84,7 +84,7 @@ def name_in_file(key):
 
 
 def assert_close(ours, theirs, tolerance, scale=None):
-    """Assert that each tensor is within a share of its own norm, or of its distance from `scale`."""
+    """Assert that each tensor differs by a share of its norm, or of its distance from `scale`."""
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         reference = np.linalg.norm(value if scale is None else value - scale[key])

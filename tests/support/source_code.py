@@ -1,6 +1,7 @@
 """What the package's source says of itself: its modules, imports, functions and names."""
 
 import ast
+import tokenize
 from functools import cache
 from pathlib import Path
 
@@ -56,6 +57,25 @@ def imported(path, package="jaxtune", typing=True):
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             names |= {part.value for part in node.args if isinstance(part, ast.Constant)}
     return {name for name in names if name.split(".")[0] == package}
+
+
+def lines_of_texts(path):
+    """Return the lines inside texts of several lines that are no docstrings: templates, programs
+    and logs as others wrote them.
+    """
+    docstrings = {
+        node.body[0].lineno
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, FUNCTION | ast.ClassDef | ast.Module) and ast.get_docstring(node)
+    }
+    lines = set()
+    with path.open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            first, last = token.start[0], token.end[0]
+            kind = tokenize.tok_name[token.type]
+            if kind in ("STRING", "FSTRING_MIDDLE") and first < last and first not in docstrings:
+                lines |= set(range(first, last + 1))
+    return lines
 
 
 def functions(path):

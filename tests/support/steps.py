@@ -71,38 +71,38 @@ class Steps:
         return exportable(self.model(self.state.trainable))
 
     def train(self, batches, micro_batches=1):
-        """`[(loss, gradient norm, further figures)]` a step; the state goes on from step to
+        """`[(loss, gradient norm, further metrics)]` a step; the state goes on from step to
         step.
         """
-        found = []
+        steps = []
         with jax.set_mesh(self.mesh):
             for batch in batches:
                 self.state, metrics = self.step(
                     self.state, self.frozen, on_devices(batch, micro_batches, self.mesh)
                 )
-                figures = {name: float(value) for name, value in metrics.extra.items()}
-                found.append((float(metrics.loss), float(metrics.grad_norm), figures))
-        return found
+                extra = {name: float(value) for name, value in metrics.extra.items()}
+                steps.append((float(metrics.loss), float(metrics.grad_norm), extra))
+        return steps
 
     def gradient(self, batch):
         """`(loss, gradient of the leaves that train)` of the mean loss of a batch."""
 
         def mean(trainable):
-            cut = jax.tree.map(lambda part: part[0], on_devices(batch, 1, self.mesh))
+            single = jax.tree.map(lambda part: part[0], on_devices(batch, 1, self.mesh))
             loss, weight, _ = self.spec.objective.loss(
-                self.spec.models(trainable, self.frozen), cut, *self._how(cut)
+                self.spec.models(trainable, self.frozen), single, *self._options(single)
             )
             return loss / weight
 
         with jax.set_mesh(self.mesh):
             return jax.jit(jax.value_and_grad(mean))(self.trainable)
 
-    def _how(self, cut):
+    def _options(self, batch):
         from jaxtune.objectives.objective import DETERMINISTIC
 
         shared = self.spec.objective.shared
         return DETERMINISTIC._replace(remat=self.spec.remat), (
-            None if shared is None else shared(self.spec.models(self.trainable, self.frozen), cut)
+            None if shared is None else shared(self.spec.models(self.trainable, self.frozen), batch)
         )
 
 
@@ -149,13 +149,13 @@ def batch_of(rows, rows_in_batch=None, length=None, packed=False):
 
 def random_rows(count, seed=0, shortest=3, longest=LENGTH, vocabulary=256):
     """Rows of (ids, supervised) of unequal lengths whose supervised share differs widely."""
-    random, found = np.random.default_rng(seed), []
+    random, rows = np.random.default_rng(seed), []
     for number in range(count):
         length = int(random.integers(shortest, longest))
         supervised = random.random(length + 1) < (number + 1) / count
         supervised[1] = True
-        found.append((random.integers(0, vocabulary, length + 1).astype(np.int32), supervised))
-    return found
+        rows.append((random.integers(0, vocabulary, length + 1).astype(np.int32), supervised))
+    return rows
 
 
 def ragged_batch(seed=0, rows=8):

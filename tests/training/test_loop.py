@@ -47,13 +47,13 @@ def events(monkeypatch):
     """What happens in the loop, in order: steps dispatched, rows recorded, arrays fetched,
     programs compiled.
     """
-    found = []
+    happened = []
 
     def watched(owner, name, event):
         original = getattr(owner, name)
 
         def call(*arguments, **keys):
-            found.append(event)
+            happened.append(event)
             return original(*arguments, **keys)
 
         monkeypatch.setattr(owner, name, call)
@@ -63,17 +63,17 @@ def events(monkeypatch):
     value = ArrayImpl._value
 
     def fetched(array):
-        found.append("fetch")
+        happened.append("fetch")
         return value.fget(array)
 
     monkeypatch.setattr(ArrayImpl, "_value", property(fetched))
 
     def compiled(event, seconds, **_):
         if event.endswith("backend_compile_duration"):
-            found.append("compile")
+            happened.append("compile")
 
     jax.monitoring.register_event_duration_secs_listener(compiled)
-    yield found
+    yield happened
     jax.monitoring.unregister_event_duration_listener(compiled)
 
 
@@ -102,15 +102,17 @@ def test_nothing_is_compiled_after_the_first_steps(train, events):
 def test_learning_rates_are_the_schedules(train):
     from jaxtune.training.optimizer import learning_rate_schedule
 
-    found = train("optimizer.warmup=3")
-    rows = [row for row in read_metrics(found.dir) if row["split"] == "train"]
-    rate = learning_rate_schedule(load_config(overrides=["optimizer.warmup=3"]).optimizer, len(rows))
+    result = train("optimizer.warmup=3")
+    rows = [row for row in read_metrics(result.dir) if row["split"] == "train"]
+    rate = learning_rate_schedule(
+        load_config(overrides=["optimizer.warmup=3"]).optimizer, len(rows)
+    )
     assert [row["learning_rate"] for row in rows] == pytest.approx(
         [float(rate(step)) for step in range(len(rows))]
     )
 
 
 def test_a_profile_is_written_on_request(train):
-    found = train("run.profile=2")
-    assert list((found.dir / "profile").rglob("*.xplane.pb"))
-    assert list((found.dir / "profile").rglob("perfetto_trace.json.gz"))
+    result = train("run.profile=2")
+    assert list((result.dir / "profile").rglob("*.xplane.pb"))
+    assert list((result.dir / "profile").rglob("perfetto_trace.json.gz"))

@@ -47,15 +47,15 @@ def base(tmp_path_factory):
 
 def batches(name, packed):
     """Two batches of eight rows (packed: of as few as their examples fit in, and empty ones)."""
-    found = []
+    result = []
     for seed in range(2):
         if name in PREFERENCES:
             labels = [part for _ in range(2) for part in labels_of(name)] + labels_of(name)[:4]
-            found.append(side_by_side(answers(8, seed), labels, packed, 8))
+            result.append(side_by_side(answers(8, seed), labels, packed, 8))
         else:
             rows = random_rows(8, seed)
-            found.append(batch_of(rows, 8, 64 if packed else None, packed))
-    return found
+            result.append(batch_of(rows, 8, 64 if packed else None, packed))
+    return result
 
 
 @pytest.mark.parametrize("name", thinned(METHODS, "int8 dora", "last", "dpo"))
@@ -68,9 +68,9 @@ def test_accumulation_packing_and_mesh_change_no_loss(name, base):
             for step in Steps(base, mesh, *keys).train(batches(name, packed), micro_batches)
         ]
 
-    one = make_mesh(devices=jax.devices()[:1])
-    expected = train(one)
-    np.testing.assert_allclose(train(one, micro_batches=4, packed=True), expected, rtol=2e-4)
+    single = make_mesh(devices=jax.devices()[:1])
+    expected = train(single)
+    np.testing.assert_allclose(train(single, micro_batches=4, packed=True), expected, rtol=2e-4)
     np.testing.assert_allclose(train(make_mesh(1, 2, 4), micro_batches=2), expected, rtol=2e-4)
 
 
@@ -78,15 +78,15 @@ def torch_steps(model, trains, batches, rate):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains(name))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, found = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0), []
+    optimizer, metrics = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0), []
     for rows in batches:
         total, count = peft_side.token_loss(model, rows)
         (total / count).backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        found.append((float(total.detach()) / count, float(norm)))
-    return found
+        metrics.append((float(total.detach()) / count, float(norm)))
+    return metrics
 
 
 SELECTIONS = {
@@ -94,9 +94,12 @@ SELECTIONS = {
     "last:2": ("last:2", lambda name: any(f"layers.{layer}." in name for layer in (1, 2))),
     "norms and biases": ("[norms, biases]", lambda name: "norm" in name or name.endswith("bias")),
     "embeddings": ("[embeddings]", lambda name: "embed_tokens" in name),
-    "head and one layer's queries": ("[head, layers.1.self_attn.q_proj]", lambda name: "lm_head" in name or "layers.1.self_attn.q_proj" in name),
+    "head and one layer's queries": (
+        "[head, layers.1.self_attn.q_proj]",
+        lambda name: "lm_head" in name or "layers.1.self_attn.q_proj" in name,
+    ),
     "every down_proj": ("[down_proj]", lambda name: "down_proj" in name),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", thinned(SELECTIONS, "all", "head and one layer's queries"))
@@ -107,7 +110,7 @@ def test_ten_steps_of_weights_equal_pytorchs(name, tmp_path, one_device):
     model = tools.random_model(config)
     start = {key: value.detach().numpy().copy() for key, value in model.named_parameters()}
     rows = [random_rows(4, seed, longest=20) for seed in range(10)]
-    theirs = torch_steps(model, trains, rows, 1e-3)
+    expected = torch_steps(model, trains, rows, 1e-3)
     run = Steps(
         tmp_path,
         one_device,
@@ -115,12 +118,12 @@ def test_ten_steps_of_weights_equal_pytorchs(name, tmp_path, one_device):
         f"trainable={entries}",
         "optimizer.learning_rate=1e-3",
     )
-    ours = run.train([batch_of(part, length=20) for part in rows])
-    np.testing.assert_allclose([step[:2] for step in ours], theirs, rtol=2e-3)
+    metrics = run.train([batch_of(part, length=20) for part in rows])
+    np.testing.assert_allclose([step[:2] for step in metrics], expected, rtol=2e-3)
     end = {key: value.detach().numpy() for key, value in model.named_parameters()}
-    found = by_name(run)
-    assert found.keys() == {key for key in start if trains(key)}
-    for key, value in found.items():
+    trained = by_name(run)
+    assert trained.keys() == {key for key in start if trains(key)}
+    for key, value in trained.items():
         change = np.linalg.norm(end[key] - start[key])
         assert change > 0, key
         assert np.linalg.norm(value - end[key]) <= 2e-3 * change + 1e-7, key
@@ -132,12 +135,12 @@ def by_name(run):
 
     from jaxtune.models.names import names_of
 
-    found = {}
+    values = {}
     for path, leaf in nnx.to_flat_state(run.state.trainable):
         stack, names = names_of(path, run.model().config)
         value = np.asarray(leaf.get_value())
-        found |= dict(zip(names, value if stack else [value], strict=True))
-    return found
+        values |= dict(zip(names, value if stack else [value], strict=True))
+    return values
 
 
 def test_the_first_layers_have_no_backward_pass_where_only_the_last_train(tmp_path, one_device):

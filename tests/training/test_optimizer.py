@@ -94,34 +94,45 @@ def groups(rule, **options):
 
 
 RULES = {
-    "adamw": ({"weight_decay": 0.1, "betas": [0.8, 0.95]}, groups(torch.optim.AdamW, betas=(0.8, 0.95))),
+    "adamw": (
+        {"weight_decay": 0.1, "betas": [0.8, 0.95]},
+        groups(torch.optim.AdamW, betas=(0.8, 0.95)),
+    ),
     "sgd": ({"betas": [0.9, 0.0]}, lambda m, v: [torch.optim.SGD([*m, *v], lr=RATE, momentum=0.9)]),
     "adafactor": (
         {},
-        lambda m,
-        v: [Adafactor([*m, *v], lr=RATE, scale_parameter=False, relative_step=False, warmup_init=False, eps=(1e-30, 1e-3))],
+        lambda m, v: [
+            Adafactor(
+                [*m, *v],
+                lr=RATE,
+                scale_parameter=False,
+                relative_step=False,
+                warmup_init=False,
+                eps=(1e-30, 1e-3),
+            )
+        ],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_ten_steps_equal_pytorchs(name):
     numbers, make = RULES[name]
-    start, found, wanted = problem()[0], ours(name=name, **numbers), theirs(make)
-    for key, value in wanted.items():
+    start, result, expected = problem()[0], ours(name=name, **numbers), theirs(make)
+    for key, value in expected.items():
         change = np.linalg.norm(value - start[key])
-        assert np.linalg.norm(found[key] - value) <= 2e-4 * change, key
+        assert np.linalg.norm(result[key] - value) <= 2e-4 * change, key
 
 
 def test_muon_is_its_algorithm_on_matrices_and_adamw_on_vectors():
     """Jordan et al. 2024, five Newton-Schulz steps on Nesterov's momentum, and the size of AdamW's
     updates (Liu et al. 2025, eq. 4).
 
-    The momentum is bias-corrected, as optax has it; PyTorch's is not, and orthogonalises in
+    The momentum is bias-corrected, as optax has it; PyTorch's is not, and orthogonalizes in
     bfloat16, so it is no reference here.
     """
     parameters, gradients = problem()
-    wanted, momentum = parameters["matrix"].copy(), np.zeros_like(parameters["matrix"])
+    expected, momentum = parameters["matrix"].copy(), np.zeros_like(parameters["matrix"])
     for step, gradient in enumerate(gradients, 1):
         momentum = 0.95 * momentum + 0.05 * gradient["matrix"]
         mixed = 0.95 * momentum / (1 - 0.95 ** (step + 1)) + 0.05 * gradient["matrix"] / (
@@ -132,15 +143,15 @@ def test_muon_is_its_algorithm_on_matrices_and_adamw_on_vectors():
             for _ in range(5):
                 square = x @ x.T
                 x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-            wanted[layer] -= RATE * (0.2 * np.sqrt(160) * x.T + 0.1 * wanted[layer])
-    found = ours(name="muon", weight_decay=0.1, betas=[0.95, 0.999])
-    assert np.linalg.norm(found["matrix"] - wanted) <= 1e-3 * np.linalg.norm(
-        wanted - parameters["matrix"]
+            expected[layer] -= RATE * (0.2 * np.sqrt(160) * x.T + 0.1 * expected[layer])
+    result = ours(name="muon", weight_decay=0.1, betas=[0.95, 0.999])
+    assert np.linalg.norm(result["matrix"] - expected) <= 1e-3 * np.linalg.norm(
+        expected - parameters["matrix"]
     )
     adamw = theirs(
         lambda m, v: [torch.optim.AdamW(v, lr=RATE, betas=(0.95, 0.999), weight_decay=0.0)]
     )
-    assert np.linalg.norm(found["vector"] - adamw["vector"]) <= 1e-3 * np.linalg.norm(
+    assert np.linalg.norm(result["vector"] - adamw["vector"]) <= 1e-3 * np.linalg.norm(
         adamw["vector"] - parameters["vector"]
     )
 
@@ -156,9 +167,9 @@ def test_lion_is_its_algorithm():
                 np.sign(0.9 * momentum[name] + 0.1 * g) + decay
             )
             momentum[name] = 0.99 * momentum[name] + 0.01 * g
-    found = ours(name="lion", betas=[0.9, 0.99], weight_decay=0.1)
+    result = ours(name="lion", betas=[0.9, 0.99], weight_decay=0.1)
     for name, value in parameters.items():
-        np.testing.assert_allclose(found[name], value, atol=1e-5)
+        np.testing.assert_allclose(result[name], value, atol=1e-5)
 
 
 def test_schedule_free_is_its_algorithm():
@@ -166,14 +177,14 @@ def test_schedule_free_is_its_algorithm():
     evaluated.
     """
     start, gradients = problem()
-    found = ours(name="schedule-free", betas=[0.9, 0.99])
+    result = ours(name="schedule-free", betas=[0.9, 0.99])
     for name, x in start.items():
         z, second = x.copy(), np.zeros_like(x)
         for number, gradient in enumerate(gradients, 1):
             second = 0.99 * second + 0.01 * gradient[name] ** 2
             z = z - RATE * gradient[name] / (np.sqrt(second / (1 - 0.99**number)) + 1e-8)
             x = x + (z - x) / number  # the gradients here do not depend on y
-        np.testing.assert_allclose(found[name], x, atol=2e-5)
+        np.testing.assert_allclose(result[name], x, atol=2e-5)
 
 
 def test_rates_of_groups_and_lora_plus():
@@ -185,7 +196,8 @@ def test_rates_of_groups_and_lora_plus():
     np.testing.assert_allclose(updates["matrix"], -RATE, rtol=1e-6)
     np.testing.assert_allclose(updates["vector"], -1e-3, rtol=1e-6)
     with pytest.raises(
-        UserError, match=r"optimizer.rates: 'nrm' fits nothing that trains; there are norm, q_proj"
+        UserError,
+        match=r"optimizer.rates: 'nrm' matches nothing that trains; there are norm, q_proj",
     ):
         build_optimizer(config.model_copy(update={"rates": {"nrm": 1.0}}), STEPS, LEAVES)
 
@@ -213,18 +225,8 @@ def test_the_average_is_what_is_evaluated(chat_model, one_device):
             name: old + share * (leaves(run.state.trainable)[name] - old)
             for name, old in expected.items()
         }
-    setup = Setup(
-        run.config,
-        one_device,
-        None,
-        None,
-        run.spec,
-        run.trainable,
-        run.frozen,
-        run.optimizer,
-        None,
-        None,
-    )
+    parts = (run.spec, run.trainable, run.frozen, run.optimizer)
+    setup = Setup(run.config, one_device, None, None, *parts, None, None)
     for name, value in leaves(setup.eval_params(run.state)).items():
         np.testing.assert_allclose(value, expected[name], atol=1e-6)
         if "lora_B" in name:

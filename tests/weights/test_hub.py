@@ -92,7 +92,8 @@ def test_only_the_files_that_are_read_are_fetched(stand_in):
 def test_gated_missing_and_unreachable_say_what_to_do(stand_in, monkeypatch):
     with pytest.raises(
         UserError,
-        match=r"org/gated is gated. Accept its license on its hub page, then run 'hf auth login' or set HF_TOKEN",
+        match=r"org/gated is gated. Accept its license on its hub page, "
+        "then run 'hf auth login' or set HF_TOKEN",
     ):
         resolve("org/gated")
     monkeypatch.setenv("HF_TOKEN", "good")

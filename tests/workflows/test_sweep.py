@@ -50,9 +50,13 @@ def base(chat_model, tmp_path):
 
 def described(tmp_path, **changes):
     keys = {
-        "trials": 4, "dir": str(tmp_path / "sweep"),
-        "parameters": {"optimizer.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}, "adapter.targets": [["q_proj"], "all-linear"]},
-    } | changes  # fmt: skip
+        "trials": 4,
+        "dir": str(tmp_path / "sweep"),
+        "parameters": {
+            "optimizer.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True},
+            "adapter.targets": [["q_proj"], "all-linear"],
+        },
+    } | changes
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump(keys))
     return path

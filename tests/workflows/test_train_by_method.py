@@ -135,11 +135,16 @@ def test_a_quantized_base_trains_an_adapter_that_fits_the_original(train, tmp_pa
 RESUMED = {
     "pissa": ["adapter.init=pissa"],
     "dora and neftune": ["adapter.method=dora", "train.neftune=5"],
-    "weights, muon, an average": ["adapter.method=none", "trainable=last:1", "optimizer.name=muon", "train.ema=0.9"],
+    "weights, muon, an average": [
+        "adapter.method=none",
+        "trainable=last:1",
+        "optimizer.name=muon",
+        "train.ema=0.9",
+    ],
     "schedule-free": ["optimizer.name=schedule-free", "optimizer.schedule=constant"],
     "adafactor": ["optimizer.name=adafactor"],
     "dpo": ["train.objective=dpo"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", thinned(RESUMED, "weights, muon, an average", "dpo"))
@@ -187,11 +192,13 @@ CONTRADICTIONS = {
     "adapter.init=pissa adapter.method=dora": "adapter.init=pissa is for adapter.method=lora",
     "adapter.method=none model.dtype=nf4": "leaves nothing frozen that model.dtype could quantize",
     "adapter.method=none optimizer.lora_plus=16": "optimizer.lora_plus is for adapters",
-    "optimizer.name=muon optimizer.learning_rate=auto": "optimizer.learning_rate=auto is a rule for AdamW",
+    "optimizer.name=muon optimizer.learning_rate=auto": (
+        "optimizer.learning_rate=auto is a rule for AdamW"
+    ),
     "optimizer.name=schedule-free optimizer.schedule=cosine": "schedule-free replaces the schedule",
     "train.objective=distill": "train.objective=distill needs distill.teacher",
     "distill.teacher=x": "distill.teacher is set, and train.objective is not distill",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("keys", CONTRADICTIONS)

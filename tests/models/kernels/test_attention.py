@@ -26,11 +26,16 @@ def visible(mask):
     window = EVERYTHING if mask.window is None else int(mask.window)
     return np.asarray(
         [
-            [[one == other and 0 <= at - of < window for of, other in zip(keys, key_segments, strict=True)]
-             for at, one in zip(queries, query_segments, strict=True)]
+            [
+                [
+                    one == other and 0 <= at - of < window
+                    for of, other in zip(keys, key_segments, strict=True)
+                ]
+                for at, one in zip(queries, query_segments, strict=True)
+            ]
             for queries, keys, query_segments, key_segments in places
         ]
-    )  # fmt: skip
+    )
 
 
 def formula(q, k, v, mask, cap):

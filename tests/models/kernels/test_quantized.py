@@ -235,6 +235,7 @@ def test_the_merge_is_of_the_original_weights(wide_model, tmp_path, one_device):
 def test_rows_without_whole_blocks_are_refused(chat_model, one_device):
     with pytest.raises(
         UserError,
-        match=r"model.dtype=nf4: model.layers.0.\S+ has rows of \d+ numbers.* Take model.dtype=int8",
+        match=r"model.dtype=nf4: model.layers.0.\S+ has rows of \d+ numbers"
+        r".* Take model.dtype=int8",
     ):
         load_model(resolve(str(chat_model)), one_device, dtype="nf4")

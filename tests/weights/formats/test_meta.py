@@ -16,11 +16,20 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 META = {
     "llama2": {"rms_norm_eps": 1e-5},
-    "llama3": {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
-               "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}},
+    "llama3": {
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
     "tied": {"tie_word_embeddings": True},
     "multi_head": {"num_key_value_heads": 4, "intermediate_size": 88},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", META)
