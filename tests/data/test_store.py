@@ -192,6 +192,20 @@ def test_killed_and_concurrent_runs_share_a_cache(cache, tmp_path, monkeypatch):
     assert len(list(cache.iterdir())) == 1
 
 
+def test_digests_are_those_that_old_runs_have_written_down(cache, rows, tmp_path):
+    """A run goes on only with the data it began with, which it knows by this digest."""
+    assert prepare(DataSection(train=rows), WORDS).digest == (
+        "697c40893ae51fda7344bea75dad57be:40:780"
+    )
+    pairs = [
+        {"prompt": f"{n}?", "chosen": f"yes {n}", "rejected": "no" * (n + 1)} for n in range(6)
+    ]
+    path = tools.write_rows(tmp_path / "pairs.jsonl", pairs)
+    assert prepare(DataSection(train=path), WORDS, comparison="pairs").digest == (
+        "03d4ebb994005f9f05e56e4792c997d7:12:66:pairs"
+    )
+
+
 def test_threads_too(cache, rows):
     contents = []
     threads = [
