@@ -1,4 +1,4 @@
-"""The report's charts, as pieces of a page that holds plotly's script."""
+"""The report's charts, as HTML for a page that includes plotly's script."""
 
 from itertools import pairwise
 from typing import Any
@@ -12,26 +12,24 @@ _LAYOUT = {
 
 
 def curve(title: str, series: dict[str, tuple[list, list]]) -> str:
-    """Lines over optimizer steps.
+    """Draw lines over optimizer steps.
 
     Args:
-        title: what is drawn and its unit.
+        title: the quantity and its unit.
         series: steps and values by name.
 
     """
     import plotly.graph_objects as go
 
-    lines = [
-        go.Scatter(
-            x=steps, y=values, name=name, mode="lines+markers" if len(steps) < 60 else "lines"
-        )
-        for name, (steps, values) in series.items()
-    ]
-    return drawn(go.Figure(lines), title, xaxis_title="step")
+    lines = []
+    for name, (steps, values) in series.items():
+        mode = "lines+markers" if len(steps) < 60 else "lines"
+        lines.append(go.Scatter(x=steps, y=values, name=name, mode=mode))
+    return draw(go.Figure(lines), title, xaxis_title="step")
 
 
 def histogram(title: str, series: dict[str, dict[str, list[int]]]) -> str:
-    """Overlaid histograms, each of edges and the counts between them."""
+    """Draw overlaid histograms, each given as edges and the counts between them."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
@@ -42,11 +40,11 @@ def histogram(title: str, series: dict[str, dict[str, list[int]]]) -> str:
             x=edges[:-1], y=bins["counts"], width=widths, offset=0, name=name, opacity=0.7
         )
     figure.update_layout(barmode="overlay")
-    return drawn(figure, title, xaxis_title="tokens")
+    return draw(figure, title, xaxis_title="tokens")
 
 
 def confusion(title: str, table: dict[str, Any]) -> str:
-    """A confusion matrix, rows true and columns predicted."""
+    """Draw a confusion matrix: true classes in rows, predicted ones in columns."""
     import plotly.graph_objects as go
 
     names, counts = table["classes"], table["rows_true_columns_predicted"]
@@ -61,11 +59,11 @@ def confusion(title: str, table: dict[str, Any]) -> str:
     )
     figure = go.Figure(heat)
     figure.update_yaxes(autorange="reversed", title="true")
-    return drawn(figure, f"Confusion, {title}", xaxis_title="predicted")
+    return draw(figure, f"Confusion, {title}", xaxis_title="predicted")
 
 
-def drawn(figure: Any, title: str, **layout: Any) -> str:
-    """A figure of plotly's as a piece of a page."""
+def draw(figure: Any, title: str, **layout: Any) -> str:
+    """Return the HTML of a plotly figure."""
     figure.update_layout(title=title, **(_LAYOUT | layout))
     return figure.to_html(
         full_html=False,

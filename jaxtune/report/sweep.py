@@ -1,4 +1,4 @@
-"""The page of a search: what was tried, what it gave, and which keys mattered."""
+"""The page of a search: its trials, their results, and which keys mattered."""
 
 import html
 import warnings
@@ -13,39 +13,49 @@ from optuna.trial import FrozenTrial, TrialState
 from jaxtune.config.load import load_sweep
 from jaxtune.config.schema import lower_is_better
 from jaxtune.config.sweep import Range, Sweep
-from jaxtune.core.errors import UserError
+from jaxtune.core.errors import UserError, first_line
 from jaxtune.core.files import write_text
-from jaxtune.report.charts import curve, drawn
-from jaxtune.report.document import Cell, document, ends, grid, number, table
+from jaxtune.report.charts import curve, draw
+from jaxtune.report.document import (
+    Cell,
+    document,
+    grid,
+    interval_text,
+    number_text,
+    table,
+)
 from jaxtune.tracking.metrics_log import AFTER, BEFORE, phase_of, read_metrics
 
 NAME, BASE, STUDY, TRIALS, REPORT = "sweep.yaml", "base.yaml", "study.db", "trials", "report.html"
-_LEAST, _MANY = (
-    4,
-    20,
-)  # completed trials for a word on importance, and for one that is to be believed
+_STATES = {
+    TrialState.PRUNED: "ended early",
+    TrialState.FAIL: "failed:",
+    TrialState.RUNNING: "not finished",
+}
+_MIN_TRIALS = 4  # completed trials from which importance is estimated
+_FEW_TRIALS = 20  # below which the estimate is called a hint
 
 
 def trial_directory(directory: Path, number: int) -> Path:
-    """The run directory of a trial."""
+    """Return the run directory of a trial."""
     return directory / TRIALS / f"{number + 1:03}"
 
 
 def read_study(directory: Path) -> tuple[optuna.Study, Sweep]:
-    """The study in a search's directory, and its description.
+    """Return the study in a search's directory, and its description.
 
     Raises:
-        UserError: its description is not one of this version, or its storage cannot be opened.
+        UserError: this version cannot read its description, or its storage cannot be opened.
 
     """
-    plan = load_sweep(directory / NAME)
-    return open_study(plan, directory), plan
+    sweep = load_sweep(directory / NAME)
+    return open_study(sweep, directory), sweep
 
 
 def open_study(
-    plan: Sweep, directory: Path, pruner: optuna.pruners.BasePruner | None = None
+    sweep: Sweep, directory: Path, pruner: optuna.pruners.BasePruner | None = None
 ) -> optuna.Study:
-    """The study, made where there is none yet.
+    """Open the study of a search, or create it.
 
     Raises:
         UserError: its storage cannot be used.
@@ -55,11 +65,11 @@ def open_study(
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage, name = (
-        (plan.storage, plan.dir)
-        if plan.storage
+        (sweep.storage, sweep.dir)
+        if sweep.storage
         else (f"sqlite:///{(directory / STUDY).resolve()}", NAME)
     )
-    direction = "minimize" if lower_is_better(plan.metric) else "maximize"
+    direction = "minimize" if lower_is_better(sweep.metric) else "maximize"
     try:
         return optuna.create_study(
             storage=storage,
@@ -69,21 +79,21 @@ def open_study(
             load_if_exists=True,
         )
     except (SQLAlchemyError, ImportError, ValueError) as error:
-        raise UserError(
-            f"storage: {storage} cannot be used: {str(error).splitlines()[0]}"
-        ) from None
+        raise UserError(f"storage: {storage} cannot be used: {first_line(error)}") from None
 
 
-def write_sweep_report(study: optuna.Study, plan: Sweep, directory: Path) -> Path:
+def write_sweep_report(study: optuna.Study, sweep: Sweep, directory: Path) -> Path:
     """Write the page into the search's directory."""
     out = directory / REPORT
     done = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    body = [
-        f"<h1>{html.escape(str(directory))}: {len(done)} of {plan.trials} trials, by "
-        f"{plan.metric}</h1>"
-    ]
+    title = f"{directory}: {len(done)} of {sweep.trials} trials, by {sweep.metric}"
+    body = [f"<h1>{html.escape(title)}</h1>"]
     body += [_best(study, directory)] if done else []
-    body += [_trials(study, plan, directory), _plots(study, plan, done), _curves(study, directory)]
+    body += [
+        _trials(study, sweep, directory),
+        _plots(study, sweep, done),
+        _curves(study, directory),
+    ]
     write_text(out, document(str(directory), body))
     return out
 
@@ -91,115 +101,99 @@ def write_sweep_report(study: optuna.Study, plan: Sweep, directory: Path) -> Pat
 def _best(study: optuna.Study, directory: Path) -> str:
     best = study.best_trial
     keys = " ".join(f"{key}={value}" for key, value in best.params.items())
-    return f"<p>The best is {_link(best, directory)}: {number(best.value)}.</p><pre>{html.escape(keys)}</pre>"
+    return (
+        f"<p>The best is {_link(best, directory)}: {number_text(best.value)}.</p>"
+        f"<pre>{html.escape(keys)}</pre>"
+    )
 
 
-def _trials(study: optuna.Study, plan: Sweep, directory: Path) -> str:
+def _trials(study: optuna.Study, sweep: Sweep, directory: Path) -> str:
     ordered = sorted(study.get_trials(deepcopy=False), key=lambda trial: _rank(trial, study))
     rows = []
     for trial in ordered:
-        last = next(
-            (row for row in reversed(_rows(trial, directory)) if phase_of(row) in (BEFORE, AFTER)),
-            {},
-        )
-        bounds = (
-            ends(last.get("intervals", {}).get(plan.metric))
-            if trial.state == TrialState.COMPLETE
-            else ""
-        )
-        said = trial.user_attrs.get("reason") or (
-            f"as trial {trial.user_attrs['same as'] + 1}" if "same as" in trial.user_attrs else ""
-        )
         value = "" if trial.value is None else trial.value
-        values = [trial.params.get(key, "") for key in plan.parameters]
-        rows.append(
-            [
-                _link(trial, directory),
-                *values,
-                value,
-                bounds,
-                f"{_STATES.get(trial.state, '')} {said}".strip(),
-            ]
-        )
-    return f"<h2>Trials, the best first</h2>{table(['trial', *plan.parameters, plan.metric, '95% interval', ''], rows)}"
+        values = [trial.params.get(key, "") for key in sweep.parameters]
+        interval = _interval(trial, sweep.metric, directory)
+        rows.append([_link(trial, directory), *values, value, interval, _state(trial)])
+    head = ["trial", *sweep.parameters, sweep.metric, "95% interval", ""]
+    return f"<h2>Trials, the best first</h2>{table(head, rows)}"
 
 
-_STATES = {
-    TrialState.PRUNED: "ended early",
-    TrialState.FAIL: "failed:",
-    TrialState.RUNNING: "not finished",
-}
+def _interval(trial: FrozenTrial, metric: str, directory: Path) -> str:
+    if trial.state != TrialState.COMPLETE:
+        return ""
+    evaluations = [row for row in _rows(trial, directory) if phase_of(row) in (BEFORE, AFTER)]
+    return interval_text(evaluations[-1].get("intervals", {}).get(metric)) if evaluations else ""
+
+
+def _state(trial: FrozenTrial) -> str:
+    twin = trial.user_attrs.get("same as")
+    note = trial.user_attrs.get("reason") or ("" if twin is None else f"as trial {twin + 1}")
+    return f"{_STATES.get(trial.state, '')} {note}".strip()
 
 
 def _rank(trial: FrozenTrial, study: optuna.Study) -> tuple[bool, float]:
     if trial.state != TrialState.COMPLETE or trial.value is None:
         return True, trial.number
-    return (
-        False,
-        trial.value if study.direction == optuna.study.StudyDirection.MINIMIZE else -trial.value,
-    )
+    return False, trial.value if _is_minimized(study) else -trial.value
 
 
-def _plots(study: optuna.Study, plan: Sweep, done: list[FrozenTrial]) -> str:
+def _plots(study: optuna.Study, sweep: Sweep, done: list[FrozenTrial]) -> str:
     if len(done) < 2:
         return ""
-    charts = [_history(study, plan, done)]
-    varied = [key for key in plan.parameters if len({str(trial.params[key]) for trial in done}) > 1]
+    charts = [_history(study, sweep, done)]
+    varied = [
+        key for key in sweep.parameters if len({str(trial.params[key]) for trial in done}) > 1
+    ]
     note = ""
-    importances = importance(study, varied) if len(done) >= _LEAST and varied else {}
+    importances = importance(study, varied) if len(done) >= _MIN_TRIALS and varied else {}
     if importances:
         charts.append(_bars(importances))
-        few = f" {len(done)} trials are few: take it as a hint." if len(done) < _MANY else ""
-        note = f'<p class="muted">Importance is what tells the better half of the trials from all of them (PED-ANOVA).{few}</p>'
-    charts += [_by_key(plan, key, done) for key in varied]
+        note = "Importance: how a key tells the better half of the trials from all (PED-ANOVA)."
+        if len(done) < _FEW_TRIALS:
+            note += f" {len(done)} trials are few: read it as a hint."
+        note = f'<p class="muted">{note}</p>'
+    charts += [_by_key(sweep, key, done) for key in varied]
     if len(varied) > 1:
-        together = optuna.visualization.plot_parallel_coordinate(
-            study, params=varied, target_name=plan.metric
+        coordinates = optuna.visualization.plot_parallel_coordinate(
+            study, params=varied, target_name=sweep.metric
         )
-        charts.append(drawn(together, "All keys at once"))
+        charts.append(draw(coordinates, "All keys at once"))
     return f"<h2>What mattered</h2>{note}{grid(charts)}"
 
 
-def _history(study: optuna.Study, plan: Sweep, done: list[FrozenTrial]) -> str:
-    less = study.direction == optuna.study.StudyDirection.MINIMIZE
-    numbers, values = (
-        [trial.number + 1 for trial in done],
-        [float(trial.value or 0) for trial in done],
-    )
-    best = np.minimum.accumulate(values) if less else np.maximum.accumulate(values)
-    figure = go.Figure(
-        [
-            go.Scatter(x=numbers, y=values, mode="markers", name="trial"),
-            go.Scatter(x=numbers, y=best, name="best so far"),
-        ]
-    )
-    return drawn(figure, f"{plan.metric}, trial after trial", xaxis_title="trial")
+def _history(study: optuna.Study, sweep: Sweep, done: list[FrozenTrial]) -> str:
+    numbers = [trial.number + 1 for trial in done]
+    values = [float(trial.value or 0) for trial in done]
+    accumulate = np.minimum.accumulate if _is_minimized(study) else np.maximum.accumulate
+    lines = [
+        go.Scatter(x=numbers, y=values, mode="markers", name="trial"),
+        go.Scatter(x=numbers, y=accumulate(values), name="best so far"),
+    ]
+    return draw(go.Figure(lines), f"{sweep.metric}, trial by trial", xaxis_title="trial")
 
 
-def _by_key(plan: Sweep, key: str, done: list[FrozenTrial]) -> str:
-    options = plan.parameters[key]
-    along = (
-        {"type": "log"}
-        if isinstance(options, Range) and options.log
-        else {}
-        if isinstance(options, Range)
-        else {"type": "category"}
-    )
-    names = [f"trial {trial.number + 1}" for trial in done]
+def _by_key(sweep: Sweep, key: str, done: list[FrozenTrial]) -> str:
+    options = sweep.parameters[key]
+    axis: dict[str, Any] = {"title": key}
+    if not isinstance(options, Range):
+        axis["type"] = "category"
+    elif options.log:
+        axis["type"] = "log"
     dots = go.Scatter(
         x=[trial.params[key] for trial in done],
         y=[trial.value for trial in done],
-        text=names,
+        text=[f"trial {trial.number + 1}" for trial in done],
         mode="markers",
     )
-    return drawn(go.Figure(dots), f"{plan.metric} by {key}", xaxis={"title": key, **along})
+    return draw(go.Figure(dots), f"{sweep.metric} by {key}", xaxis=axis)
 
 
 def importance(study: optuna.Study, keys: list[str]) -> dict[str, float]:
-    """How much each key mattered, in shares (Watanabe et al. 2023, PED-ANOVA): what tells the
-    better half of the trials from all.
+    """Return the importance of each key, as shares: how it tells the better half of the trials from
+    all (PED-ANOVA; Watanabe et al. 2023).
 
-    Nothing where Optuna cannot tell, such as of trials that are all as good.
+    It is empty where Optuna cannot tell, for example where all trials are equally good.
     """
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(
         target_quantile=0.5, region_quantile=1.0
@@ -214,29 +208,28 @@ def importance(study: optuna.Study, keys: list[str]) -> dict[str, float]:
 
 def _bars(importances: dict[str, float]) -> str:
     names = list(reversed(importances))
-    return drawn(
-        go.Figure(go.Bar(x=[importances[name] for name in names], y=names, orientation="h")),
-        "Importance of keys",
-    )
+    bars = go.Bar(x=[importances[name] for name in names], y=names, orientation="h")
+    return draw(go.Figure(bars), "Importance of keys")
 
 
 def _curves(study: optuna.Study, directory: Path) -> str:
-    losses: dict[str, tuple[list, list]] = {}
+    train: dict[str, tuple[list, list]] = {}
     evaluations: dict[str, tuple[list, list]] = {}
     for trial in study.get_trials(deepcopy=False):
-        rows = _rows(trial, directory)
-        name = f"trial {trial.number + 1}"
-        for split, found in (("train", losses), ("eval", evaluations)):
-            points = [
-                (row["step"], row["loss"])
-                for row in rows
-                if row["split"] == split and row.get("loss") is not None
-            ]
-            if points:
-                found[name] = [x for x, _ in points], [y for _, y in points]
-    if not losses:
+        rows = [row for row in _rows(trial, directory) if row.get("loss") is not None]
+        for split, lines in (("train", train), ("eval", evaluations)):
+            of_split = [row for row in rows if row["split"] == split]
+            if of_split:
+                steps = [row["step"] for row in of_split]
+                lines[f"trial {trial.number + 1}"] = steps, [row["loss"] for row in of_split]
+    if not train:
         return ""
-    return f"<h2>Curves</h2>{grid([curve('Training loss', losses), curve('Evaluation loss', evaluations)])}"
+    charts = [curve("Training loss", train), curve("Evaluation loss", evaluations)]
+    return f"<h2>Curves</h2>{grid(charts)}"
+
+
+def _is_minimized(study: optuna.Study) -> bool:
+    return study.direction == optuna.study.StudyDirection.MINIMIZE
 
 
 def _rows(trial: FrozenTrial, directory: Path) -> list[dict[str, Any]]:
