@@ -2,6 +2,7 @@
 resume.
 """
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -89,7 +90,7 @@ def test_batches_after_a_resume_are_those_of_the_whole_run(packing, start, one_d
     assert [loaded.index for loaded in rest] == list(range(start, len(schedule())))
     for left, right in zip(whole[start:], rest, strict=True):
         assert (left.tokens, left.padding) == (right.tokens, right.padding)
-        jax.tree.map(np.testing.assert_array_equal, left.batch, right.batch)
+        chex.assert_trees_all_equal(left.batch, right.batch)
 
 
 def test_steps_override_epochs():
@@ -117,7 +118,7 @@ def test_evaluation_is_weighted_by_tokens_the_same_at_every_batch_size(
     results = [
         evaluate(
             model, tokenizer, source.stop_ids(), DataSection(eval=path), EvalOptions("lm", size)
-        ).figures()
+        ).as_dict()
         for size in (1, 3, 11, 16)
     ]
     reference = AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float32)
@@ -148,7 +149,7 @@ def test_evaluation_on_the_way_is_that_of_the_whole_file_at_every_batch_size(
         source.stop_ids(),
         DataSection(eval=path),
         EvalOptions("lm"),
-    ).figures()
+    ).as_dict()
     for size in (8, 16):  # eight devices
         sections = {
             "model": {"source": str(chat_model)},
@@ -180,11 +181,11 @@ def test_classification_by_cache_equals_the_plain_forward_pass(chat_model, one_d
     path = tools.write_rows(tmp_path / "rows.jsonl", rows)
     plain = evaluate(
         model, tokenizer, source.stop_ids(), DataSection(eval=path), EvalOptions("lm")
-    ).figures()
+    ).as_dict()
     for size in (2, 5, 32):
         result = evaluate(
             model, tokenizer, source.stop_ids(), DataSection(eval=path), EvalOptions(batch=size)
-        ).figures()
+        ).as_dict()
         assert (result["task"], result["rows"], result["supervised_tokens"]) == (
             "classification",
             12,

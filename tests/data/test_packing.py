@@ -1,6 +1,6 @@
 """The schedule of an epoch: mixtures, batches known without the ones before, shapes of batches."""
 
-import jax
+import chex
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,7 +68,7 @@ def test_any_batch_is_known_without_the_ones_before(lengths, packing, shuffle, r
     start = data.draw(st.integers(0, len(in_order) - 1))
     resumed = schedule()
     for index in range(start, len(in_order)):
-        jax.tree.map(np.testing.assert_array_equal, resumed.batch(index), in_order[index])
+        chex.assert_trees_all_equal(resumed.batch(index), in_order[index])
         assert resumed.epoch(index) == whole.epoch(index)
 
 
