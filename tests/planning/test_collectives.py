@@ -3,7 +3,6 @@ nothing of the base as a whole.
 """
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from jaxtune.config.load import load_config
 from jaxtune.planning.collectives import Collective, collectives
 from jaxtune.planning.planner import plan
+from tests.support.cases import OnDemand, thinned
 
 HIDDEN, MLP, LAYERS, HEADS, KV, VOCAB = 1024, 2816, 5, 16, 8, 8192
 ROWS, LENGTH, WAYS = 8, 1024, 4
@@ -28,6 +28,7 @@ MESHES = {
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
+    """By mesh the plan, each when it is first asked for."""
     folder = tmp_path_factory.mktemp("model")
     raw = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": VOCAB,
@@ -45,36 +46,32 @@ def programs(tmp_path_factory):
         "train.remat=full",
         "adapter.rank=8",
     ]
-    asked = {
-        name: [*keys, *(f"mesh.{axis}={size}" for axis, size in mesh.items())]
-        for name, mesh in MESHES.items()
-    }
-    with ThreadPoolExecutor(2) as pool:
-        jobs = {
-            name: pool.submit(plan, load_config(overrides=keys), "v5e:2x2")
-            for name, keys in asked.items()
-        }
-    return {name: job.result() for name, job in jobs.items()}
+
+    def planned(name):
+        mesh = [f"mesh.{axis}={size}" for axis, size in MESHES[name].items()]
+        return plan(load_config(overrides=[*keys, *mesh]), "v5e:2x2")
+
+    return OnDemand(planned)
 
 
-def sent(made, *axes):
-    kinds = made.collectives.get(" x ".join(axes), {})
+def sent(result, *axes):
+    kinds = result.collectives.get(" x ".join(axes), {})
     return sum(kind["bytes"] for kind in kinds.values())
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", thinned(MESHES, "fsdp", "tensor"))
 def test_nothing_of_the_whole_base_is_gathered_and_no_gradient_of_it_exists(programs, name):
     """No array that is exchanged has all layers, but for adapters' factors; none is as large as
     a matrix and reduced.
     """
     largest = max(MLP * HIDDEN * 2, ROWS * LENGTH * HIDDEN * 2, HEAD)
-    for one in programs[name].largest_collectives:
-        shape = [int(size) for size in one["array"].partition("[")[2].rstrip("]").split(",")]
+    for collective in programs[name].largest_collectives:
+        shape = [int(size) for size in collective["array"].partition("[")[2].rstrip("]").split(",")]
         assert (
-            np.prod(shape, dtype=np.int64) * (2 if one["array"].startswith("bf16") else 4)
+            np.prod(shape, dtype=np.int64) * (2 if collective["array"].startswith("bf16") else 4)
             <= largest
-        ), one
-        assert not (shape[0] == LAYERS and min(shape[1:]) > 8), one
+        ), collective
+        assert not (shape[0] == LAYERS and min(shape[1:]) > 8), collective
     assert (
         programs[name].output_bytes <= programs[name].state_bytes * 1.05 + 1e5
     )  # what does not change does not come out
@@ -86,12 +83,14 @@ def test_fsdp_gathers_each_matrix_of_a_layer_when_it_is_used(programs):
 
     The head once; gradients are of adapters only.
     """
-    made = programs["fsdp"]
-    assert set(made.collectives) == {"fsdp"}
+    result = programs["fsdp"]
+    assert set(result.collectives) == {"fsdp"}
     down = 2 * LAYERS * MLP * HIDDEN
     share = (WAYS - 1) / WAYS
     assert (
-        share * (2 * BLOCKS + HEAD) < sent(made, "fsdp") < 1.05 * share * (3 * BLOCKS - down + HEAD)
+        share * (2 * BLOCKS + HEAD)
+        < sent(result, "fsdp")
+        < 1.05 * share * (3 * BLOCKS - down + HEAD)
     )
 
 
@@ -99,35 +98,37 @@ def test_tensor_exchanges_activations_only(programs):
     """In units of a batch's activations: 2 gathered and 2 reduce-scattered forward, 2 and 1
     again, 2 and 5 backward; no weights.
     """
-    made = programs["tensor"]
-    assert set(made.collectives) == {"tensor"}
+    result = programs["tensor"]
+    assert set(result.collectives) == {"tensor"}
     unit = (WAYS - 1) / WAYS * ROWS * LENGTH * HIDDEN * 2
-    assert 10 < sent(made, "tensor") / unit / LAYERS < 16
-    assert not any(f"{MLP}" in one["array"] for one in made.largest_collectives)
+    assert 10 < sent(result, "tensor") / unit / LAYERS < 16
+    assert not any(f"{MLP}" in collective["array"] for collective in result.largest_collectives)
 
 
+@pytest.mark.slow
 def test_both_exchange_what_each_would(programs):
-    made = programs["both"]
-    assert {"fsdp", "tensor"} <= set(made.collectives)
+    result = programs["both"]
+    assert {"fsdp", "tensor"} <= set(result.collectives)
     down = 2 * LAYERS * MLP * HIDDEN
     assert (
         0.5 * (2 * BLOCKS + HEAD) / 2
-        < sent(made, "fsdp")
+        < sent(result, "fsdp")
         < 1.1 * 0.5 * (3 * BLOCKS - down + HEAD) / 2
     )
     unit = 0.5 * ROWS / 2 * LENGTH * HIDDEN * 2
-    assert 8 < sent(made, "tensor") / unit / LAYERS < 16
-    assert sent(made, "fsdp", "tensor") < 0.1 * sent(made, "fsdp")
+    assert 8 < sent(result, "tensor") / unit / LAYERS < 16
+    assert sent(result, "fsdp", "tensor") < 0.1 * sent(result, "fsdp")
 
 
+@pytest.mark.slow
 def test_context_gathers_keys_and_values(programs):
     """Forward and again in the recomputed layer; their gradients are summed back. The rest of a
     layer stays where it is.
     """
-    made = programs["context"]
+    result = programs["context"]
     unit = (WAYS - 1) / WAYS * ROWS * LENGTH * (HIDDEN // HEADS * KV) * 2
-    assert set(made.collectives) == {"context"}
-    assert 5.5 < sent(made, "context") / unit / LAYERS < 12
+    assert set(result.collectives) == {"context"}
+    assert 5.5 < sent(result, "context") / unit / LAYERS < 12
 
 
 TEXT = """HloModule jit_step
@@ -169,11 +170,13 @@ ENTRY %main (p: bf16[8,16]) -> f32[8,4] {
 
 
 def test_the_programs_text_is_read():
-    found = {
-        one.kind + " " + one.shape: one
-        for one in collectives(TEXT, {"slices": 2, "data": 1, "fsdp": 2, "context": 1, "tensor": 2})
+    by_name = {
+        collective.kind + " " + collective.shape: collective
+        for collective in collectives(
+            TEXT, {"slices": 2, "data": 1, "fsdp": 2, "context": 1, "tensor": 2}
+        )
     }
-    assert found == {
+    assert by_name == {
         "all-gather bf16[8,64]": Collective(
             "all-gather", ("fsdp", "tensor"), "bf16[8,64]", 1024, 3, 4
         ),
@@ -192,5 +195,5 @@ def test_the_programs_text_is_read():
         "all-to-all f32[4,2]": Collective("all-to-all", ("slices",), "f32[4,2]", 32, 1, 2),
         "all-reduce f32[8]": Collective("all-reduce", ("slices",), "f32[8]", 32, 1, 2),
     }
-    assert found["all-gather bf16[8,64]"].sent == 3 * 768
-    assert found["all-reduce f32[8]"].sent == 32
+    assert by_name["all-gather bf16[8,64]"].sent == 3 * 768
+    assert by_name["all-reduce f32[8]"].sent == 32

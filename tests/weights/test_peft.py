@@ -25,6 +25,8 @@ from tests.support import peft_side, tools
 from tests.support.adapters import with_adapter
 from tests.support.cases import thinned
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TEXTS = verify.pad_texts([[5, 9, 200, 7, 3], [1, 2, 3, 4, 5, 6, 7]])
 
 
