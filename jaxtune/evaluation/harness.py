@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
@@ -11,6 +11,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from jaxtune.core.errors import UserError, listed
+from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.evaluation.likelihood import likelihoods
 from jaxtune.inference.engine import Engine
 from jaxtune.inference.sampling import Sampling
@@ -24,9 +25,18 @@ _IGNORED = ("do_sample", "until", "max_gen_toks", "temperature", "pad_token_id",
 type_request = tuple[Any, list[int], list[int]]
 
 
+class GenerationSettings(NamedTuple):
+    """How a task wants its answers generated."""
+
+    sampling: Sampling
+    stop: list[str]
+    max_new_tokens: int
+
+
 class HarnessModel(TemplateLM):
-    """A model as lm-evaluation-harness asks it; its numbers are those of the harness's own `hf`
-    model on the same weights.
+    """A model for lm-evaluation-harness.
+
+    Its numbers equal those of the harness's own `hf` model on the same weights.
 
     Args:
         model: with or without an adapter.
@@ -40,7 +50,7 @@ class HarnessModel(TemplateLM):
     def __init__(
         self,
         model: CausalLM,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         stop_ids: Sequence[int],
         batch: int = 32,
         reporter: Reporter | None = None,
@@ -52,7 +62,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """The tokenizer's name, by which the harness keeps its requests."""
+        """The tokenizer's name, which the harness caches requests under."""
         return self.tokenizer.name_or_path.replace("/", "__")
 
     @property
@@ -62,14 +72,14 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without context is read behind: BOS, or EOS where there is none."""
+        """The token before a text without context: BOS, or EOS where there is none."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """The ids of a text; special tokens as the tokenizer has them, and no second BOS."""
+        """Encode a text with the tokenizer's own special tokens, and no second BOS."""
         if add_special_tokens is None and has_bos_prefix(
             string, self.tokenizer.decode(self.prefix_token_id)
         ):
@@ -80,7 +90,7 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as the model's template writes it."""
+        """Render a conversation with the model's template."""
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -91,18 +101,16 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[type_request], **_: Any
     ) -> list[tuple[float, bool]]:
-        """Each context is read once for all that may follow it; what is too long is cut on the
-        left.
-        """
+        """Score continuations; each context is read once, and a long one loses its beginning."""
         contexts: dict[tuple[int, ...], list[int]] = {}
         for number, (_, context, continuation) in enumerate(requests):
-            kept = context[-(self.max_length + 1 - len(continuation)) :]
-            contexts.setdefault(tuple(kept), []).append(number)
+            shortened = context[-(self.max_length + 1 - len(continuation)) :]
+            contexts.setdefault(tuple(shortened), []).append(number)
         candidates = [[requests[number][2] for number in numbers] for numbers in contexts.values()]
         with self._reporter.task("Scoring", len(contexts)) as bar:
-            found = likelihoods(self._engine, list(contexts), candidates, progress=bar.update_of)
+            scores = likelihoods(self._engine, list(contexts), candidates, progress=bar.update_of)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for numbers, likelihood in zip(contexts.values(), found, strict=True):
+        for numbers, likelihood in zip(contexts.values(), scores, strict=True):
             for number, log_prob, greedy in zip(numbers, *likelihood, strict=True):
                 answers[number] = (float(log_prob), bool(greedy))
                 if requests[number][0] is not None:
@@ -112,7 +120,7 @@ class HarnessModel(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows of the model's length that share no token."""
+        """Score whole texts, in windows of the model's length that share no token."""
         windows: list[type_request] = []
         counts = []
         for request in requests:
@@ -125,52 +133,53 @@ class HarnessModel(TemplateLM):
             own: list[type_request] = [(None, *make_disjoint_window(piece)) for piece in pieces]
             windows += own
             counts.append(len(own))
-        found = iter(self._loglikelihood_tokens(windows))
-        sums = [sum(next(found)[0] for _ in range(count)) for count in counts]
+        scores = iter(self._loglikelihood_tokens(windows))
+        sums = [sum(next(scores)[0] for _ in range(count)) for count in counts]
         for request, total in zip(requests, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return sums
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """SequenceLogProbs up to the first stop string; contexts are cut on the left where there
-        would be no room for the answer.
-        """
+        """Answer up to the first stop string; a context too long to answer loses its beginning."""
         answers = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(number)
         for numbers in groups.values():
-            asked = requests[numbers[0]].args[1]
-            sampling, stop, most = self._asked(asked)
-            room = self.max_length - most
+            settings = self._generation_settings(requests[numbers[0]].args[1])
+            room = self.max_length - settings.max_new_tokens
             if room < 1:
                 raise UserError(
-                    f"max_gen_toks = {most} leaves no room for a prompt in the model's "
-                    f"{self.max_length} positions."
+                    f"max_gen_toks = {settings.max_new_tokens} leaves no room for a prompt in the "
+                    f"model's {self.max_length} positions."
                 )
             prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
-            speaker = TextGenerator(self._engine, self.tokenizer, stop)
+            generator = TextGenerator(self._engine, self.tokenizer, settings.stop)
             with self._reporter.task("Generating", len(prompts)) as bar:
-                said = speaker.answers(prompts, most, sampling, bar.update)
-            for number, one in zip(numbers, said, strict=True):
-                answers[number] = one.text
-                self.cache_hook.add_partial("generate_until", requests[number].args, one.text)
+                completions = generator.answers(
+                    prompts, settings.max_new_tokens, settings.sampling, bar.update
+                )
+            for number, completion in zip(numbers, completions, strict=True):
+                answers[number] = completion.text
+                self.cache_hook.add_partial(
+                    "generate_until", requests[number].args, completion.text
+                )
         return answers
 
-    def _asked(self, options: dict[str, Any]) -> tuple[Sampling, list[str], int]:
-        """Sampling, stop strings and the most tokens that a task asks for."""
-        found: Any = normalize_gen_kwargs(options, _NEW_TOKENS)
+    def _generation_settings(self, options: dict[str, Any]) -> GenerationSettings:
+        """Return what a task asks for in its generation_kwargs."""
+        task: Any = normalize_gen_kwargs(options, _NEW_TOKENS)
         known = ("top_k", "top_p", "min_p", "repetition_penalty", "seed")
-        if unknown := [name for name in found if name not in (*known, *_IGNORED)]:
+        if unknown := [name for name in task if name not in (*known, *_IGNORED)]:
             raise UserError(
-                f"A task asks for {listed(unknown)} in generation_kwargs, which is not there; "
-                f"there are {listed(known)}."
+                f"A task asks for {listed(unknown)} in generation_kwargs, which is not supported; "
+                f"supported are {listed(known)}."
             )
-        more = {name: found[name] for name in known if name in found}
-        temperature = float(found.get("temperature", 0.0)) if found.get("do_sample") else 0.0
+        more = {name: task[name] for name in known if name in task}
+        temperature = float(task.get("temperature", 0.0)) if task.get("do_sample") else 0.0
         eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
-        stop = [text for text in handle_stop_sequences(found.get("until"), eos=eos) if text]
-        return Sampling(temperature, **more), stop, found["max_gen_toks"]
+        stop = [text for text in handle_stop_sequences(task.get("until"), eos=eos) if text]
+        return GenerationSettings(Sampling(temperature, **more), stop, task["max_gen_toks"])
 
 
 def run_tasks(
@@ -182,7 +191,7 @@ def run_tasks(
     num_fewshot: int | None = None,
     chat: bool = False,
 ) -> dict[str, Any]:
-    """What the harness finds on its tasks, or on your own.
+    """Run tasks of the harness, or your own.
 
     Args:
         lm: the model.
@@ -199,9 +208,8 @@ def run_tasks(
         UserError: no such task.
 
     """
-    logging.getLogger("lm_eval").setLevel(
-        logging.ERROR
-    )  # it says what it does not know of this model and of this machine
+    # It logs what it does not know of this model and of this machine.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=include_path)
     known = manager.match_tasks(list(tasks))
     if unknown := [name for name in tasks if not manager.match_tasks([name])]:
@@ -210,7 +218,7 @@ def run_tasks(
             "--include-path DIR."
         )
     evaluate: Any = simple_evaluate  # its decorator hides its arguments
-    found = evaluate(
+    results = evaluate(
         lm,
         tasks=known,
         num_fewshot=num_fewshot,
@@ -229,4 +237,4 @@ def run_tasks(
         "higher_is_better",
         "n-samples",
     )
-    return {name: found[name] for name in kept if name in found}
+    return {name: results[name] for name in kept if name in results}

@@ -13,51 +13,56 @@ from jaxtune.evaluation.statistics import Metric, mean
 
 
 def classification(
-    truth: np.ndarray, chosen: np.ndarray, greedy: np.ndarray, count: int
+    truth: np.ndarray, likeliest: np.ndarray, greedy: np.ndarray, count: int
 ) -> dict[str, Metric]:
-    """Accuracy by likelihood and by generation, and macro F1.
+    """Compute accuracy by likelihood and by generation, and macro F1.
 
     Args:
         truth: index of each row's class.
-        chosen: index of its most likely class.
+        likeliest: index of its most likely class.
         greedy: whether the generated answer is the right one.
         count: of classes.
 
     """
     return {
-        "accuracy": mean(truth == chosen),
+        "accuracy": mean(truth == likeliest),
         "accuracy_greedy": mean(greedy),
-        "macro_f1": macro_f1(truth, chosen, count),
+        "macro_f1": macro_f1(truth, likeliest, count),
     }
 
 
-def macro_f1(truth: np.ndarray, chosen: np.ndarray, count: int) -> Metric:
-    """Mean over the classes that occur of 2 TP / (2 TP + FP + FN)."""
+def macro_f1(truth: np.ndarray, predicted: np.ndarray, count: int) -> Metric:
+    """Compute the mean of 2 TP / (2 TP + FP + FN) over the classes that occur."""
     classes = np.arange(count)
-    is_true, is_chosen = (labels[:, None] == classes for labels in (truth, chosen))
-    rows = np.concatenate([is_true & is_chosen, is_true, is_chosen], axis=1).astype(np.float64)
+    is_true, is_predicted = (labels[:, None] == classes for labels in (truth, predicted))
+    rows = np.concatenate([is_true & is_predicted, is_true, is_predicted], axis=1).astype(
+        np.float64
+    )
 
     def of(sums: np.ndarray) -> np.ndarray:
-        hits, true, said = np.split(sums, 3, axis=-1)
-        either = true + said
+        hits, true, predicted = np.split(sums, 3, axis=-1)
+        either = true + predicted
         scores = np.where(either > 0, 2 * hits / np.maximum(either, 1), 0.0)
         return scores.sum(axis=-1) / np.maximum((either > 0).sum(axis=-1), 1)
 
     return Metric(rows, of)
 
 
-def confusion(truth: np.ndarray, chosen: np.ndarray, names: list[str]) -> dict[str, Any]:
-    """How often each class was taken for each."""
+def confusion(truth: np.ndarray, predicted: np.ndarray, names: list[str]) -> dict[str, Any]:
+    """Count how often each class was predicted for each."""
     table = np.zeros((len(names), len(names)), int)
-    np.add.at(table, (truth, chosen), 1)
+    np.add.at(table, (truth, predicted), 1)
     return {"classes": names, "rows_true_columns_predicted": table.tolist()}
 
 
-def question_answering(texts: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, Metric]:
-    """Exact match and token F1, each with the right answer that is nearest (Rajpurkar et al.
-    2016, SQuAD).
+def question_answering(
+    texts: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, Metric]:
+    """Compute exact match and token F1 as SQuAD does (Rajpurkar et al. 2016).
+
+    Each answer counts with the reference that is nearest.
     """
-    pairs = list(zip(texts, wanted, strict=True))
+    pairs = list(zip(texts, references, strict=True))
     return {
         "exact_match": mean(
             np.asarray(
@@ -70,28 +75,28 @@ def question_answering(texts: Sequence[str], wanted: Sequence[Sequence[str]]) ->
     }
 
 
-def generation(texts: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, Metric]:
-    """ROUGE-1, -2 and -L (F1; Lin 2004), BLEU and chrF of the corpus (Papineni et al. 2002, Popovic
-    2015), from 0 to 1.
+def generation(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Metric]:
+    """Compute ROUGE-1, -2 and -L (F1; Lin 2004), and BLEU and chrF of the corpus, from 0 to 1.
 
-    Where all wanted answers are JSON objects or lists, also how many answers are JSON and how many
-    say the same.
+    BLEU: Papineni et al. 2002; chrF: Popovic 2015. Where all references are JSON objects or lists,
+    also how many answers are JSON, and how many equal a reference.
     """
-    found = {**_rouge(texts, wanted), **_corpus(texts, wanted)}
-    if all(isinstance(_parsed(right), dict | list) for rights in wanted for right in rights):
-        found |= json_validity(texts, wanted)
-    return found
+    metrics = {**_rouge(texts, references), **_corpus(texts, references)}
+    if all(isinstance(_parsed(right), dict | list) for rights in references for right in rights):
+        metrics |= json_validity(texts, references)
+    return metrics
 
 
-def json_validity(texts: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, Metric]:
-    """Share of answers that are JSON as they stand, and of those that have a wanted value,
-    whatever the order of keys.
+def json_validity(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Metric]:
+    """Compute the share of answers that are JSON, and of those that equal a reference.
+
+    The order of keys does not matter.
     """
     values = [_parsed(text) for text in texts]
     same = [
         value is not _NOT_JSON
         and any(_canonical(value) == _canonical(_parsed(right)) for right in rights)
-        for value, rights in zip(values, wanted, strict=True)
+        for value, rights in zip(values, references, strict=True)
     ]
     return {
         "json_valid": mean(np.asarray([value is not _NOT_JSON for value in values])),
@@ -102,8 +107,9 @@ def json_validity(texts: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict
 def choice(
     scores: Sequence[np.ndarray], lengths: Sequence[np.ndarray], truth: Sequence[int]
 ) -> dict[str, Metric]:
-    """Accuracy of the likeliest choice, and of the likeliest by its length in characters (acc_norm
-    of the evaluation harness).
+    """Compute the accuracy of the likeliest choice, by likelihood and by likelihood a character.
+
+    The second is acc_norm of the evaluation harness.
 
     Args:
         scores: log-probability of each choice, a row at a time.
@@ -111,26 +117,26 @@ def choice(
         truth: index of the right one.
 
     """
-    plain = [found.argmax() == right for found, right in zip(scores, truth, strict=True)]
+    plain = [row.argmax() == right for row, right in zip(scores, truth, strict=True)]
     by_length = [
-        (found / size).argmax() == right
-        for found, size, right in zip(scores, lengths, truth, strict=True)
+        (row / size).argmax() == right
+        for row, size, right in zip(scores, lengths, truth, strict=True)
     ]
     return {"accuracy": mean(np.asarray(plain)), "accuracy_norm": mean(np.asarray(by_length))}
 
 
 def normalized(text: str) -> str:
-    """An answer without case, surrounding space and final full stop."""
+    """Remove case, surrounding space and a final full stop from an answer."""
     return text.strip().rstrip(".").strip().casefold()
 
 
 def token_f1(text: str, right: str) -> float:
-    """Harmonic mean of precision and recall over words, as often as they occur."""
-    said, wanted = _words(text), _words(right)
-    common = sum((Counter(said) & Counter(wanted)).values())
-    if not said or not wanted:
-        return float(said == wanted)
-    return 2 * common / (len(said) + len(wanted))
+    """Compute the harmonic mean of precision and recall over words, repeated ones counted."""
+    words, reference = _words(text), _words(right)
+    common = sum((Counter(words) & Counter(reference)).values())
+    if not words or not reference:
+        return float(words == reference)
+    return 2 * common / (len(words) + len(reference))
 
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -139,7 +145,7 @@ _NOT_JSON: Any = object()
 
 
 def _words(text: str) -> list[str]:
-    """As SQuAD's own script: lower case, without punctuation and English articles."""
+    """Split as SQuAD's own script: lower case, without punctuation and English articles."""
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
@@ -154,32 +160,34 @@ def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _rouge(texts: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, Metric]:
+def _rouge(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Metric]:
     from rouge_score.rouge_scorer import RougeScorer
 
     names = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
     scorer = RougeScorer(list(names.values()))
-    scores = [scorer.score_multi(rights, text) for text, rights in zip(texts, wanted, strict=True)]
+    scores = [
+        scorer.score_multi(rights, text) for text, rights in zip(texts, references, strict=True)
+    ]
     return {
-        name: mean(np.asarray([score[theirs].fmeasure for score in scores]))
-        for name, theirs in names.items()
+        name: mean(np.asarray([score[key].fmeasure for score in scores]))
+        for name, key in names.items()
     }
 
 
-def _corpus(texts: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, Metric]:
-    """BLEU and chrF as sacrebleu has them, from its counts for each row."""
+def _corpus(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Metric]:
+    """Compute BLEU and chrF as sacrebleu does, from its counts for each row."""
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
-    most = max(map(len, wanted))
-    references = [
-        [rights[min(number, len(rights) - 1)] for rights in wanted] for number in range(most)
+    most = max(map(len, references))
+    streams = [
+        [rights[min(number, len(rights) - 1)] for rights in references] for number in range(most)
     ]
-    found = {}
+    metrics = {}
     for name, scorer in (("bleu", BLEU()), ("chrf", CHRF())):
-        counts: Any = scorer._extract_corpus_statistics(list(texts), references)
-        found[name] = Metric(np.asarray(counts, np.float64), _score_of(scorer))
-    return found
+        counts: Any = scorer._extract_corpus_statistics(list(texts), streams)
+        metrics[name] = Metric(np.asarray(counts, np.float64), _score_of(scorer))
+    return metrics
 
 
 def _score_of(scorer: Any) -> Callable[[np.ndarray], np.ndarray]:

@@ -1,4 +1,4 @@
-"""What kind of answers a file has."""
+"""The task of a file, by its answers."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,19 +8,16 @@ from jaxtune.data.formats.conversation import Conversation
 
 LM, CLASSIFICATION, QA, GENERATION, CHOICE = "lm", "classification", "qa", "generation", "choice"
 TASKS = ("auto", LM, CLASSIFICATION, QA, GENERATION, CHOICE)
-_MOST_CLASSES, _MOST_WORDS, _MOST_CHARACTERS = (
-    50,
-    5,
-    60,
-)  # characters, for languages that put no spaces between words
+_MAX_CLASSES, _MAX_WORDS = 50, 5
+_MAX_CHARACTERS = 60  # for languages that put no spaces between words
 
 
-def detect(rows: Sequence[Conversation]) -> str:
-    """The task that suits the rows.
+def detect_task(rows: Sequence[Conversation]) -> str:
+    """Find the task that suits the rows.
 
     `choice` where they have choices, `classification` where the answers are few, short and
-    repeated, `qa` where they are short, else `lm`; `generation`, which takes long, is only done
-    when it is asked for.
+    repeated, `qa` where they are short, else `lm`; `generation`, which takes long, is never
+    found by itself.
     """
     if all(row.choices for row in rows):
         return CHOICE
@@ -28,17 +25,17 @@ def detect(rows: Sequence[Conversation]) -> str:
     if None in answers or any(row.text for row in rows):
         return LM
     if not all(
-        len(answer) <= _MOST_CHARACTERS and len(answer.split()) <= _MOST_WORDS
+        len(answer) <= _MAX_CHARACTERS and len(answer.split()) <= _MAX_WORDS
         for answer in answers
         if answer is not None
     ):
         return LM
-    few = 2 <= len(answers) <= min(_MOST_CLASSES, len(rows) // 2)
+    few = 2 <= len(answers) <= min(_MAX_CLASSES, len(rows) // 2)
     return CLASSIFICATION if few else QA
 
 
-def check(task: str, rows: Sequence[Conversation]) -> None:
-    """A task on rows that are made for it.
+def check_task(task: str, rows: Sequence[Conversation]) -> None:
+    """Check that the rows fit a task.
 
     Raises:
         UserError: a row does not end with an answer, or has no choices.
@@ -56,21 +53,21 @@ def check(task: str, rows: Sequence[Conversation]) -> None:
             )
 
 
-def classes(rows: Sequence[Conversation], path: str) -> list[str]:
-    """The distinct answers of a file, sorted.
+def list_classes(rows: Sequence[Conversation], path: str) -> list[str]:
+    """Return the distinct answers of a file, sorted.
 
     Raises:
         UserError: there is only one.
 
     """
-    found = sorted({row.answer for row in rows if row.answer is not None})
-    if len(found) < 2:
+    classes = sorted({row.answer for row in rows if row.answer is not None})
+    if len(classes) < 2:
         raise UserError(
             f"{path}: all answers are the same, so there is nothing to classify. Use --task lm."
         )
-    return found
+    return classes
 
 
-def accepted(row: Conversation) -> list[str]:
-    """All right answers of a row, without repetitions."""
+def accepted_answers(row: Conversation) -> list[str]:
+    """Return all right answers of a row, each once."""
     return list(dict.fromkeys([row.answer or "", *row.accepted]))

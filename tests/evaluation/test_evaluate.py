@@ -73,10 +73,10 @@ def found(chat_model, path, task="auto", batch=32, devices=1):
 @pytest.mark.parametrize("task", ["classification", "qa", "choice", "lm", "generation"])
 def test_no_batch_size_and_no_mesh_changes_a_number(chat_model, files, task):
     reference = found(chat_model, files[task], task)
-    figures = reference.figures()
+    figures = reference.as_dict()
     for batch, devices in ((1, 1), (3, 1), (4, 8)):
         other = found(chat_model, files[task], task, batch, devices)
-        theirs = other.figures()
+        theirs = other.as_dict()
         assert theirs.keys() == figures.keys()
         for name, value in figures.items():
             if isinstance(value, float):
@@ -110,7 +110,7 @@ def test_the_loss_is_weighted_by_tokens(chat_model, files):
             -sum(logs[len(prompt) - 1 + at, token].item() for at, token in enumerate(answer))
         )
         tokens.append(len(answer))
-    result = found(chat_model, files["lm"], "lm").figures()
+    result = found(chat_model, files["lm"], "lm").as_dict()
     assert result["loss"] == pytest.approx(sum(losses) / sum(tokens), rel=1e-5)
     assert result["supervised_tokens"] == sum(tokens)
     assert abs(result["loss"] - np.mean(np.divide(losses, tokens))) > 1e-3

@@ -6,7 +6,7 @@ from scipy import stats
 
 from jaxtune.core.errors import UserError
 from jaxtune.evaluation.metrics import macro_f1
-from jaxtune.evaluation.statistics import compared, mean, ratio
+from jaxtune.evaluation.statistics import compare, mean, ratio
 
 RANDOM = np.random.default_rng(5)
 
@@ -38,7 +38,7 @@ def test_p_value_is_that_of_the_exact_paired_test():
         permutation_type="samples",
         n_resamples=np.inf,
     ).pvalue
-    found = compared(mean(one), mean(other))
+    found = compare(mean(one), mean(other))
     assert found["difference"] == pytest.approx((other - one).mean())
     assert found["p_value"] == pytest.approx(exact, abs=0.015)
     assert found["interval"][0] < found["difference"] < found["interval"][1]
@@ -46,16 +46,16 @@ def test_p_value_is_that_of_the_exact_paired_test():
 
 def test_the_same_model_does_not_differ_and_a_better_one_does():
     right = RANDOM.random(200) < 0.5
-    same = compared(mean(right), mean(right))
+    same = compare(mean(right), mean(right))
     assert (same["difference"], same["p_value"], same["interval"]) == (0, 1, [0, 0])
-    better = compared(mean(right), mean(right | (RANDOM.random(200) < 0.3)))
+    better = compare(mean(right), mean(right | (RANDOM.random(200) < 0.3)))
     assert better["p_value"] < 0.001 < better["interval"][0]
 
 
 def test_figures_that_are_no_means_are_compared_too():
     truth = RANDOM.integers(0, 3, 60)
     poor, good = RANDOM.integers(0, 3, 60), np.where(RANDOM.random(60) < 0.8, truth, 0)
-    found = compared(macro_f1(truth, poor, 3), macro_f1(truth, good, 3))
+    found = compare(macro_f1(truth, poor, 3), macro_f1(truth, good, 3))
     assert found["p_value"] < 0.01
     assert found["difference"] == pytest.approx(
         macro_f1(truth, good, 3).value - macro_f1(truth, poor, 3).value
@@ -66,10 +66,10 @@ def test_pairing_counts():
     """Rows of very unlike difficulty: only row by row is the small gain seen."""
     hard = RANDOM.normal(scale=10, size=50)
     gain = RANDOM.normal(0.5, 0.3, size=50)
-    assert compared(mean(hard), mean(hard + gain))["p_value"] < 0.001
-    assert compared(mean(hard), mean(RANDOM.permutation(hard + gain)))["p_value"] > 0.05
+    assert compare(mean(hard), mean(hard + gain))["p_value"] < 0.001
+    assert compare(mean(hard), mean(RANDOM.permutation(hard + gain)))["p_value"] > 0.05
 
 
 def test_other_rows_are_refused():
     with pytest.raises(UserError, match="not evaluated on the same rows"):
-        compared(mean(np.ones(3)), mean(np.ones(4)))
+        compare(mean(np.ones(3)), mean(np.ones(4)))

@@ -9,7 +9,7 @@ from jaxtune.data.formats.conversation import Conversation
 from jaxtune.data.formats.registry import read_conversation
 from jaxtune.data.sources.row import Row, RowError, RowLocation
 from jaxtune.evaluation import metrics
-from jaxtune.evaluation.tasks import accepted, check, classes, detect
+from jaxtune.evaluation.tasks import check_task, detect_task
 
 
 def rows(*answers):
@@ -26,23 +26,23 @@ def row(**value):
 
 
 def test_detection():
-    assert detect(rows("yes", "no", "yes", "no")) == "classification"
-    assert detect(rows("yes", "no", "maybe", "often")) == "qa"  # nothing repeats
-    assert detect(rows(*["a long answer of more than five words"] * 4, "no", "no")) == "lm"
-    assert detect(rows(*["yes"] * 6)) == "qa"
+    assert detect_task(rows("yes", "no", "yes", "no")) == "classification"
+    assert detect_task(rows("yes", "no", "maybe", "often")) == "qa"  # nothing repeats
+    assert detect_task(rows(*["a long answer of more than five words"] * 4, "no", "no")) == "lm"
+    assert detect_task(rows(*["yes"] * 6)) == "qa"
     assert (
-        detect(rows(*["\u6211\u4eec" * 40] * 6, "\u662f")) == "lm"
+        detect_task(rows(*["\u6211\u4eec" * 40] * 6, "\u662f")) == "lm"
     )  # one word, by the spaces in it
-    assert detect([row(question="2+2?", choices=["3", "4"], answer=1)] * 3) == "choice"
-    assert detect([row(text="word")] * 3) == "lm"
+    assert detect_task([row(question="2+2?", choices=["3", "4"], answer=1)] * 3) == "choice"
+    assert detect_task([row(text="word")] * 3) == "lm"
     with pytest.raises(UserError, match="nothing to classify"):
         classes(rows("yes", "yes"), "f")
     asked = [Conversation("f:0", [{"role": "user", "content": "?"}], False)]
     for task in ("classification", "qa", "generation"):
         with pytest.raises(UserError, match="does not end with an assistant's answer"):
-            check(task, asked)
+            check_task(task, asked)
     with pytest.raises(UserError, match="has no 'choices'"):
-        check("choice", rows("yes"))
+        check_task("choice", rows("yes"))
 
 
 def test_choices_are_read_by_number_label_or_text():

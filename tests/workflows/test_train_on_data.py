@@ -157,7 +157,7 @@ def test_chats_are_evaluated_whole_and_texts_in_windows_of_the_length_they_were_
     found = {
         (name, length): evaluate(
             model, words, [257], DataSection(eval=path, max_length=length), EvalOptions("lm")
-        ).figures()
+        ).as_dict()
         for name, path in (("chats", chats), ("texts", texts))
         for length in (16, 200)
     }
