@@ -116,8 +116,8 @@ class RowUpdate(NamedTuple):
 class Scheduler:
     """The rows that answers share.
 
-    Its arrays come with the first prompts and go when nobody has a row any more; they grow, in few
-    shapes, with requests that come meanwhile.
+    Its arrays come with the first prompts, grow in few shapes with requests that need more, and go
+    when there is nothing left to do.
 
     Args:
         prefiller: the model.
@@ -161,7 +161,7 @@ class Scheduler:
         for row in [row for row, other in self.active.items() if other is request]:
             del self.active[row]
             self._ended.add(row)
-        if not self.active:
+        if self.idle:
             self._state, self._ended = None, set()
 
     def admit(self) -> Iterator[RowUpdate]:

@@ -33,9 +33,7 @@ def model(chat_model, one_device):
 
 @pytest.fixture(scope="module")
 def alone(model):
-    """SequenceLogProbs that end at unequal lengths: some at a stop token, the others at twenty
-    tokens.
-    """
+    """Answers of unequal lengths: some end at a stop token, the others at twenty tokens."""
     engine = Engine(model, STOPS, batch=1)
     return [engine.answers([prompt], 20)[0] for prompt in PROMPTS]
 
@@ -143,6 +141,102 @@ def test_few_programs_for_many_lengths(model):
         )
     assert programs.decode._cache_size() - before[1] == 1
     assert programs.prefill._cache_size() - before[0] <= 4
+
+
+MIXED = [
+    Sampling(),
+    Sampling(temperature=1.0, seed=3),
+    Sampling(temperature=0.7, top_k=5, seed=3),
+    Sampling(temperature=1.3, top_p=0.8, seed=9),
+    Sampling(repetition_penalty=1.4),
+    Sampling(temperature=0.9, min_p=0.1, repetition_penalty=0.8, seed=1),
+]
+
+
+def test_each_row_has_settings_of_its_own(model):
+    """Rows with other settings beside it change no answer."""
+    prompts = PROMPTS[: len(MIXED)]
+    beside = Engine(model, STOPS, batch=4).answers(prompts, 12, MIXED)
+    for number, (prompt, sampling) in enumerate(zip(prompts, MIXED, strict=True)):
+        engine = Engine(model, STOPS, batch=1)
+        request = engine.submit(prompt, 12, sampling, number=number)
+        while not engine.idle:
+            engine.step()
+        assert beside[number].tokens == request.answer.tokens
+        assert beside[number].end == request.answer.end
+
+
+def test_other_settings_and_numbers_of_prompts_compile_nothing(model):
+    engine = Engine(model, STOPS, batch=8)
+    engine.answers(PROMPTS[:8], 10, Sampling(temperature=1.0, top_p=0.9, top_k=50, seed=0))
+    jitted = (programs.prefill, programs.begin, programs.decode, programs.insert, programs.grow)
+    before = [program._cache_size() for program in jitted]
+    for seed in range(1, 9):
+        sampling = Sampling(
+            temperature=0.1 * seed, top_p=1 - 0.1 * seed, top_k=seed, min_p=0.01 * seed, seed=seed
+        )
+        engine.answers(PROMPTS[: 7 + seed % 2], 10, sampling)  # 7 and 8 are of one bucket
+    assert [program._cache_size() for program in jitted] == before
+
+
+def test_requests_come_and_go_while_others_are_written(model, alone):
+    engine = Engine(model, STOPS, batch=4)
+    random = np.random.default_rng(0)
+    waiting = list(range(len(PROMPTS)))
+    requests, cancelled = {}, {}
+    while waiting or not engine.idle:
+        for _ in range(int(random.integers(0, 3))):
+            if waiting:
+                number = waiting.pop(0)
+                requests[number] = engine.submit(PROMPTS[number], 20, interval=3)
+        if random.random() < 0.5:  # one that nobody wants any more, long and drawn
+            request = engine.submit(
+                PROMPTS[6], 60, Sampling(temperature=2.0, repetition_penalty=1.1), interval=3
+            )
+            cancelled[len(cancelled)] = request
+        engine.step()
+        if cancelled and random.random() < 0.6:
+            engine.cancel(cancelled[int(random.integers(len(cancelled)))])
+        if not waiting:
+            for request in cancelled.values():
+                engine.cancel(request)
+    assert len(cancelled) >= 3
+    for number, request in requests.items():
+        assert request.answer.tokens == alone[number].tokens
+        assert request.answer.end == alone[number].end
+        assert [
+            token for piece in request.pieces for token in piece.tokens
+        ] == request.answer.tokens
+    assert {request.answer.end for request in cancelled.values()} <= {"cancel", "length", "stop"}
+    assert "cancel" in {request.answer.end for request in cancelled.values()}
+
+
+def test_a_longer_request_finds_room_beside_a_shorter_one(model, alone):
+    engine = Engine(model, STOPS, batch=2)
+    short = engine.submit(PROMPTS[3], 20, interval=2)
+    engine.step()
+    long = engine.submit(PROMPTS[6], 20)
+    while not engine.idle:
+        engine.step()
+    assert short.answer.tokens == alone[3].tokens
+    assert long.answer.tokens == alone[6].tokens
+
+
+def test_a_stream_that_is_left_frees_its_row(model):
+    engine = Engine(model, [], batch=1)
+    stream = engine.stream(PROMPTS[0], 30, interval=1)
+    first = next(stream)
+    stream.close()
+    assert engine.idle
+    assert len(first.tokens) == 1
+    assert len(engine.generate([PROMPTS[1]], 5)[0]) == 5
+
+
+def test_a_shared_beginning_with_one_row(model):
+    prompts = [[*range(100, 140), *tail] for tail in ([1], [2, 3, 4], [5, 6])]
+    assert Engine(model, [], batch=1).generate(prompts, 6) == [
+        Engine(model, [], batch=1).generate([prompt], 6)[0] for prompt in prompts
+    ]
 
 
 def test_the_speed_counts_tokens_and_no_compilation(model):
