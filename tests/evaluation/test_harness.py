@@ -112,6 +112,7 @@ def ours(chat_model, one_device):
     )
 
 
+@pytest.mark.slow
 def test_equal_to_the_harness_own_model(ours, chat_model, tmp_path):
     """Also for contexts longer than the model, cut on the left, and texts of several windows."""
     tasks = make_tasks(tmp_path)

@@ -1,6 +1,7 @@
 """Greedy generation against transformers, token for token, on the real model."""
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +19,7 @@ PROMPTS = [
 ]
 
 
+@pytest.mark.slow
 def test_five_chats_of_forty_tokens(smollm2, one_device):
     source = resolve(str(smollm2))
     tokenizer = source.tokenizer()

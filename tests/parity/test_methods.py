@@ -75,7 +75,7 @@ def their_steps(model, name, rate):
     return found, gradients
 
 
-@pytest.mark.parametrize("name", thinned(KINDS, "lora", "dora", "lora+", "ranks", "saved"))
+@pytest.mark.parametrize("name", thinned(KINDS, "lora", "dora", "lora+", "saved"))
 def test_forward_gradients_and_ten_steps_equal_pefts(name, base, tmp_path, one_device):
     config, directory = base
     keys = [f"optimizer.learning_rate={RATE}", *KINDS[name]]

@@ -49,18 +49,18 @@ KEPT = ["1x8x1", "1x2x4", "context 2", "two slices of 4"]  # each axis is divide
 
 
 def keys(model, rows, directory, mesh, **further):
-    found = {
+    values = {
         "model.source": model, "data.train": rows, "run.dir": directory, "data.max_length": 64,
         "optimizer.learning_rate": 5e-3,
         "train.batch_size": 8, "train.steps": STEPS, "adapter.rank": 4, "adapter.dropout": 0.2,
         "checkpoint.every": 3, "optimizer.warmup": 0,
     }  # fmt: skip
-    found |= (
+    values |= (
         {f"mesh.{axis}": 1 for axis in AXES}
         | {f"mesh.{axis}": size for axis, size in mesh.items()}
         | further
     )
-    return [f"{key}={value}" for key, value in found.items()]
+    return [f"{key}={value}" for key, value in values.items()]
 
 
 @pytest.fixture(scope="module")
@@ -146,12 +146,12 @@ def runs(model, rows, tmp_path_factory):
 
 @pytest.mark.parametrize("name", thinned([name for name in MESHES if name != "one"], *KEPT))
 def test_losses_and_adapters_do_not_depend_on_the_mesh(runs, name):
-    one, other = runs["one"], runs[name]
+    single, other = runs["one"], runs[name]
     assert dict(other.parts.mesh.shape) == {axis: MESHES[name].get(axis, 1) for axis in AXES}
-    np.testing.assert_allclose(other.losses, one.losses, rtol=1e-5)
-    assert one.losses[-1] < 0.9 * one.losses[0]
+    np.testing.assert_allclose(other.losses, single.losses, rtol=1e-5)
+    assert single.losses[-1] < 0.9 * single.losses[0]
     moved = 0.0
-    for here, there in zip(other.leaves, one.leaves, strict=True):
+    for here, there in zip(other.leaves, single.leaves, strict=True):
         np.testing.assert_allclose(here, there, atol=1e-4)
         moved = max(moved, float(np.abs(there).max()))
     assert moved > 1e-2
@@ -231,9 +231,9 @@ def test_what_does_not_divide_is_refused_with_the_nearest(
 
 def launch(count, devices, arguments, directory):
     """`count` processes of the command line, as a launcher would start them."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
     begun = []
     for number in range(count):
         where = [
@@ -253,6 +253,7 @@ def launch(count, devices, arguments, directory):
     return begun
 
 
+@pytest.mark.slow
 def test_processes_compute_the_same_one_that_dies_ends_all_and_others_go_on(
     model, rows, runs, tmp_path
 ):
@@ -278,7 +279,7 @@ def test_processes_compute_the_same_one_that_dies_ends_all_and_others_go_on(
     codes = [process.wait(timeout=400) for process in launch(2, 4, arguments, tmp_path)]
     assert codes == [0, 0], (tmp_path / "0.err").read_text() + (tmp_path / "1.err").read_text()
     assert "Going on after step 3" in (tmp_path / "0.err").read_text()
-    assert not (tmp_path / "1.err").read_text()  # the lead alone speaks
+    assert not (tmp_path / "1.err").read_text()  # the main process alone speaks
     trained = [row for row in read_metrics(tmp_path / "run") if row["split"] == "train"]
     assert [row["step"] for row in trained] == list(range(1, STEPS + 1))
     np.testing.assert_allclose([row["loss"] for row in trained], runs["one"].losses, rtol=1e-5)
@@ -295,9 +296,9 @@ def test_what_is_wrong_on_one_process_is_said_once_and_ends_all(model, rows, tmp
         file.write(json.dumps(tools.chat("1?", "1")) + "\n")
     mesh = {"fsdp": 2}
     both = [keys(model, path, tmp_path / "run", mesh) for path in (rows, tmp_path / "rows.jsonl")]
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
     begun = []
     for number, arguments in enumerate(both):
         environment = tools.child_environment() | {

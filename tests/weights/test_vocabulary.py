@@ -21,6 +21,7 @@ from jaxtune.weights.source import resolve
 from jaxtune.weights.vocabulary import add_tokens
 from jaxtune.workflows.train import run
 from tests.support import peft_side, tools
+from tests.support.cases import thinned
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -113,7 +114,10 @@ def delta(path, module="model.embed_tokens"):
 
 @pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|save_embedding_layers):UserWarning")
 @pytest.mark.parametrize(
-    ("train", "tied"), [("none", True), ("new", False), ("new", True), ("all", True)]
+    ("train", "tied"),
+    thinned(
+        [("none", True), ("new", False), ("new", True), ("all", True)], ("new", True), unpack=True
+    ),
 )
 def test_new_tokens_from_training_to_every_export(train, tied, tmp_path, capsys, one_device):
     model = base(tmp_path / "base", tie_word_embeddings=tied)

@@ -47,11 +47,7 @@ def config(directory, model, files, **further):
 
 
 def evaluations(directory):
-    return {
-        row["step"]: row
-        for row in read_metrics(Path(directory))
-        if phase_of(row) == DURING
-    }
+    return {row["step"]: row for row in read_metrics(Path(directory)) if phase_of(row) == DURING}
 
 
 def test_training_ends_when_the_evaluation_gets_no_better(chat_model, files, tmp_path, capsys):
@@ -72,6 +68,7 @@ def test_training_ends_when_the_evaluation_gets_no_better(chat_model, files, tmp
     assert max(evaluations(longer.dir)) > last  # more patience goes on with it
 
 
+@pytest.mark.slow
 def test_patience_outlives_a_kill(chat_model, files, tmp_path):
     """Stopped between two evaluations, it ends at the same step as the one that was not."""
 
@@ -125,6 +122,7 @@ def test_counting_evaluations():
     )
 
 
+@pytest.mark.slow
 def test_the_best_by_a_figure_of_the_task_is_exported(chat_model, files, tmp_path, capsys):
     """It learns to answer a, and then b: rows in the order of the file. Of what it is asked, a
     is right three times in four.

@@ -41,7 +41,7 @@ def base(chat_model, tmp_path):
     keys = {
         "model.source": chat_model, "data.train": rows[0], "data.eval": rows[1],
         "data.max_length": 96, "train.batch_size": 4,
-        "train.steps": 4, "train.eval_every": 2, "train.samples": 1, "adapter.rank": 2,
+        "train.steps": 4, "train.eval_every": 2, "train.samples": 0, "adapter.rank": 2,
     }  # fmt: skip
     path = tmp_path / "config.yaml"
     path.write_text(dump(load_config(overrides=[f"{key}={value}" for key, value in keys.items()])))
@@ -106,6 +106,7 @@ def test_each_trial_is_a_run_and_the_best_is_known(base, tmp_path):
         search(base, described(tmp_path, metric="token_f1"))
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_to_the_same_end(base, tmp_path):
     """The trial that was cut off is trained to its end, in its own directory, and those after it
     are as if nothing had been.
@@ -134,6 +135,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_end(base, tmp_path):
     assert [trial.user_attrs["starts"] for trial in study.trials] == [1, 2, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_worse_trial_ends_early(base, tmp_path):
     rates = {
         "optimizer.learning_rate": [3e-2, 2.5e-2, 2e-2, 1.5e-2, 1e-2, 1e-9]
@@ -165,6 +167,7 @@ def test_a_trial_that_fails_costs_only_itself(base, tmp_path):
     assert "failed: Step" in (tmp_path / "sweep" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_values_again_are_not_trained_again(base, tmp_path):
     study = search(
         base, described(tmp_path, parameters={"adapter.rank": [2, 4]}, sampler="random", trials=5)
@@ -227,6 +230,7 @@ def test_one_that_is_stopped_again_and_again_is_not_given_up(base, tmp_path, mon
     assert search(base, description).best_trial.user_attrs["starts"] == 1
 
 
+@pytest.mark.slow
 def test_one_that_brings_the_program_down_is_given_up(base, tmp_path, monkeypatch):
     class Down(BaseException):
         pass
@@ -259,6 +263,7 @@ def test_whole_numbers_and_nested_keys(tmp_path):
     ] == [0.9, 0.99]
 
 
+@pytest.mark.slow
 def test_from_the_command_line(base, tmp_path):
     done = tools.jaxtune(
         "sweep", base, described(tmp_path, trials=2), "--json", tmp_path / "found.json"

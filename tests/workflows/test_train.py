@@ -21,6 +21,7 @@ from jaxtune.tracking.run_directory import RunDirectory, read_config
 from jaxtune.training.checkpoint import steps_saved
 from jaxtune.weights.peft import open_adapter
 from tests.support import tools
+from tests.support.cases import thinned
 
 TIMES = {"step_seconds", "tokens_per_second", "mfu"}
 
@@ -118,7 +119,7 @@ def test_killed_three_times_it_ends_bit_identical(chat_model, rows, tmp_path):
     assert whole[1] == killed[1], kills
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", thinned([signal.SIGINT, signal.SIGTERM], signal.SIGTERM))
 def test_a_signal_saves_and_says_how_to_go_on(number, chat_model, rows, tmp_path):
     keys = {"train__steps": 300, "checkpoint__every": 1000}
     process = start(tmp_path / "run", chat_model, rows, **keys)
@@ -132,6 +133,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, chat_model, rows, tmp_path
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_cuts_and_packing_change_nothing(chat_model, rows, tmp_path):
     """Sixteen rows of one length, so that packed (two a row) and unpacked batches can hold the
     same examples.
