@@ -1,4 +1,4 @@
-"""Where the loop takes its batches from: data given beforehand, or whatever the state is to make."""
+"""Where the loop takes its batches from: given data, or what is made from the state."""
 
 from collections.abc import Iterator
 from typing import Protocol

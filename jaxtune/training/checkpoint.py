@@ -1,5 +1,5 @@
-"""Checkpoints of all that changes: step, trainable leaves, optimizer state, random key. Written
-while training goes on.
+"""Checkpoints of all that changes: step, trainable leaves, optimizer state, random key, written
+while training continues.
 """
 
 import json
@@ -22,14 +22,14 @@ _SIZES, _BEST, _BAD = "sizes", "best", "bad"
 class Checkpoints:
     """The checkpoints of a run.
 
-    Of every one that is whole the sizes of its files are kept beside it, by which one that was cut
-    short later is known.
+    Beside every complete checkpoint the sizes of its files are kept, so that one truncated later is
+    recognized.
 
     Args:
-        directory: where they lie, on disk or in an object store (`gs://`, `s3://`).
-        keep: how many stay; older ones are removed when a newer one is whole.
-        warn: called with what is wrong with one that is passed over.
-        before: called before one is written.
+        directory: their directory, on disk or in an object store (`gs://`, `s3://`).
+        keep: how many to keep; older ones are removed once a newer one is complete.
+        warn: called with what is wrong with a checkpoint that is skipped.
+        before: called before a checkpoint is written.
 
     """
 
@@ -50,14 +50,14 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest checkpoint that was finished, or None."""
+        """Return the step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState) -> None:
         """Begin to write a checkpoint; the state may be donated to the next step at once.
 
         Raises:
-            RunError: it, or the one before, cannot be written; those before it are whole.
+            RunError: it, or the one before, cannot be written; earlier ones are complete.
 
         """
         step = int(state.step)
@@ -72,14 +72,14 @@ class Checkpoints:
             raise self._unwritten(error) from error
 
     def restore(self, like: TrainState) -> TrainState:
-        """The newest checkpoint that can be read, laid out like `like`; ones that cannot are put
-        aside.
+        """Return the newest checkpoint that can be read, laid out like `like`; put aside those that
+        cannot.
 
         Args:
             like: the state, as arrays or as shapes with shardings.
 
         Raises:
-            UserError: its leaves are not those of this run, or none can be read.
+            UserError: its leaves are not those of this run, or no checkpoint can be read.
 
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -93,7 +93,7 @@ class Checkpoints:
                     if distributed.is_multiprocess():  # the others may have read their parts
                         where, why = self.path / str(step), first_line(error)
                         raise RunError(
-                            f"{where} cannot be read: {why}. Remove it, to go on from the one "
+                            f"{where} cannot be read: {why}. Remove it to continue from the one "
                             "before."
                         ) from None
                     wrong = first_line(error)
@@ -107,66 +107,64 @@ class Checkpoints:
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for name, leaf in flat.items()
         }
-        found = self._manager.restore(step, args=self._ocp.args.StandardRestore(abstract))
-        leaves = [found[name] for name in flat]
+        saved = self._manager.restore(step, args=self._ocp.args.StandardRestore(abstract))
+        leaves = [saved[name] for name in flat]
         restored = jax.tree.unflatten(jax.tree.structure(_without_key(like)), leaves[:-1])
         return restored._replace(key=jax.random.wrap_key_data(leaves[-1]))
 
     def _check_leaves(self, step: int, flat: dict[str, Any]) -> None:
-        """That a checkpoint has the leaves of this run.
+        """Check that a checkpoint has the leaves of this run.
 
         Raises:
-            UserError: it has not.
+            UserError: it has others.
 
         """
         metadata: Any = self._manager.item_metadata(step)
-        found = {name: tuple(leaf.shape) for name, leaf in metadata.items()}
-        wanted = {name: tuple(leaf.shape) for name, leaf in flat.items()}
-        if found.keys() != wanted.keys():
-            names = listed(sorted(found.keys() ^ wanted.keys()))
+        saved = {name: tuple(leaf.shape) for name, leaf in metadata.items()}
+        expected = {name: tuple(leaf.shape) for name, leaf in flat.items()}
+        if saved.keys() != expected.keys():
+            names = listed(sorted(saved.keys() ^ expected.keys()))
             raise UserError(f"The checkpoint of step {step} has other leaves: {names}.")
-        if wrong := [name for name, shape in wanted.items() if found[name] != shape]:
+        if wrong := [name for name, shape in expected.items() if saved[name] != shape]:
             shapes = listed(
-                f"{name} {list(found[name])} instead of {list(wanted[name])}" for name in wrong
+                f"{name} {list(saved[name])} instead of {list(expected[name])}" for name in wrong
             )
             raise UserError(
                 f"The checkpoint of step {step} does not fit this configuration: {shapes}."
             )
 
     def _wrong(self, step: int) -> str | None:
-        """What is wrong with the files of a checkpoint; None where nothing is, or where nothing
-        is known of them.
+        """Return what is wrong with the files of a checkpoint; None where nothing is, or where
+        their sizes were not noted.
         """
-        noted = self.path / _SIZES / f"{step}.json"
-        if not noted.exists():
+        note = self.path / _SIZES / f"{step}.json"
+        if not note.exists():
             return None
         try:
-            wanted, found = json.loads(noted.read_text()), _sizes(self.path / str(step))
+            noted, actual = json.loads(note.read_text()), _sizes(self.path / str(step))
         except (OSError, ValueError) as error:
             return first_line(error)
-        bad = [name for name, size in wanted.items() if found.get(name) != size]
-        return f"{listed(bad, 2)} missing or cut short" if bad else None
+        bad = [name for name, size in noted.items() if actual.get(name) != size]
+        return f"{listed(bad, 2)} missing or truncated" if bad else None
 
     def _put_aside(self, step: int, wrong: str) -> None:
         self._warn(
             f"WARNING: the checkpoint of step {step} cannot be used ({wrong}); going back to the "
             "one before."
         )
-        place = self.path / str(step)
         if distributed.is_main():
-            kept = self.path / _BAD / str(step)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            if kept.exists():
-                kept.rmtree()
-            place.rename(kept)
-            (self.path / _SIZES / f"{step}.json").unlink(
-                missing_ok=True
-            )  # not those of the one that will take its place
+            aside = self.path / _BAD / str(step)
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            if aside.exists():
+                aside.rmtree()
+            (self.path / str(step)).rename(aside)
+            # The sizes are not those of the checkpoint that will take its place.
+            (self.path / _SIZES / f"{step}.json").unlink(missing_ok=True)
         distributed.barrier("put aside")
         self._manager.reload()
 
     def _note_sizes(self) -> None:
-        """Of the checkpoints that are whole note the sizes of their files, and of no others.
+        """Note the sizes of the files of complete checkpoints, and of no others.
 
         Orbax's callback after a checkpoint comes before it has its name, so this is done when the
         next one begins and at the end.
@@ -185,7 +183,7 @@ class Checkpoints:
                 note.unlink(missing_ok=True)
 
     def wait(self) -> None:
-        """Block until what is being written is whole.
+        """Block until what is being written is complete.
 
         Raises:
             RunError: it cannot be written.
@@ -203,7 +201,7 @@ class Checkpoints:
 
     def _unwritten(self, error: Exception) -> RunError:
         last = max(steps_in(self.path), default=None)
-        kept = "none was written before" if last is None else f"the one of step {last} is whole"
+        kept = "none was written before" if last is None else f"the one of step {last} is complete"
         return RunError(
             f"{self.path}: a checkpoint cannot be written: {first_line(error)}; {kept}. Make room "
             "or set checkpoint.dir, and start again."
@@ -214,7 +212,7 @@ class Best:
     """The checkpoint with the best evaluation.
 
     Args:
-        directory: where the run's checkpoints lie.
+        directory: the directory of the run's checkpoints.
         metric: the metric to compare; see `config.schema.lower_is_better`.
         warn: see `Checkpoints`.
 
@@ -226,7 +224,7 @@ class Best:
 
     @property
     def value(self) -> float | None:
-        """Its metric, or None before the first."""
+        """Return the metric of the best state, or None before the first."""
         step = self._checkpoints.latest
         return (
             None
@@ -236,11 +234,11 @@ class Best:
 
     @property
     def step(self) -> int | None:
-        """Its step."""
+        """Return the step of the best state, or None before the first."""
         return self._checkpoints.latest
 
     def offer(self, state: TrainState, metrics: dict[str, float]) -> None:
-        """Keep this state if it is better than the one that is kept."""
+        """Keep this state if it is better than the best so far."""
         value, before = metrics[self.metric], self.value
         if before is not None and not (
             value < before if lower_is_better(self.metric) else value > before
@@ -253,7 +251,7 @@ class Best:
         self._checkpoints.wait()
 
     def restore(self, like: TrainState) -> TrainState:
-        """The best state."""
+        """Return the best state."""
         return self._checkpoints.restore(like)
 
     def close(self) -> None:
@@ -265,12 +263,12 @@ class Best:
 
 
 def steps_saved(config: Config) -> list[int]:
-    """Steps of the whole checkpoints of a run, in order, without opening them."""
+    """Return the steps of a run's complete checkpoints, in order, without opening them."""
     return steps_in(checkpoint_directory(config))
 
 
 def steps_in(path: Any) -> list[int]:
-    """Steps of the whole checkpoints in a folder, in order."""
+    """Return the steps of the complete checkpoints in a folder, in order."""
     return (
         sorted(int(entry.name) for entry in path.iterdir() if entry.name.isdigit())
         if path.is_dir()
@@ -279,15 +277,15 @@ def steps_in(path: Any) -> list[int]:
 
 
 def _sizes(folder: Any) -> dict[str, int]:
-    """Bytes of every file below a folder, by its path in it."""
-    found, left = {}, [folder]
+    """Return the bytes of every file below a folder, by its path in it."""
+    sizes, left = {}, [folder]
     while left:
         for entry in left.pop().iterdir():
             if entry.is_dir():
                 left.append(entry)
             else:
-                found[str(entry)[len(str(folder)) + 1 :]] = entry.stat().length
-    return found
+                sizes[str(entry)[len(str(folder)) + 1 :]] = entry.stat().length
+    return sizes
 
 
 def _write(path: Any, text: str) -> None:
@@ -302,7 +300,7 @@ def _without_key(state: TrainState) -> TrainState:
 
 
 def _key_data(key: Any) -> Any:
-    """The numbers of a key, or their shape."""
+    """Return the numbers of a key, or their shape."""
     if not isinstance(key, jax.ShapeDtypeStruct):
         return jax.random.key_data(key)
     shape = jax.eval_shape(jax.random.key_data, key)
@@ -310,7 +308,7 @@ def _key_data(key: Any) -> Any:
 
 
 def _flatten(state: TrainState) -> dict[str, Any]:
-    """Leaves by name, in the tree's order, the key's numbers last."""
+    """Return the leaves by name, in the tree's order, the key's numbers last."""
     leaves, _ = jax.tree.flatten_with_path(_without_key(state))
     flat = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
     flat["key"] = _key_data(state.key)

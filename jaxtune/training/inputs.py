@@ -1,19 +1,20 @@
-"""From a configuration to the base model's source, its tokenizer and every batch, before any
-weight is loaded.
+"""From a configuration to the model's source, its tokenizer and every batch, before any weight
+loads.
 """
 
 from dataclasses import dataclass, replace
 from datetime import date
-from typing import Any
 
 from jaxtune.config.schema import Config
 from jaxtune.core.errors import UserError
+from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.data.chat.template import plain_template
 from jaxtune.data.examples import Examples
 from jaxtune.data.formats.answers import AnswerComparison
 from jaxtune.data.loader import BatchSchedule
 from jaxtune.data.packing import Layout
 from jaxtune.data.prepare import Which, has_part, prepare
+from jaxtune.models.config import ModelConfig
 from jaxtune.models.families.from_hf import from_hf
 from jaxtune.objectives.registry import build_objective
 from jaxtune.tracking.progress import Reporter
@@ -26,13 +27,13 @@ _NAMES = {"train": "Training", "eval": "Evaluation"}
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run begins with.
+    """The inputs of a run.
 
     Attributes:
-        source: the base model's origin, grown by new tokens.
-        adapter: the one to start from, if any.
-        teacher: where the teacher comes from, if there is one.
-        tokenizer: the model's.
+        source: the base model's origin, with rows for new tokens.
+        adapter: the adapter to start from, if any.
+        teacher: the teacher's origin, if there is a teacher.
+        tokenizer: the model's tokenizer.
         schedule: every batch of the run.
         eval_schedule: the evaluation's batches, None where there is no evaluation data.
 
@@ -41,13 +42,13 @@ class Inputs:
     source: Source
     adapter: Adapter | None
     teacher: Source | None
-    tokenizer: Any
+    tokenizer: Tokenizer
     schedule: BatchSchedule
     eval_schedule: BatchSchedule | None
 
     @property
     def schedules(self) -> dict[str, BatchSchedule]:
-        """The schedules that are there, by part."""
+        """Return the schedules that are there, by part."""
         return {"train": self.schedule} | (
             {"eval": self.eval_schedule} if self.eval_schedule else {}
         )
@@ -62,14 +63,12 @@ def read_inputs(config: Config, reporter: Reporter, day: date | None = None) -> 
         day: the date for chat templates that print one; today's by default.
 
     Raises:
-        UserError: anything that is wrong with them.
+        UserError: anything that is wrong with the model, the adapter or the data.
 
     """
     adapter = open_adapter(config.adapter.start) if config.adapter.start else None
     source = resize_for_adapter(resolve(config.model.source), adapter)
-    from_hf(
-        source.config_json(), str(source.config_path)
-    )  # what is wrong there is said before the tokenizer is read
+    _model_config(source)  # its errors come before those of the tokenizer
     if adapter is None:
         source = add_tokens(source, config.model.new_tokens)
     elif config.model.new_tokens or config.adapter.train_tokens != "none":
@@ -79,13 +78,13 @@ def read_inputs(config: Config, reporter: Reporter, day: date | None = None) -> 
         )
     if config.adapter.train_tokens == "new" and not isinstance(source, ResizedSource):
         raise UserError(
-            "adapter.train_tokens = new, and no token is new. Name some in model.new_tokens, or "
-            "take all."
+            "adapter.train_tokens = new, and no token is new. Name new tokens in model.new_tokens, "
+            "or set adapter.train_tokens=all."
         )
     tokenizer = tokenizer_for(source, adapter)
     if tokenizer is None:
         raise UserError(
-            f"{config.model.source} has no tokenizer, which training needs. Put its tokenizer "
+            f"{config.model.source} has no tokenizer, and training needs one. Put its tokenizer "
             "files beside the weights."
         )
     train = config.train
@@ -101,15 +100,19 @@ def read_inputs(config: Config, reporter: Reporter, day: date | None = None) -> 
             _examples(config, tokenizer, "eval", reporter, day), replace(layout, shuffle=False), 1
         )
     _give_template(tokenizer, schedule.examples)
-    found = Inputs(source, adapter, _teacher(config, tokenizer), tokenizer, schedule, eval_schedule)
-    from_hf(source.config_json(), str(source.config_path)).check_tokens(
-        [[part.examples.largest_token] for part in found.schedules.values()]
-    )
-    return found
+    teacher = _teacher(config, tokenizer)
+    inputs = Inputs(source, adapter, teacher, tokenizer, schedule, eval_schedule)
+    largest = [[part.examples.largest_token] for part in inputs.schedules.values()]
+    _model_config(source).check_tokens(largest)
+    return inputs
 
 
-def _teacher(config: Config, tokenizer: Any) -> Source | None:
-    """Where the teacher comes from.
+def _model_config(source: Source) -> ModelConfig:
+    return from_hf(source.config_json(), str(source.config_path))
+
+
+def _teacher(config: Config, tokenizer: Tokenizer) -> Source | None:
+    """Open the teacher's origin.
 
     Raises:
         UserError: its tokens are not the model's.
@@ -118,27 +121,24 @@ def _teacher(config: Config, tokenizer: Any) -> Source | None:
     if config.distill.teacher is None:
         return None
     source = resolve(config.distill.teacher)
-    theirs = source.tokenizer()
-    if theirs is not None and theirs.get_vocab() != tokenizer.get_vocab():
+    teacher_tokenizer = source.tokenizer()
+    if teacher_tokenizer is not None and teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"distill.teacher: {source.name} has other tokens than {config.model.source}, so "
-            "their predictions cannot be compared. "
-            "Take a teacher of the same family."
+            "their predictions cannot be compared. Take a teacher of the same family."
         )
-    sizes = [
-        from_hf(found.config_json(), str(found.config_path)).vocab_size
-        for found in (source, resolve(config.model.source))
-    ]
-    if sizes[0] != sizes[1]:
+    size = _model_config(source).vocab_size
+    model_size = _model_config(resolve(config.model.source)).vocab_size
+    if size != model_size:
         raise UserError(
-            f"distill.teacher: {source.name} has {sizes[0]} rows of tokens, the model {sizes[1]}. "
-            "They must be as many."
+            f"distill.teacher: {source.name} has {size} rows of tokens, the model {model_size}. "
+            "Take a teacher with as many."
         )
     return source
 
 
 def report_data(schedules: dict[str, BatchSchedule], reporter: Reporter) -> None:
-    """Say what will be trained and evaluated on, and what was cut or left out."""
+    """Report the data to train and evaluate on, and what of it was truncated or left out."""
     for part, schedule in schedules.items():
         examples, counts = schedule.examples, schedule.examples.summary()
         reporter.say(
@@ -166,7 +166,7 @@ def report_data(schedules: dict[str, BatchSchedule], reporter: Reporter) -> None
 
 
 def _examples(
-    config: Config, tokenizer: Any, which: Which, reporter: Reporter, day: date | None
+    config: Config, tokenizer: Tokenizer, which: Which, reporter: Reporter, day: date | None
 ) -> Examples:
     with reporter.task(f"Tokenizing {_NAMES[which].lower()} data", 100, lazy=True) as task:
         return prepare(
@@ -184,13 +184,11 @@ def comparison(config: Config) -> AnswerComparison | None:
     return build_objective(config).compares
 
 
-def _give_template(tokenizer: Any, examples: Examples) -> None:
-    """A tokenizer without chat template that was trained on chats gets the template they went
-    through, to be exported with it.
+def _give_template(tokenizer: Tokenizer, examples: Examples) -> None:
+    """Give a tokenizer without chat template the one that chats were rendered with, to be exported.
 
     Raises:
-        UserError: some rows are chats and others are not, so that afterwards no prompt could fit
-            both.
+        UserError: some rows are chats and others are not, so that no prompt would suit both.
 
     """
     if tokenizer.chat_template or "chat" not in examples.kinds:
@@ -198,7 +196,7 @@ def _give_template(tokenizer: Any, examples: Examples) -> None:
     if "plain" in examples.kinds:
         raise UserError(
             f"{examples.source}: some rows are chats, others prompts with completions, and the "
-            "tokenizer has no chat template. "
-            "Write all rows one way, so that prompts are asked as they were trained."
+            "tokenizer has no chat template. Write all rows in one form, so that prompts look as "
+            "they did in training."
         )
     tokenizer.chat_template = plain_template(tokenizer)

@@ -1,5 +1,5 @@
-"""Ctrl-C and SIGTERM end a run after the step at hand, with a checkpoint; of several processes,
-all after the same step.
+"""Ctrl-C and SIGTERM end a run after the current step, with a checkpoint; where there are several
+processes, all of them after the same step.
 """
 
 import os
@@ -12,11 +12,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """While entered, the first signal is remembered; a second one ends the process as it would have
-    without this.
+    """A request to stop: while entered, the first signal is remembered, and a second one ends the
+    process as usual.
 
-    Where there are several processes, SIGTERM is JAX's: its service agrees with all of them on a
-    step. Ctrl-C is passed on as that.
+    Where there are several processes, JAX's service handles SIGTERM and agrees with all of them on
+    a step. Ctrl-C is passed on as SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def after(self, step: int) -> int | None:
-        """The signal for which the run stops after this step; to be asked once a step."""
+        """Return the signal that ends the run after this step, if any; call it once per step."""
         if not self._shared:
             return self._number
         from jax.experimental import multihost_utils

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxtune.core.errors import Interrupted, RunError
-from jaxtune.core.hardware import Memory, release_freed_memory, peak_flops
+from jaxtune.core.hardware import Memory, peak_flops, release_freed_memory
 from jaxtune.data.batch import Batch
 from jaxtune.data.loader import DeviceBatch
 from jaxtune.tracking.metrics_log import DURING, MetricsLog, flops_per_token

@@ -155,7 +155,7 @@ def build_optimizer(
         leaves: see `leaves_of`.
 
     Raises:
-        UserError: an entry of `rates` that fits nothing that trains.
+        UserError: an entry of `rates` that matches nothing that trains.
 
     """
     clip = (

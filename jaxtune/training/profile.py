@@ -1,4 +1,4 @@
-"""A profile of some steps, to be looked at with XProf or Perfetto."""
+"""A profile of some steps, for XProf or Perfetto."""
 
 from pathlib import Path
 
@@ -11,12 +11,11 @@ _AFTER = 2  # steps of this call that are not recorded: they compile, and fill t
 
 
 class Profile:
-    """Records `steps` steps after the first of a call; what the devices and the host did lies in
-    `profile/` of the run.
+    """A recording, in `profile/` of the run, of what devices and host do in some steps.
 
     Args:
-        directory: of the run.
-        steps: how many; 0 records nothing.
+        directory: the run directory.
+        steps: how many steps, after the first ones of a call; 0 records nothing.
 
     """
 
@@ -25,14 +24,14 @@ class Profile:
         self._seen, self._recording = 0, False
 
     def before(self) -> None:
-        """A step is about to be dispatched."""
+        """Start to record, if the step about to be dispatched is the first to be recorded."""
         if self.steps and self._seen == _AFTER:
             jax.profiler.start_trace(str(self.path), create_perfetto_trace=True)
             self._recording = True
         self._seen += 1
 
     def after(self, result: object) -> None:
-        """A step was dispatched, and this is what it will give."""
+        """Stop recording, if the step just dispatched, which gives `result`, is the last one."""
         if self._recording and self._seen == _AFTER + self.steps:
             jax.block_until_ready(result)
             self.close()

@@ -1,6 +1,4 @@
-"""Which remat policy a run gets where it leaves that open, by an estimate of what each takes of
-a device's memory.
-"""
+"""The remat policy of train.remat=auto, from an estimate of the memory that each policy takes."""
 
 from typing import NamedTuple
 
@@ -22,11 +20,11 @@ _LOGITS = 3  # arrays of a chunk's logits that are there at once
 
 
 class MemoryBudget(NamedTuple):
-    """What a device has, in bytes.
+    """A device's memory, in bytes.
 
     Attributes:
-        capacity: its memory.
-        fixed: what is there in any case: weights, what trains, its moments and gradients.
+        capacity: all of it.
+        fixed: what is taken under every policy: weights, what trains, its moments and gradients.
 
     """
 
@@ -35,13 +33,13 @@ class MemoryBudget(NamedTuple):
 
 
 def choose_policy(config: Config, model: CausalLM, mesh: Mesh | None, budget: MemoryBudget) -> str:
-    """The first of `dots`, `full` and `offload` for which there seems to be budget.
+    """Return the first of `dots`, `full` and `offload` that seems to fit; else the last.
 
     Args:
         config: the resolved configuration.
         model: the model, of which only shapes matter.
         mesh: the devices; None is one.
-        budget: what one of them has.
+        budget: the memory of one device.
 
     """
     policies = ("dots", "full") if platform() == "cpu" else ("dots", "full", "offload")
@@ -54,8 +52,8 @@ def choose_policy(config: Config, model: CausalLM, mesh: Mesh | None, budget: Me
 
 
 def activation_bytes(config: Config, model: CausalLM, mesh: Mesh | None, policy: str) -> int:
-    """About how many bytes of activations a device holds at most: what is kept of all layers,
-    one layer at work, logits.
+    """Estimate the peak bytes of activations on a device: what is kept of all layers, the layer at
+    work, logits.
     """
     parts = {
         axis: 1 if mesh is None else axis_size(mesh, axis)

@@ -1,5 +1,5 @@
-"""From a configuration to everything a run needs: data first, weights last, so that a mistake is
-found before they load.
+"""From a configuration to the parts of a run: data first, weights last, so that mistakes show
+before the weights load.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from jaxtune.core import distributed
 from jaxtune.core.files import shown
 from jaxtune.core.hardware import bytes_per_device, device_capacity
 from jaxtune.core.mesh import make_mesh
+from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.data.loader import BatchSchedule, check_divides
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.kernels.quantized import QuantizedTensor
@@ -77,7 +78,7 @@ class Setup:
     config: Config
     mesh: Mesh
     source: Source
-    tokenizer: Any
+    tokenizer: Tokenizer
     spec: StepSpec
     trainable: nnx.State
     frozen: Frozen
@@ -92,37 +93,37 @@ class Setup:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches per optimizer step."""
+        """Return the micro-batches per optimizer step."""
         return micro_batches_of(self.config)
 
     @cached_property
     def state_layout(self) -> TrainState:
-        """Shapes and shardings of the state."""
+        """Return the shapes and shardings of the state."""
         train = self.config.train
         return state_layout(
             self.trainable, self.optimizer, train.seed, self.mesh, average=train.ema > 0
         )
 
     def initial(self) -> TrainState:
-        """The state before the first step. Its leaves are copies: the step donates its state,
-        and these are used again.
+        """Return the state before the first step, its leaves copied: the step donates its state,
+        and the leaves are used again.
         """
         train, optimizer = self.config.train, self.optimizer
-        places = jax.tree.map(lambda leaf: leaf.sharding, self.state_layout)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_layout)
         make = jax.jit(
             lambda leaves: init_state(
                 jax.tree.map(jnp.copy, leaves), optimizer, train.seed, average=train.ema > 0
             ),
-            out_shardings=places,
+            out_shardings=shardings,
         )
         return make(self.trainable)
 
     def release(self) -> None:
-        """Let go of the leaves as training began, once there is a state."""
+        """Free the leaves as training began, once there is a state."""
         self.trainable = self.state_layout.trainable
 
     def eval_params(self, state: TrainState) -> nnx.State:
-        """The leaves to evaluate and export: those that train, or their average."""
+        """Return the leaves to evaluate and export: those that train, or their average."""
         return (
             eval_params(self.config.optimizer, state.opt_state, state.trainable)
             if state.average is None
@@ -130,7 +131,7 @@ class Setup:
         )
 
     def model(self, state: TrainState) -> CausalLM:
-        """The model to evaluate and export."""
+        """Return the model to evaluate and export."""
         return nnx.merge(self.spec.graph, self.eval_params(state), self.frozen.base)
 
 
@@ -195,7 +196,7 @@ def assemble_step(
     *,
     objective: Objective | None = None,
 ) -> StepParts:
-    """What the step is made of.
+    """Assemble the parts of the step.
 
     Args:
         config: the resolved configuration, its learning rate a number.
@@ -203,12 +204,11 @@ def assemble_step(
         steps: optimizer steps of the whole run.
         teacher: for distillation.
         mesh: the devices; one by default.
-        memory: bytes that each has, by which train.remat=auto goes; by default those of this
-            machine's.
+        memory: bytes of each device, for train.remat=auto; by default as this machine's.
         objective: what to minimize; by default that of `train.objective`.
 
     Raises:
-        UserError: see `optim.optimizer`.
+        UserError: see `optimizer.build_optimizer`.
 
     """
     train, objective = config.train, objective or build_objective(config)
@@ -249,12 +249,12 @@ def _announce_tokens(source: ResizedSource, config: Config, reporter: Reporter) 
 
 
 def micro_batches_of(config: Config) -> int:
-    """Micro-batches per optimizer step."""
+    """Return the micro-batches per optimizer step."""
     return config.train.batch_size // (config.train.micro_batch_size or config.train.batch_size)
 
 
 def count_parameters(state: nnx.State) -> int:
-    """Numbers in a state."""
+    """Count the numbers in a state."""
     return sum(
         leaf.size
         for leaf in jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))

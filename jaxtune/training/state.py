@@ -51,7 +51,7 @@ def init_state(
     *,
     average: bool = False,
 ) -> TrainState:
-    """The state before the first step."""
+    """Return the state before the first step."""
     with jax.numpy_dtype_promotion("standard"):
         moments = optimizer.init(trainable)
     copy = jax.tree.map(jnp.copy, trainable) if average else None
@@ -66,13 +66,13 @@ def state_layout(
     *,
     average: bool = False,
 ) -> TrainState:
-    """The state before the first step as shapes with their shardings: a moment lies where its leaf
-    does, the rest everywhere.
+    """Return the state as shapes with their shardings: a moment lies where its leaf does, the rest
+    everywhere.
 
     Args:
         trainable: the leaves that train, as arrays or as shapes, with shardings.
-        optimizer: see `init_state`.
-        seed: likewise.
+        optimizer: the update rule.
+        seed: the seed of the random key.
         mesh: the devices.
         average: whether there is a moving average.
 

@@ -1,4 +1,4 @@
-"""The pure step: one optimizer update from a global batch, however it is micro_batch."""
+"""The pure step: one optimizer update from a global batch, in any number of micro-batches."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class StepSpec:
     teacher: nnx.GraphDef | None = None
 
     def models(self, trainable: nnx.State, frozen: Frozen) -> Models:
-        """The models with these leaves."""
+        """Return the models with these leaves."""
         policy = nnx.merge(self.graph, trainable, frozen.base)
         reference = (
             None
@@ -61,7 +61,7 @@ class StepMetrics(NamedTuple):
             of preferences per pair.
         grad_norm: global norm of the mean gradient, before clipping.
         supervised: sum of the supervised tokens' weights.
-        extra: what else the objective tells, such as `margin` and `accuracy`, as means.
+        extra: the objective's further metrics, such as `margin` and `accuracy`, as means.
 
     """
 
@@ -77,17 +77,17 @@ def train_step(
     decay: float = 0.0,
     like: TrainState | None = None,
 ) -> jax.stages.Wrapped:
-    """The step function `(state, frozen, batch) -> (state, metrics)`, jitted, its state donated.
+    """Return the function `(state, frozen, batch) -> (state, metrics)`, jitted, its state donated.
 
-    The batch has shape [micro_batches, rows, tokens]: gradients are summed over the micro_batches
-    and over all tokens, and divided once by the global weight, so that no way of cutting changes
-    them.
+    The batch has shape [micro_batches, rows, tokens]: gradients are summed over the micro-batches
+    and over all tokens, and divided once by the global weight, so that they do not depend on the
+    number of micro-batches.
 
     Args:
-        spec: what is minimized.
+        spec: the computation.
         optimizer: the update rule.
-        decay: of the moving average.
-        like: the state's `layout`, which the new state keeps; by default the compiler chooses.
+        decay: the moving average's decay.
+        like: see `state.state_layout`: the new state keeps it; by default the compiler chooses.
 
     """
 
@@ -97,17 +97,17 @@ def train_step(
         if spec.integer:
             frozen = frozen._replace(base=with_integer_products(frozen.base))
         options = ForwardOptions(None if keys is None else Dropout(keys), spec.noise, spec.remat)
-        loss, weight, figures = spec.objective.loss(
+        loss, weight, extra = spec.objective.loss(
             spec.models(trainable, frozen), batch, options, shared
         )
-        return loss, (weight, figures)
+        return loss, (weight, extra)
 
     gradient = jax.value_and_grad(loss_sum, has_aux=True)
 
     def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, StepMetrics]:
         keys = _row_keys(state, batch) if spec.random else None
         shared = _shared(spec, state.trainable, frozen, batch)
-        (loss, (weight, figures)), grads = _summed(
+        (loss, (weight, extra)), grads = _summed(
             lambda micro_batch: gradient(state.trainable, frozen, shared, *micro_batch),
             (batch, keys),
             batch.input_ids.shape[0],
@@ -122,7 +122,7 @@ def train_step(
             else _averaged(state.average, trainable, state.step, decay)
         )
         new = TrainState(state.step + 1, trainable, opt_state, state.key, average)
-        means = {name: value / weight for name, value in figures.items()}
+        means = {name: value / weight for name, value in extra.items()}
         return new, StepMetrics(
             loss / weight, optax.tree.norm(grads), jnp.sum(batch.weights), means
         )
@@ -134,8 +134,8 @@ def train_step(
 def eval_step(
     spec: StepSpec,
 ) -> Callable[[nnx.State, Frozen, Batch], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]:
-    """The function `(trainable, frozen, batch) -> (sum of losses, sum of weights, sums of
-    further figures)`, jitted; nothing is random.
+    """Return the function `(trainable, frozen, batch) -> (sum of losses, sum of weights, sums of
+    further metrics)`, jitted; nothing is random.
     """
 
     def step(
@@ -148,7 +148,7 @@ def eval_step(
 
 
 def _shared(spec: StepSpec, trainable: nnx.State, frozen: Frozen, batch: Batch) -> Any:
-    """What the objective needs of the whole batch beforehand."""
+    """Compute what the objective needs of the whole batch beforehand."""
     shared = spec.objective.shared
     if shared is None:
         return None
@@ -159,7 +159,7 @@ def _shared(spec: StepSpec, trainable: nnx.State, frozen: Frozen, batch: Batch) 
 
 
 def _summed(function: Callable[[Any], Any], micro_batches: Any, count: int) -> Any:
-    """The function's sum over the micro_batches."""
+    """Sum the function over the micro-batches."""
     first = jax.tree.map(lambda x: x[0], micro_batches)
     if count == 1:  # without a loop the compiler need not keep a second copy of the gradients
         return function(first)
@@ -173,8 +173,8 @@ def _summed(function: Callable[[Any], Any], micro_batches: Any, count: int) -> A
 
 
 def _averaged(average: nnx.State, trainable: nnx.State, step: jax.Array, decay: float) -> nnx.State:
-    """The moving average; in the first steps it forgets faster, so that it does not stay where
-    it began.
+    """Update the moving average; in the first steps it forgets faster, so that it does not stay
+    where it began.
     """
     done = step.astype(jnp.float32) + 1
     share = 1 - jnp.minimum(decay, done / (done + _AVERAGE_WARMUP))
@@ -182,8 +182,8 @@ def _averaged(average: nnx.State, trainable: nnx.State, step: jax.Array, decay: 
 
 
 def _row_keys(state: TrainState, batch: Batch) -> jax.Array:
-    """A key for every row of the global batch, by step and row, the same for every micro_batch
-    and mesh.
+    """Return a key for every row of the global batch, by step and row, the same for every number of
+    micro-batches and every mesh.
     """
     micro_batches, rows = batch.input_ids.shape[:2]
     key = jax.random.fold_in(state.key, state.step)

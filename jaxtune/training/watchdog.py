@@ -1,5 +1,5 @@
-"""A step that hangs is noticed: the stacks of all threads are printed, and the run ends, so that
-a scheduler can start it again.
+"""The watchdog: where a step hangs, it prints the stacks of all threads and ends the run, so that a
+scheduler can start it again.
 """
 
 import faulthandler
@@ -13,11 +13,12 @@ from jaxtune.core.errors import RunError
 
 
 class Watchdog:
-    """While entered, `seconds` without `alive` end all processes of the run.
+    """A guard that, while entered, ends all processes of the run after `seconds` without `alive`.
 
     Args:
-        seconds: how long a step may take; None: for ever.
-        expire: what then happens; by default the stacks are printed and the processes ended.
+        seconds: how long a step may take; None: forever.
+        expire: called with the seconds and the step when the time is over; by default it prints the
+            stacks and ends the processes.
 
     """
 
@@ -41,14 +42,14 @@ class Watchdog:
             self._changed.notify()
 
     def alive(self, doing: str) -> None:
-        """Something was done; what comes next has the whole time again."""
+        """Start the time anew: something was done, and `doing` is what comes next."""
         with self._changed:
             self._doing = doing
             self._deadline = None if self._seconds is None else time.monotonic() + self._seconds
             self._changed.notify()
 
     def rest(self) -> None:
-        """What comes next may take as long as it wants, until `alive`."""
+        """Stop the time until `alive`: what comes next may take as long as it wants."""
         with self._changed:
             self._deadline = None
             self._changed.notify()
@@ -77,7 +78,6 @@ def _end(seconds: float, doing: str) -> None:
     distributed.fail_all(
         RunError(
             f"{doing} was not done after {seconds:.0f} s, so the run was ended; the checkpoints "
-            "before it are kept. Set run.watchdog higher, "
-            "or null, if steps may take so long."
+            "before it are kept. If steps may take this long, set run.watchdog higher, or to null."
         )
     )

@@ -32,9 +32,7 @@ TIMES = ("step_seconds", "tokens_per_second", "mfu", "peak_bytes")
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    monkeypatch.setattr(
-        setup, "make_mesh", lambda *sizes: make_mesh(devices=jax.devices()[:1])
-    )
+    monkeypatch.setattr(setup, "make_mesh", lambda *sizes: make_mesh(devices=jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 frozen weights, nothing waited for.
 """
 
-import importlib
 import re
 from itertools import pairwise
 
@@ -17,15 +16,13 @@ from jaxtune.core.hardware import Memory
 from jaxtune.core.mesh import make_mesh
 from jaxtune.objectives.cross_entropy import CPU_CHUNK
 from jaxtune.planning.lower import Lowered
+from jaxtune.training import remat_auto
 from jaxtune.training.remat_auto import MemoryBudget, activation_bytes, choose_policy
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
 from tests.support import tools
 from tests.support.steps import Steps, ragged_batch
 
-recompute = importlib.import_module(
-    "jaxtune.training.remat_auto"
-)  # `jaxtune.train` is the function
 HIDDEN, MLP, HEADS, ROWS, LENGTH = 64, 176, 4, 4, 512
 
 
@@ -56,10 +53,10 @@ def lowered(tmp_path):
     return make
 
 
-def temporaries(made):
-    found = Memory.of(made.compile())
-    assert found is not None
-    return found.temp
+def temporaries(lowered):
+    memory = Memory.of(lowered.compile())
+    assert memory is not None
+    return memory.temp
 
 
 def test_memory_does_not_grow_with_the_vocabulary_times_the_batch(lowered):
@@ -113,19 +110,19 @@ def test_integer_products_want_a_base_of_integers():
 
 @pytest.mark.parametrize(("gigabytes", "policy"), [(100, "dots"), (0.02, "full")])
 def test_auto_takes_what_there_is_room_for(gigabytes, policy, lowered, monkeypatch):
-    made = lowered(512, 16, "train.remat=auto")
-    assert made.remat == "dots"
-    config, model = made.config, made.model
+    step = lowered(512, 16, "train.remat=auto")
+    assert step.remat == "dots"
+    config, model = step.config, step.model
     budget = MemoryBudget(int(gigabytes * 1e9), 0)
     assert choose_policy(config, model, None, budget) == policy
-    monkeypatch.setattr(recompute, "platform", lambda: "tpu")
+    monkeypatch.setattr(remat_auto, "platform", lambda: "tpu")
     assert choose_policy(config, model, None, MemoryBudget(1000, 0)) == "offload"
 
 
 @pytest.mark.parametrize("policy", ["full", "dots"])
 def test_the_estimate_is_near_what_the_compiler_says(policy, lowered):
-    made = lowered(512, 16, f"train.remat={policy}")
-    assert 0.7 < activation_bytes(made.config, made.model, None, policy) / temporaries(made) < 2.0
+    step = lowered(512, 16, f"train.remat={policy}")
+    assert 0.7 < activation_bytes(step.config, step.model, None, policy) / temporaries(step) < 2.0
 
 
 def test_on_cpu_bfloat16_weights_and_what_is_kept_are_not_taken_to_float32_as_stacks(lowered):
@@ -156,7 +153,7 @@ def test_under_dots_attention_and_thin_products_are_kept_in_bfloat16_as_in_float
     """On CPU they are kept as bits; a name that the policy did not see would show as more
     exponentials and products.
     """
-    found = {}
+    counts = {}
     for dtype in ("float32", "bfloat16"):
         text = (
             lowered(
@@ -165,5 +162,5 @@ def test_under_dots_attention_and_thin_products_are_kept_in_bfloat16_as_in_float
             .compile()
             .as_text()
         )
-        found[dtype] = len(re.findall(r" exponential\(", text)), len(re.findall(r" dot\(", text))
-    assert found["bfloat16"] == found["float32"]
+        counts[dtype] = len(re.findall(r" exponential\(", text)), len(re.findall(r" dot\(", text))
+    assert counts["bfloat16"] == counts["float32"]

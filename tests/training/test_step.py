@@ -1,4 +1,4 @@
-"""Traps of the step: accumulation, optimizer precision, remat, schedule, dropout."""
+"""The step: accumulation, optimizer precision, remat, schedule, dropout."""
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def train(run, steps=3, micro_batches=1, batch=ragged_batch):
     """`([(loss, gradient norm)], the adapter)` of a run from its start."""
     run.state = run.fresh()
-    found = run.train([batch(number) for number in range(steps)], micro_batches)
-    return [step[:2] for step in found], leaves(run.state.trainable)
+    metrics = run.train([batch(number) for number in range(steps)], micro_batches)
+    return [step[:2] for step in metrics], leaves(run.state.trainable)
 
 
 def assert_same(left, right, tolerance):
@@ -72,11 +72,11 @@ def test_trainable_leaves_and_moments_are_float32_and_tiny_updates_last(
 @pytest.mark.parametrize("remat", ["none", "dots", "full", "offload"])
 def test_every_b_learns_under_every_remat_policy(remat, chat_model, one_device):
     run = Steps(chat_model, one_device, f"train.remat={remat}")
-    found = train(run)
-    for name, value in found[1].items():
+    result = train(run)
+    for name, value in result[1].items():
         if name.endswith("lora_B"):
             assert all(np.abs(layer).max() > 0 for layer in value), name
-    assert_same(found, train(Steps(chat_model, one_device, "train.remat=none")), 2e-5)
+    assert_same(result, train(Steps(chat_model, one_device, "train.remat=none")), 2e-5)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
@@ -90,16 +90,18 @@ def test_schedule_is_transformers_after_an_exact_warmup(kind, warmup):
         "linear": get_linear_schedule_with_warmup,
     }[kind]
     sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3e-4)
-    theirs = reference(sgd, warmup, steps).lr_lambdas[0]
-    ours = learning_rate_schedule(
+    reference_rate = reference(sgd, warmup, steps).lr_lambdas[0]
+    rate = learning_rate_schedule(
         OptimizerSection(learning_rate=3e-4, schedule=kind, warmup=float(warmup)), steps
     )
     for index in range(warmup):
-        assert float(ours(index)) == pytest.approx(3e-4 * (index + 1) / warmup)
+        assert float(rate(index)) == pytest.approx(3e-4 * (index + 1) / warmup)
     for index in range(warmup, steps):
-        assert float(ours(index)) == pytest.approx(3e-4 * theirs(index), rel=1e-5, abs=1e-12)
-    assert float(ours(0)) > 0
-    assert float(ours(steps - 1)) > 0
+        assert float(rate(index)) == pytest.approx(
+            3e-4 * reference_rate(index), rel=1e-5, abs=1e-12
+        )
+    assert float(rate(0)) > 0
+    assert float(rate(steps - 1)) > 0
 
 
 def test_wsd_and_constant_and_fraction():
