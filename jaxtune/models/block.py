@@ -90,7 +90,13 @@ class Attention(nnx.Module):
             )
         q = constrain(q, "batch", "seq", "act_heads", None)
         out = attend(
-            q, k, v, context.mask, config.attention_scale, config.attention_softcap, windows
+            q,
+            k,
+            v,
+            context.mask,
+            scale=config.attention_scale,
+            cap=config.attention_softcap,
+            windows=windows,
         )
         return self.o_proj(out.reshape(*x.shape[:2], -1), context.dropout), cache
 

@@ -45,6 +45,7 @@ def attend(
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
     mask: Mask,
+    *,
     scale: float,
     cap: float | None = None,
     windows: Windows | None = None,

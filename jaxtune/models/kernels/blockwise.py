@@ -38,6 +38,14 @@ class _Tokens(NamedTuple):
     segments: Int[Array, "*n B T"]
 
 
+class _Blocks(NamedTuple):
+    """Which query sees which key, by blocks of both."""
+
+    queries: _Tokens
+    keys: _Tokens
+    window: Int[Array, ""] | None
+
+
 def attend_blockwise(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
@@ -80,7 +88,8 @@ def attend_blockwise(
     )
     # On a GPU the host would wait for each condition.
     form = _Form(cap, skips_masked=k_mBKSH.shape[0] > 1 and platform() != "gpu")
-    out_nBKGTH = _attention(form, q_nBKGTH, k_mBKSH, v_mBKSH, queries_at, keys_at, mask.window)
+    blocks = _Blocks(queries_at, keys_at, mask.window)
+    out_nBKGTH = _attention(form, q_nBKGTH, k_mBKSH, v_mBKSH, blocks)
     out_nBTKGH = out_nBKGTH.transpose(0, 1, 4, 2, 3, 5)
     return jnp.moveaxis(out_nBTKGH, 0, 1).reshape(batch, -1, heads, size)[:, :queries]
 
@@ -95,20 +104,18 @@ def _split_blocks(part: Any, size: int, fill: int = 0) -> Any:
     return jnp.moveaxis(part.reshape(part.shape[0], -1, size, *part.shape[2:]), 1, 0)
 
 
-def _attention(form, q_nBKGTH, k_mBKSH, v_mBKSH, queries_at, keys_at, window):
-    return _forward(form, q_nBKGTH, k_mBKSH, v_mBKSH, queries_at, keys_at, window)[0]
+def _attention(form, q_nBKGTH, k_mBKSH, v_mBKSH, blocks):
+    return _forward(form, q_nBKGTH, k_mBKSH, v_mBKSH, blocks)[0]
 
 
-def _forward(
-    form: _Form, q_nBKGTH, k_mBKSH, v_mBKSH, queries_at: _Tokens, keys_at: _Tokens, window
-):
+def _forward(form: _Form, q_nBKGTH, k_mBKSH, v_mBKSH, blocks: _Blocks):
     def attend_rows(_, inputs):
         q_BKGTH, q_at = inputs
 
         def add_block(carry, inputs):
             k_BKSH, v_BKSH, k_at = inputs
             allowed_BTS = Mask(
-                q_at.positions, k_at.positions, q_at.segments, k_at.segments, window
+                q_at.positions, k_at.positions, q_at.segments, k_at.segments, blocks.window
             ).allowed()
             allowed_BTS = _bind(allowed_BTS, k_BKSH)
 
@@ -136,13 +143,13 @@ def _forward(
             jnp.full(thin, _LOWEST),
             jnp.zeros(thin, jnp.float32),
         )
-        (acc, top, total), _ = jax.lax.scan(add_block, start, (k_mBKSH, v_mBKSH, keys_at))
+        (acc, top, total), _ = jax.lax.scan(add_block, start, (k_mBKSH, v_mBKSH, blocks.keys))
         total = jnp.where(total == 0, 1.0, total)
         return None, ((acc / total).astype(q_BKGTH.dtype), (top + jnp.log(total))[..., 0])
 
-    _, (out, normalizer) = jax.lax.scan(attend_rows, None, (q_nBKGTH, queries_at))
+    _, (out, normalizer) = jax.lax.scan(attend_rows, None, (q_nBKGTH, blocks.queries))
     out, normalizer = named_in_rule(out, ATTENTION), named_in_rule(normalizer, ATTENTION)
-    return out, (q_nBKGTH, k_mBKSH, v_mBKSH, queries_at, keys_at, window, out, normalizer)
+    return out, (q_nBKGTH, k_mBKSH, v_mBKSH, blocks, out, normalizer)
 
 
 def _backward(form: _Form, residuals, dout_nBKGTH):
@@ -152,7 +159,7 @@ def _backward(form: _Form, residuals, dout_nBKGTH):
     Scores are computed with the keys first: two of the three products that use them then have the
     form that XLA is fastest at on CPU.
     """
-    q_nBKGTH, k_mBKSH, v_mBKSH, queries_at, keys_at, window, out_nBKGTH, norm_nBKGT = residuals
+    q_nBKGTH, k_mBKSH, v_mBKSH, blocks, out_nBKGTH, norm_nBKGT = residuals
     mean_nBKGT = jnp.sum(dout_nBKGTH.astype(jnp.float32) * out_nBKGTH.astype(jnp.float32), axis=-1)
 
     def backward_rows(sums, inputs):
@@ -161,7 +168,7 @@ def _backward(form: _Form, residuals, dout_nBKGTH):
         def add_block(dq_BKHGT, inputs):
             k_BKSH, v_BKSH, k_at, dk, dv = inputs
             allowed_BTS = Mask(
-                q_at.positions, k_at.positions, q_at.segments, k_at.segments, window
+                q_at.positions, k_at.positions, q_at.segments, k_at.segments, blocks.window
             ).allowed()
             allowed_BST = _bind(jnp.swapaxes(allowed_BTS, 1, 2), k_BKSH)
 
@@ -184,7 +191,7 @@ def _backward(form: _Form, residuals, dout_nBKGTH):
             return dq_BKHGT, (dk, dv)
 
         start = jnp.zeros_like(jnp.moveaxis(q_BKGTH, -1, 2), jnp.float32)
-        dq_BKHGT, sums = jax.lax.scan(add_block, start, (k_mBKSH, v_mBKSH, keys_at, *sums))
+        dq_BKHGT, sums = jax.lax.scan(add_block, start, (k_mBKSH, v_mBKSH, blocks.keys, *sums))
         # Without the barrier the transposition would become part of the product, which would then
         # have the slow form.
         return sums, jnp.moveaxis(jax.lax.optimization_barrier(dq_BKHGT), 2, -1).astype(
@@ -193,9 +200,9 @@ def _backward(form: _Form, residuals, dout_nBKGTH):
 
     start = tuple(jnp.zeros(part.shape, jnp.float32) for part in (k_mBKSH, v_mBKSH))
     (dk, dv), dq = jax.lax.scan(
-        backward_rows, start, (q_nBKGTH, dout_nBKGTH, queries_at, norm_nBKGT, mean_nBKGT)
+        backward_rows, start, (q_nBKGTH, dout_nBKGTH, blocks.queries, norm_nBKGT, mean_nBKGT)
     )
-    return dq, dk.astype(k_mBKSH.dtype), dv.astype(v_mBKSH.dtype), None, None, None
+    return dq, dk.astype(k_mBKSH.dtype), dv.astype(v_mBKSH.dtype), None
 
 
 _attention = jax.custom_vjp(_attention, nondiff_argnums=(0,))

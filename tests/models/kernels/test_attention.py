@@ -125,7 +125,7 @@ def test_splash_on_a_mesh(sizes, monkeypatch):
     mask, mesh = packed(tokens=512), make_mesh(devices=jax.devices()[:4], **sizes)
     with jax.set_mesh(mesh):
         assert_equals_the_formula(
-            lambda q, k, v: attend(q, k, v, mask, SCALE, windows=(None,)),
+            lambda q, k, v: attend(q, k, v, mask, scale=SCALE, windows=(None,)),
             mask,
             None,
             jnp.bfloat16,
@@ -172,7 +172,7 @@ def test_one_query_over_a_cache():
         jnp.broadcast_to(jnp.arange(TOKENS, dtype=jnp.int32), (BATCH, TOKENS)),
     )
     mask = Mask(positions, slots, jnp.ones_like(positions), jnp.ones_like(slots))
-    found = attend(q[:, :1], k, v, mask, SCALE)
+    found = attend(q[:, :1], k, v, mask, scale=SCALE)
     np.testing.assert_allclose(found, formula(q[:, :1], k, v, mask, None), atol=1e-5)
 
 
@@ -190,9 +190,9 @@ def test_blocks_that_nobody_sees_are_not_computed(monkeypatch):
     mask = Mask(positions, positions, segments, segments)
     q, k, v, _ = arrays()
     hidden = v.at[:, :64].set(jnp.nan)
-    assert np.isfinite(attend(q, k, hidden, mask, SCALE)[:, 64:]).all()
+    assert np.isfinite(attend(q, k, hidden, mask, scale=SCALE)[:, 64:]).all()
     last = v.at[:, 192:].set(jnp.nan)
-    assert np.isfinite(attend(q, k, last, mask, SCALE)[:, :192]).all()
+    assert np.isfinite(attend(q, k, last, mask, scale=SCALE)[:, :192]).all()
 
 
 def test_the_scores_of_a_row_never_exist_at_once():
@@ -207,6 +207,6 @@ def test_the_scores_of_a_row_never_exist_at_once():
         ids,
         ids,
     )
-    run = jax.jit(jax.grad(lambda q, k, v: jnp.sum(attend(q, k, v, mask, SCALE)), (0, 1, 2)))
+    run = jax.jit(jax.grad(lambda q, k, v: jnp.sum(attend(q, k, v, mask, scale=SCALE)), (0, 1, 2)))
     memory = run.lower(queries, keys, keys).compile().memory_analysis()
     assert memory.temp_size_in_bytes < HEADS * tokens * tokens * 4 / 8
