@@ -205,9 +205,9 @@ def check_layout(directory: Path) -> None:
     """
     environment = _read_environment(directory)
     if (layout := environment.get("layout", 0)) > LAYOUT:
-        theirs = environment.get("versions", {}).get("jaxtune")
+        writer = environment.get("versions", {}).get("jaxtune")
         raise UserError(
-            f"{directory} was written by jaxtune {theirs} with layout {layout}; this is jaxtune "
+            f"{directory} was written by jaxtune {writer} with layout {layout}; this is jaxtune "
             f"{_version('jaxtune')}, which knows layouts up to {LAYOUT}. Upgrade jaxtune."
         )
 

@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -50,11 +50,26 @@ class FitResult:
 
 @dataclass(frozen=True)
 class Pending:
-    """A step whose metrics are still on the device."""
+    """A step whose metrics are still on the device; its batch is not held.
 
-    loaded: DeviceBatch
+    Attributes:
+        index, tokens, padding, batch_metrics: see `DeviceBatch`.
+        peak_bytes: what the program takes of a device's memory, where that is known.
+        metrics: the step's own.
+
+    """
+
+    index: int
+    tokens: int
+    padding: int
+    batch_metrics: Mapping[str, float]
     peak_bytes: int | None
     metrics: StepMetrics
+
+    @classmethod
+    def of(cls, loaded: DeviceBatch, peak_bytes: int | None, metrics: StepMetrics) -> "Pending":
+        """Return the pending step on this batch."""
+        return cls(loaded.index, loaded.tokens, loaded.padding, loaded.metrics, peak_bytes, metrics)
 
 
 class Recorder:
@@ -96,27 +111,27 @@ class Recorder:
             RunError: the loss or the gradient is not finite.
 
         """
-        metrics, loaded = jax.device_get(pending.metrics), pending.loaded
+        metrics = jax.device_get(pending.metrics)
         loss, norm, supervised = (float(value) for value in metrics[:3])
         now = time.monotonic()
         seconds, self._since = now - self._since, now
-        step, speed = loaded.index + 1, loaded.tokens / seconds
+        step, speed = pending.index + 1, pending.tokens / seconds
         row = {
             "split": "train",
             "step": step,
-            "epoch": round(self.source.epoch(loaded.index), 6),
+            "epoch": round(self.source.epoch(pending.index), 6),
             "loss": loss,
             "grad_norm": norm,
-            "learning_rate": self._rate(loaded.index),
+            "learning_rate": self._rate(pending.index),
             "supervised_tokens": supervised,
-            "tokens": loaded.tokens,
-            "padding": loaded.padding,
+            "tokens": pending.tokens,
+            "padding": pending.padding,
             "step_seconds": round(seconds, 4),
             "tokens_per_second": round(speed, 1),
             "mfu": round(speed * self._flops / self._peak, 4) if self._peak else None,
             "peak_bytes": pending.peak_bytes,
             **{name: float(value) for name, value in metrics.extra.items()},
-            **loaded.metrics,
+            **pending.batch_metrics,
         }
         self.log.write(row)
         stop_reason = _first_reason(callback.on_step(row) for callback in self.callbacks)
@@ -201,7 +216,7 @@ def fit(
                 state, metrics = program(state, setup.frozen, loaded.batch)
                 profile.after(metrics)
                 done += 1
-                stop_reason = pause.record_previous(Pending(loaded, peak, metrics))
+                stop_reason = pause.record_previous(Pending.of(loaded, peak, metrics))
                 signalled = stop.after(done)
                 watchdog.alive(f"step {done + 1}")
                 if done == total:

@@ -1,5 +1,6 @@
 """The step: accumulation, optimizer precision, remat, schedule, dropout."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,8 +27,7 @@ def train(run, steps=3, micro_batches=1, batch=ragged_batch):
 
 def assert_same(left, right, tolerance):
     np.testing.assert_allclose(left[0], right[0], rtol=tolerance)
-    for name, value in left[1].items():
-        np.testing.assert_allclose(value, right[1][name], atol=tolerance, err_msg=name)
+    chex.assert_trees_all_close(left[1], right[1], rtol=1e-7, atol=tolerance)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

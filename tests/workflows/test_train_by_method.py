@@ -164,7 +164,7 @@ def test_a_run_that_was_stopped_ends_as_the_one_that_was_not(name, train, monkey
 
     def stop(self, pending):
         record(self, pending)
-        if pending.loaded.index == 3:
+        if pending.index == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
