@@ -40,15 +40,14 @@ def run(options: argparse.Namespace) -> None:
         from jaxtune.planning.search import search
 
         with Reporter(quiet).task("Compiling", 1) as bar:
-            found = search(config, options.on, bar.update_of)
+            fitting = search(config, options.on, bar.update_of)
         if not quiet:
-            print(search_text(found, options.on))
-        write_json(
-            options.json, [{"set": one.keys, **dataclasses.asdict(one.plan)} for one in found]
-        )
+            print(search_text(fitting, options.on))
+        entries = [{"set": entry.keys, **dataclasses.asdict(entry.plan)} for entry in fitting]
+        write_json(options.json, entries)
         return
     Reporter(quiet).say(f"Compiling the step for {options.on}")
-    made = plan(config, options.on)
+    result = plan(config, options.on)
     if not quiet:
-        print(plan_text(made))
-    write_json(options.json, dataclasses.asdict(made))
+        print(plan_text(result))
+    write_json(options.json, dataclasses.asdict(result))

@@ -103,7 +103,7 @@ def observe(overrides, directory, monkeypatch):
     if not any(override.startswith("mesh.") for override in overrides):
         monkeypatch.setattr(setup, "make_mesh", lambda *sizes: make_mesh(devices=jax.devices()[:1]))
     monkeypatch.setattr(
-        "jaxtune.workflows.samples._answers", lambda parts, model, samples: [""] * len(samples)
+        "jaxtune.workflows.samples._generate_answers", lambda setup, model, rows: [""] * len(rows)
     )
     monkeypatch.setattr(export, "why_not_torch", lambda source, *packages: "not the subject here")
     monkeypatch.setattr("jaxtune.core.runtime.start", lambda *_: None)

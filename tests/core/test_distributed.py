@@ -35,13 +35,13 @@ def test_the_first_of_slurms_nodes(nodes, first):
 
 
 def test_a_step_of_slurm():
-    found = find_cluster(SLURM)
-    assert found.name == "SLURM"
+    cluster = find_cluster(SLURM)
+    assert cluster.name == "SLURM"
     where = {"num_processes": 4, "process_id": 3, "cluster_detection_method": "deactivate"}
-    assert found.arguments == where | {"coordinator_address": f"gpu07:{61440 + 77 * 31 % 4096}"}
+    assert cluster.arguments == where | {"coordinator_address": f"gpu07:{61440 + 77 * 31 % 4096}"}
     assert (
         find_cluster(SLURM | {"SLURM_STEP_ID": "1"}).arguments["coordinator_address"]
-        != found.arguments["coordinator_address"]
+        != cluster.arguments["coordinator_address"]
     )
 
 
@@ -76,9 +76,9 @@ def test_other_launchers():
     assert find_cluster({"OMPI_COMM_WORLD_SIZE": "1"}) is None
     named = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2"}
     for number in ({"JAX_PROCESS_ID": "1"}, {"JOB_COMPLETION_INDEX": "1"}):
-        found = find_cluster(named | number)
-        assert found.arguments["process_id"] == 1
-        assert found.arguments["coordinator_address"] == "host:1"
+        cluster = find_cluster(named | number)
+        assert cluster.arguments["process_id"] == 1
+        assert cluster.arguments["coordinator_address"] == "host:1"
     with pytest.raises(UserError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID"):
         find_cluster(named)
     assert find_cluster(named | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}) is None
