@@ -4,10 +4,12 @@ import jax
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from peft import PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 
 from jaxtune.adapters.inject import exportable
+from jaxtune.models.layers import Dropout
 from jaxtune.weights.load import load_model
 from jaxtune.weights.merge import merged
 from jaxtune.weights.peft import open_adapter, write_adapter
@@ -53,7 +55,7 @@ def batches():
     return [random_rows(4, seed, longest=20) for seed in range(STEPS)]
 
 
-def their_steps(model, name, rate):
+def peft_steps(model, name, rate):
     """`[(loss, gradient norm)]` of PEFT's model, and the gradients of the first step."""
     parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0)
@@ -61,7 +63,7 @@ def their_steps(model, name, rate):
         optimizer = create_loraplus_optimizer(
             model, torch.optim.AdamW, lr=rate, loraplus_lr_ratio=16, weight_decay=0.0
         )
-    found, gradients = [], {}
+    steps, gradients = [], {}
     for rows in batches():
         total, count = peft_side.token_loss(model, rows)
         (total / count).backward()
@@ -71,8 +73,8 @@ def their_steps(model, name, rate):
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        found.append((float(total.detach()) / count, float(norm)))
-    return found, gradients
+        steps.append((float(total.detach()) / count, float(norm)))
+    return steps, gradients
 
 
 @pytest.mark.parametrize("name", thinned(KINDS, "lora", "dora", "lora+", "saved"))
@@ -97,14 +99,14 @@ def test_forward_gradients_and_ten_steps_equal_pefts(name, base, tmp_path, one_d
         for key, value in reference.named_parameters()
         if value.requires_grad
     }
-    theirs, gradients = their_steps(reference, name, run.config.optimizer.learning_rate)
+    peft, gradients = peft_steps(reference, name, run.config.optimizer.learning_rate)
     rows = batches()
     loss, gradient = run.gradient(batch_of(rows[0], length=20))
-    assert float(loss) == pytest.approx(theirs[0][0], rel=1e-5)
+    assert float(loss) == pytest.approx(peft[0][0], rel=1e-5)
     assert_close(tensors_of(run.model(gradient)), gradients, 1e-3)
 
     ours = run.train([batch_of(part, length=20) for part in rows])
-    np.testing.assert_allclose([step[:2] for step in ours], theirs, rtol=2e-3)
+    np.testing.assert_allclose([step[:2] for step in ours], peft, rtol=2e-3)
     end = {
         name_in_file(key): value.detach().numpy()
         for key, value in reference.named_parameters()
@@ -125,14 +127,14 @@ def written(model, directory):
 
 def reloads_and_merges(model, config, directory, tmp_path, ids, mesh):
     """What was exported computes the same in PEFT, and merged into the base."""
-    wanted = np.asarray(model(ids))
+    expected = np.asarray(model(ids))
     written(model, tmp_path / "end")
     again = PeftModel.from_pretrained(tools.random_model(config), tmp_path / "end").eval()
-    np.testing.assert_allclose(tools.torch_logits(again, ids), wanted, atol=2e-4)
+    np.testing.assert_allclose(tools.torch_logits(again, ids), expected, atol=2e-4)
     source = resolve(str(directory))
     tensors, raw = merged(source.tensors(), open_adapter(tmp_path / "end"), source.config_json())
     whole = load_model(OverriddenSource(source.name, source.path, source, raw, tensors), mesh)
-    np.testing.assert_allclose(whole(ids), wanted, atol=2e-4)
+    np.testing.assert_allclose(whole(ids), expected, atol=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -169,10 +171,10 @@ def test_pissa_begins_as_the_base_trains_as_pefts_and_its_export_is_what_was_tra
             if "lora_" in key
         }
     )
-    theirs, _ = their_steps(reference, "pissa", RATE)
+    peft, _ = peft_steps(reference, "pissa", RATE)
     rows = batches()
     ours = run.train([batch_of(part, length=20) for part in rows])
-    np.testing.assert_allclose([step[:2] for step in ours], theirs, rtol=2e-3)
+    np.testing.assert_allclose([step[:2] for step in ours], peft, rtol=2e-3)
     end = products(
         {
             key: value.detach().numpy()
@@ -210,17 +212,15 @@ def test_the_magnitudes_of_dora_train_and_are_exported(base, tmp_path, one_devic
         if "magnitude" in key:
             assert np.abs(value - before[key]).max() > 1e-3, key
     written(run.exportable(), tmp_path / "end")
-    found = open_adapter(tmp_path / "end")
-    assert found.config.method == "dora"
-    assert sum("magnitude" in name for name in found.tensors) == 21
+    adapter = open_adapter(tmp_path / "end")
+    assert adapter.config.method == "dora"
+    assert sum("magnitude" in name for name in adapter.tensors) == 21
 
 
 def test_dora_with_dropout_is_pefts_formula(base, one_device):
     """W sees the dropped input where the row is stretched, as in PEFT: y = W x + (s - 1) W d(x)
     + s B A d(x), s = m / |W + B A|.
     """
-    from jaxtune.models.layers import Dropout
-
     run = Steps(
         base[1],
         one_device,
@@ -235,16 +235,14 @@ def test_dora_with_dropout_is_pefts_formula(base, one_device):
     )
     a, b, m = (np.asarray(part[0]) for part in shift)
     weight, keys = np.asarray(layer.weight[...][0]), jax.vmap(jax.random.key)(np.arange(2))
-    from flax import nnx
-
     graph, state = nnx.split(layer)
-    one = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
-    one.lora_A.set_value(a), one.lora_B.set_value(b), one.lora_magnitude_vector.set_value(m)
+    first = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
+    first.lora_A.set_value(a), first.lora_B.set_value(b), first.lora_magnitude_vector.set_value(m)
     x = np.random.default_rng(0).normal(size=(2, 5, 32)).astype(np.float32)
     dropped = np.asarray(Dropout(keys)(x, 0.5, layer.spec.name))
     changed = weight + 2 * b @ a
     stretch = m / np.linalg.norm(changed, axis=1)
-    wanted = (
+    expected = (
         x @ weight.T + (stretch - 1) * (dropped @ weight.T) + stretch * (2 * dropped @ a.T @ b.T)
     )
-    np.testing.assert_allclose(one(x, Dropout(keys)), wanted, atol=1e-4)
+    np.testing.assert_allclose(first(x, Dropout(keys)), expected, atol=1e-4)

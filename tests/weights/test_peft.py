@@ -90,9 +90,9 @@ def test_an_adapter_of_peft_computes_the_same_here_and_comes_back_the_same(
     attach(model, open_adapter(tmp_path / "adapter"), one_device)
     ids = np.random.default_rng(0).integers(0, 288, (2, 12))
     ids[:, 3:7] = 200, 9, 7, 5  # tokens that some variants train by themselves
-    theirs = tools.torch_logits(reference, ids)
-    np.testing.assert_allclose(model(ids), theirs, atol=2e-4)
-    assert np.abs(theirs - tools.torch_logits(tools.random_model(config), ids)).max() > 0.1
+    expected = tools.torch_logits(reference, ids)
+    np.testing.assert_allclose(model(ids), expected, atol=2e-4)
+    assert np.abs(expected - tools.torch_logits(tools.random_model(config), ids)).max() > 0.1
     (tmp_path / "back").mkdir()
     write_adapter(tmp_path / "back", model, "base")
     before, after = (
@@ -101,7 +101,7 @@ def test_an_adapter_of_peft_computes_the_same_here_and_comes_back_the_same(
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[key], after[key]) for key in before)
     again = PeftModel.from_pretrained(tools.random_model(config), tmp_path / "back").eval()
-    np.testing.assert_allclose(tools.torch_logits(again, ids), theirs, atol=1e-6)
+    np.testing.assert_allclose(tools.torch_logits(again, ids), expected, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:.*save_embedding_layers:UserWarning")
@@ -161,15 +161,13 @@ def test_gradients_of_every_variant_equal_pefts(name, tmp_path, one_device):
         )
     )(trainable)
     np.testing.assert_allclose(loss, float(total.detach()), rtol=1e-5)
-    found = {}
-    with_gradients = nnx.merge(graph, grads, frozen)
-    for entry in entries(with_gradients):
-        found[entry.name.replace("lora_magnitude_vector", "lora_magnitude_vector.weight")] = (
-            np.asarray(entry.variable[...])[entry.index]
-        )
-    assert found.keys() == expected.keys()
+    gradients = {}
+    for entry in entries(nnx.merge(graph, grads, frozen)):
+        name = entry.name.replace("lora_magnitude_vector", "lora_magnitude_vector.weight")
+        gradients[name] = np.asarray(entry.variable[...])[entry.index]
+    assert gradients.keys() == expected.keys()
     for key, value in expected.items():
-        assert np.linalg.norm(found[key] - value) <= 1e-3 * np.linalg.norm(value), key
+        assert np.linalg.norm(gradients[key] - value) <= 1e-3 * np.linalg.norm(value), key
 
 
 def test_square_factors_are_not_transposed(tmp_path, one_device):

@@ -8,7 +8,7 @@ class PeftFormat(Format):
     """What PEFT's `save_pretrained` writes."""
 
     name = "peft"
-    description = "A LoRA adapter, in PEFT's format."
+    description = "An adapter, in PEFT's format."
     library = "peft"
     checked_by = "PEFT"
     keeps_adapter = True
