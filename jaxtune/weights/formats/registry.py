@@ -8,7 +8,7 @@ so the command line can list the names at once.
 import importlib
 import pkgutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from jaxtune.core.errors import UserError, listed, nearest
 from jaxtune.weights import formats
@@ -60,12 +60,8 @@ def get_model_format(name: str) -> "ModelFormat":
         UserError: there is none, or it holds only an adapter.
 
     """
-    from jaxtune.weights.formats.format import ModelFormat
-
     _check_name(name, model_format_names())
-    model_format = get_format(name)
-    assert isinstance(model_format, ModelFormat)
-    return model_format
+    return cast("ModelFormat", get_format(name))
 
 
 def find_format(path: Path) -> "ModelFormat":

@@ -236,6 +236,6 @@ def test_rows_without_whole_blocks_are_refused(chat_model, one_device):
     with pytest.raises(
         UserError,
         match=r"model.dtype=nf4: model.layers.0.\S+ has rows of \d+ numbers"
-        r".* Take model.dtype=int8",
+        r".* Use model.dtype=int8",
     ):
         load_model(resolve(str(chat_model)), one_device, dtype="nf4")
