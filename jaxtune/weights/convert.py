@@ -47,7 +47,7 @@ def convert_model(
     about: str = "",
     replace: bool = False,
 ) -> Comparison:
-    """Write a model, read it again, and only if it is the same name it `out`.
+    """Write a model in another format; it is named `out` only if, read again, it is the same.
 
     The same means: the architecture, every number of every tensor (after rounding to `dtype`), and
     the logits. Where an adapter is merged, the merged weights in float32 compute what base and

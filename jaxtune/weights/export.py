@@ -55,8 +55,8 @@ def export_adapter(
     about: str = "",
     replace: bool = False,
 ) -> Comparison:
-    """Write the adapter of `model` in PEFT's format, reload it into a fresh base, and only if the
-    logits are the same name it `out`.
+    """Write the adapter of `model` in PEFT's format; it is named `out` only if it computes the same
+    logits when reloaded onto a fresh base.
 
     Args:
         out: the directory to make.
@@ -111,8 +111,8 @@ def export_weights(
     about: str = "",
     replace: bool = False,
 ) -> Comparison:
-    """Write all weights of `model` as they were trained, rounded to the dtypes of the base, and
-    only if a reload computes the same name the directory `out`.
+    """Write all weights of `model`, rounded to the dtypes of the base; the directory is named `out`
+    only if a reload computes the same logits.
 
     Args:
         out: the directory to make.
