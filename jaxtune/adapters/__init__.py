@@ -1,1 +1,1 @@
-"""LoRA, and putting it on a model."""
+"""Adapters: the methods, one a file, and putting one on a model."""

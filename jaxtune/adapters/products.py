@@ -15,7 +15,7 @@ from jaxtune.models.remat import LOW, named_in_rule
 def low_rank(
     x: Float[Array, "*batch in"], a: Float[Array, "rank in"], b: Float[Array, "out rank"]
 ) -> Float[Array, "*batch out"]:
-    """(x A^T) B^T, the products in x's dtype, the gradients of A and B in float32.
+    """Return (x A^T) B^T, the products in x's dtype, the gradients of A and B in float32.
 
     The backward pass is written out so that the gradient of B is a product with the thin side
     transposed; derived, it would transpose the gradient of the output, the widest array of the
@@ -55,7 +55,7 @@ def adapted_product(
     a: Float[Array, "rank in"],
     b: Float[Array, "out rank"],
 ) -> Float[Array, "*batch out"]:
-    """x W^T + (x A^T) B^T with a frozen W of logical `axes`.
+    """Return x W^T + (x A^T) B^T with a frozen W of logical `axes`.
 
     The backward pass is through with x before it makes x's gradient, so that these two, which may
     be the widest arrays of a layer, are not there at the same time.
