@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Add the command's arguments."""
     parser.add_argument(
         "arguments",
         nargs="*",
@@ -24,28 +24,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print it."""
+    """Run the command."""
     from jaxtune.config.load import dump, schema
 
-    print(schema() if options.schema else dump(from_arguments(options.arguments)).rstrip())
+    print(schema() if options.schema else dump(load_arguments(options.arguments)).rstrip())
 
 
-def from_arguments(arguments: list[str]) -> "Config":
-    """The configuration that `[CONFIG.yaml] [key=value ...]` means.
+def load_arguments(arguments: list[str]) -> "Config":
+    """Return the configuration that `[CONFIG.yaml] [key=value ...]` describes.
 
     Raises:
-        UserError: two files, or anything that is wrong with them.
+        UserError: two files, or anything that is wrong with the configuration.
 
     """
     from jaxtune.config.load import load_config
     from jaxtune.core.errors import UserError, listed
 
     paths = [argument for argument in arguments if "=" not in argument]
+    overrides = [argument for argument in arguments if "=" in argument]
     if len(paths) > 1:
         raise UserError(
             f"one configuration file at most, not {listed(paths)}. Overrides have the form "
             "section.key=value."
         )
-    return load_config(
-        Path(paths[0]) if paths else None, [argument for argument in arguments if "=" in argument]
-    )
+    return load_config(Path(paths[0]) if paths else None, overrides)

@@ -1,4 +1,4 @@
-"""Write a model in another format; it takes its name only once, read again, it is the same.
+"""Write a model in another format, verified: OUT appears only if a reload is the same model.
 
 jaxtune convert MODEL OUT --to hf|gguf|meta|orbax
 """
@@ -7,7 +7,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Add the command's arguments."""
     from jaxtune.cli.options import add_model, add_writing
     from jaxtune.weights.formats.registry import model_format_names
 
@@ -22,18 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Convert."""
-    from jaxtune.api import converted
-    from jaxtune.cli.options import print_proof
+    """Run the command."""
+    from jaxtune.cli.options import print_export
     from jaxtune.tracking.progress import Reporter
+    from jaxtune.workflows.convert import convert_to
 
-    path, proof = converted(
+    result = convert_to(
         options.model,
         options.out,
         options.to,
-        options.dtype,
-        options.adapter,
-        options.push,
-        Reporter(),
+        dtype=options.dtype,
+        adapter=options.adapter,
+        push=options.push,
+        reporter=Reporter(),
     )
-    print_proof(path, proof, options.to, options.json)
+    print_export(result, options.to, options.json)

@@ -1,5 +1,5 @@
-"""What will be trained on: counts, lengths, packing, what looks wrong, and the first rows with
-their supervised tokens.
+"""What will be trained on: counts, lengths, packing, warnings, and the first rows with their
+supervised tokens.
 
 jaxtune data CONFIG.yaml [key=value ...]
 jaxtune data --model MODEL --data FILE [key=value ...]
@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from jaxtune.core.tokenizer import Tokenizer
     from jaxtune.data.examples import Examples
+    from jaxtune.training.inputs import Inputs
 
 _WIDTH = 40
-_PLACES = 10
-_LONGEST_ROW = 2000
+_MAX_LOCATIONS = 10
+_MAX_CHARACTERS = 2000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Add the command's arguments."""
     from jaxtune.cli.options import add_config, add_json
 
     add_config(parser)
@@ -30,18 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Tokenize, and show."""
+    """Run the command."""
     from rich.console import Console
 
     from jaxtune.cli.options import config_of, write_json
     from jaxtune.core import runtime
     from jaxtune.core.errors import UserError
-    from jaxtune.data.inspect import (
-        compute_statistics,
-        count_classes,
-        count_overlap,
-        find_warnings,
-    )
     from jaxtune.tracking.progress import Reporter
     from jaxtune.training.inputs import read_inputs
 
@@ -51,32 +47,38 @@ def run(options: argparse.Namespace) -> None:
         update={"data": config.data.model_copy(update={"on_error": "skip"})}
     )
     inputs = read_inputs(lenient, Reporter())
-    tokenizer, plans = inputs.tokenizer, inputs.schedules
-    parts = {name: compute_statistics(plan) for name, plan in plans.items()}
-    common = (
-        count_overlap(plans["train"].examples, plans["eval"].examples) if "eval" in plans else None
-    )
-    labels = count_classes(plans["train"].examples, tokenizer)
-    found = {
-        "parts": parts,
-        "overlap": common,
-        "classes": labels,
-        "warnings": find_warnings(parts, common, labels),
-    }
+    summary = _summarize(inputs)
     if options.json != "-":
         console = Console(highlight=False, soft_wrap=True)
-        for name, part in parts.items():
+        for name, part in summary["parts"].items():
             _show_part(console, name, part)
-        _show_classes(console, labels)
-        _show_rows(console, plans["train"].examples, tokenizer, options.rows)
-        _show_warnings(console, found["warnings"])
-    write_json(options.json, found)
-    bad = sum(part["bad"] for part in parts.values())
+        _show_classes(console, summary["classes"])
+        _show_rows(console, inputs.schedule.examples, inputs.tokenizer, options.rows)
+        _show_warnings(console, summary["warnings"])
+    write_json(options.json, summary)
+    bad = sum(part["bad"] for part in summary["parts"].values())
     if bad and config.data.on_error == "raise":
         raise UserError(
-            f"{bad} bad rows: training stops at the first. Mend them, or set data.on_error=skip "
+            f"{bad} bad rows: training stops at the first. Correct them, or set data.on_error=skip "
             "to leave them out."
         )
+
+
+def _summarize(inputs: "Inputs") -> dict[str, Any]:
+    """Return what `--json` writes."""
+    from jaxtune.data.inspect import (
+        compute_statistics,
+        count_classes,
+        count_overlap,
+        find_warnings,
+    )
+
+    train, held_out = inputs.schedule.examples, inputs.eval_schedule
+    parts = {name: compute_statistics(schedule) for name, schedule in inputs.schedules.items()}
+    overlap = count_overlap(train, held_out.examples) if held_out else None
+    classes = count_classes(train, inputs.tokenizer)
+    warnings = find_warnings(parts, overlap, classes)
+    return {"parts": parts, "overlap": overlap, "classes": classes, "warnings": warnings}
 
 
 def _show_part(console: "Console", name: str, part: dict[str, Any]) -> None:
@@ -111,19 +113,17 @@ def _show_part(console: "Console", name: str, part: dict[str, Any]) -> None:
         "cut_off": "left out: the answer lies beyond data.max_length",
         "unanswered": "left out: nothing is supervised", "bad": "bad",
     }  # fmt: skip
-    for kind, places in part["places"].items():
-        console.print(f"  {places['count']:,} rows {reasons[kind]}:", markup=False)
-        for place in places["first"][:_PLACES]:
-            console.print(f"    {place}", markup=False)
-        if places["count"] > _PLACES:
-            console.print(
-                f"    and {places['count'] - _PLACES:,} more (see --json FILE)", markup=False
-            )
+    for kind, rows in part["places"].items():
+        console.print(f"  {rows['count']:,} rows {reasons[kind]}:", markup=False)
+        for location in rows["first"][:_MAX_LOCATIONS]:
+            console.print(f"    {location}", markup=False)
+        if (more := rows["count"] - _MAX_LOCATIONS) > 0:
+            console.print(f"    and {more:,} more (see --json FILE)", markup=False)
     console.print()
 
 
 def _show_lengths(console: "Console", lengths: dict[str, list[int]]) -> None:
-    """A bar for each range of lengths; one that holds anything is never empty."""
+    """Print a bar for each range of lengths; no bar of a range with examples is empty."""
     most = max(lengths["counts"])
     console.print("  tokens per example")
     for low, high, count in zip(
@@ -134,38 +134,34 @@ def _show_lengths(console: "Console", lengths: dict[str, list[int]]) -> None:
         console.print(f"  {low + 1:>6,} to {high:<6,} {bar} {count:,}", markup=False)
 
 
-def _show_classes(console: "Console", labels: list[tuple[str, int]]) -> None:
-    if labels:
-        console.print(
-            "Answers: " + ", ".join(f"{name!r} {count:,}" for name, count in labels),
-            markup=False,
-        )
+def _show_classes(console: "Console", classes: list[tuple[str, int]]) -> None:
+    if classes:
+        counts = ", ".join(f"{name!r} {count:,}" for name, count in classes)
+        console.print(f"Answers: {counts}", markup=False)
         console.print()
 
 
-def _show_rows(console: "Console", examples: "Examples", tokenizer: Any, count: int) -> None:
-    """The first examples, decoded; supervised tokens in color, or between brackets where there
-    is no color.
-    """
+def _show_rows(
+    console: "Console", examples: "Examples", tokenizer: "Tokenizer", count: int
+) -> None:
+    """Print the first examples, decoded: supervised tokens in color, else in brackets."""
     from rich.text import Text
 
     from jaxtune.data.inspect import split_text
 
     colored = console.is_terminal and not console.no_color
-    how = "in green" if colored else "between ⟦ and ⟧"
+    marks = "in green" if colored else "between ⟦ and ⟧"
     for number in range(min(count, len(examples.items))):
         console.print(
             f"Example {number + 1} ({examples.lengths[number]:,} tokens are fed), supervised "
-            f"tokens {how}:",
+            f"tokens {marks}:",
             style="bold",
         )
         text = Text()
         for piece in split_text(examples, number, tokenizer):
-            shown = (
-                piece.text
-                if len(piece.text) <= _LONGEST_ROW
-                else f"{piece.text[:_LONGEST_ROW]} ..."
-            )
+            shown = piece.text
+            if len(shown) > _MAX_CHARACTERS:
+                shown = f"{shown[:_MAX_CHARACTERS]} ..."
             if piece.supervised:
                 text.append(shown if colored else f"⟦{shown}⟧", style="bold green")
             else:
@@ -174,8 +170,8 @@ def _show_rows(console: "Console", examples: "Examples", tokenizer: Any, count: 
         console.print()
 
 
-def _show_warnings(console: "Console", found: list[str]) -> None:
-    for line in found:
+def _show_warnings(console: "Console", warnings: list[str]) -> None:
+    for line in warnings:
         console.print(f"Warning: {line}", style="yellow", markup=False)
-    if not found:
+    if not warnings:
         console.print("Nothing looks wrong.")

@@ -1,5 +1,5 @@
-"""Loss, perplexity and the task's figures of a model on a file of answered rows, with 95%
-intervals; or tasks of lm-evaluation-harness.
+"""Loss, perplexity and task metrics of a model on a file of answered rows, with 95% intervals; or
+tasks of lm-evaluation-harness.
 
 jaxtune eval MODEL [--adapter DIR] --data FILE [--task auto|lm|classification|qa|generation|choice]
 jaxtune eval RUN --data FILE --base                  before and after, compared row by row
@@ -10,7 +10,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Add the command's arguments."""
     from jaxtune.cli.options import add_json, add_model
 
     add_model(parser)
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--harness",
         metavar="TASKS",
-        help="names of tasks of lm-evaluation-harness instead, separated by commas",
+        help="instead: names of lm-evaluation-harness tasks, separated by commas",
     )
     parser.add_argument(
         "--task",
@@ -31,31 +31,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
         action="store_true",
-        help="also the model before training, and the two compared row by row",
+        help="also evaluate the model before training, and compare the two row by row",
     )
     parser.add_argument("--against", metavar="MODEL", help="the same with another model")
     parser.add_argument(
         "--predictions",
         metavar="FILE",
-        help="write each row's prompt, wanted answer and what the model said (JSON Lines)",
+        help="write each row's prompt, reference and model's answer (JSON Lines)",
     )
     parser.add_argument(
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help="of a generated answer (default: half as many again as the longest wanted)",
+        help="the longest generated answer (default: 1.5 times the longest reference, + 16)",
     )
     parser.add_argument(
         "--batch-size",
         type=int,
         default=32,
         metavar="N",
-        help="rows computed together; changes no number (default: 32)",
+        help="rows computed together; it changes no number (default: 32)",
     )
     parser.add_argument(
         "--include-path",
         metavar="DIR",
-        help="with --harness: a directory with tasks of your own (YAML)",
+        help="with --harness: a directory with your own tasks (YAML)",
     )
     parser.add_argument(
         "--limit", type=int, metavar="N", help="with --harness: only the first N rows of each task"
@@ -73,48 +73,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluate."""
+    """Run the command."""
     if options.harness:
-        _harness(options)
+        _run_harness(options)
         return
     from pathlib import Path
 
-    from jaxtune.api import evaluated
     from jaxtune.cli.options import metrics_table, write_json
     from jaxtune.core.distributed import is_main
     from jaxtune.core.files import write_jsonl
+    from jaxtune.evaluation.evaluate import EvalOptions
     from jaxtune.tracking.progress import Reporter
+    from jaxtune.workflows.evaluate import evaluate_model
 
-    found, predictions = evaluated(
+    result = evaluate_model(
         options.model,
         options.data,
         options.adapter,
-        options.task,
-        options.batch_size,
-        options.max_new_tokens,
-        options.base,
-        options.against,
-        Reporter(),
+        options=EvalOptions(options.task, options.batch_size, options.max_new_tokens),
+        base=options.base,
+        against=options.against,
+        reporter=Reporter(),
     )
+    metrics = result.metrics
     if options.json != "-":
-        sides = (
-            {"base" if options.base else "the other": found["base"], "this": found}
-            if "base" in found
-            else {found["task"]: found}
-        )
-        print(metrics_table(sides, found.get("comparison")))
+        columns = {metrics["task"]: metrics}
+        if "base" in metrics:
+            other = "base" if options.base else "the other"
+            columns = {other: metrics["base"], "this": metrics}
+        print(metrics_table(columns, metrics.get("comparison")))
     if options.predictions and is_main():
-        write_jsonl(Path(options.predictions), predictions)
-    write_json(options.json, found)
+        write_jsonl(Path(options.predictions), result.predictions)
+    write_json(options.json, metrics)
 
 
-def _harness(options: argparse.Namespace) -> None:
-    """The tasks of lm-evaluation-harness, of the base too with `--base`."""
-    from jaxtune.api import harness
+def _run_harness(options: argparse.Namespace) -> None:
     from jaxtune.cli.options import write_json
     from jaxtune.tracking.progress import Reporter
+    from jaxtune.workflows.evaluate import run_harness
 
-    found = harness(
+    results = run_harness(
         options.model,
         options.harness.split(","),
         options.adapter,
@@ -130,6 +128,6 @@ def _harness(options: argparse.Namespace) -> None:
     if options.json != "-":
         from lm_eval.utils import make_table
 
-        for name, results in found.items():
-            print(f"{name}\n{make_table(results)}")
-    write_json(options.json, found)
+        for name, of_model in results.items():
+            print(f"{name}\n{make_table(of_model)}")
+    write_json(options.json, results)

@@ -1,5 +1,4 @@
-"""Write what a run trained in another program's format; it takes its name only once, read again, it
-computes the same.
+"""Export what a run trained, verified: the export appears only if a reload computes the same.
 
 jaxtune export RUN --to peft --out DIR               the adapter
 jaxtune export RUN --to hf --out DIR                 the base with the adapter merged
@@ -10,7 +9,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Add the command's arguments."""
     from jaxtune.cli.options import add_writing
     from jaxtune.weights.formats.registry import format_names
 
@@ -25,12 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Export."""
-    from jaxtune.api import exported
-    from jaxtune.cli.options import print_proof
+    """Run the command."""
+    from jaxtune.cli.options import print_export
     from jaxtune.tracking.progress import Reporter
+    from jaxtune.workflows.export import export_run
 
-    path, proof = exported(
-        options.run_directory, options.to, options.out, options.dtype, options.push, Reporter()
+    result = export_run(
+        options.run_directory,
+        options.out,
+        options.to,
+        dtype=options.dtype,
+        push=options.push,
+        reporter=Reporter(),
     )
-    print_proof(path, proof, options.to, options.json)
+    print_export(result, options.to, options.json)

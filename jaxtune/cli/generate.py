@@ -7,14 +7,14 @@ jaxtune generate MODEL [--adapter DIR] --file prompts.jsonl
 
 import argparse
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxtune.inference.engine import Speed
+    from jaxtune.inference.speed import Speed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Add the command's arguments."""
     from jaxtune.cli.options import add_json, add_model, add_sampling
 
     add_model(parser)
@@ -32,14 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=256,
         metavar="N",
-        help="at most so many tokens (default: 256)",
+        help="the longest answer (default: 256)",
     )
     parser.add_argument(
         "--stop",
         action="append",
         default=[],
         metavar="TEXT",
-        help="a text that ends an answer; may be given again",
+        help="a text that ends an answer; may be repeated",
     )
     parser.add_argument(
         "--batch-size",
@@ -53,40 +53,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Generate."""
-    from jaxtune.api import generated
+    """Run the command."""
     from jaxtune.cli.options import sampling_of, write_json
     from jaxtune.config.schema import DataSection
     from jaxtune.data.prepare import read_conversations
     from jaxtune.tracking.progress import Reporter
+    from jaxtune.workflows.generate import generate_completions
 
-    rows = (
-        list(read_conversations(DataSection(eval=options.file), "eval", answered=False))
-        if options.file
-        else []
+    prompts: list[Any] = [options.prompt]
+    shown = prompts
+    if options.file:
+        data = DataSection(eval=options.file)
+        prompts = list(read_conversations(data, "eval", answered=False))
+        shown = [row.prompt[0]["content"] if row.plain else row.prompt for row in prompts]
+    reporter = Reporter(options.json == "-")
+    result = generate_completions(
+        options.model,
+        prompts,
+        options.adapter,
+        max_new_tokens=options.max_new_tokens,
+        sampling=sampling_of(options),
+        stop=options.stop,
+        batch_size=options.batch_size,
+        reporter=reporter,
     )
-    prompts = [row.prompt[0]["content"] if row.plain else row.prompt for row in rows] or [
-        options.prompt
-    ]
-    reporter, asked = (
-        Reporter(options.json == "-"),
-        (options.max_new_tokens, sampling_of(options), options.stop, options.batch_size),
-    )
-    said, speed = generated(options.model, rows or prompts, options.adapter, *asked, reporter)
     answers = [
-        {"prompt": prompt, "answer": one.text} for prompt, one in zip(prompts, said, strict=True)
+        {"prompt": prompt, "answer": completion.text}
+        for prompt, completion in zip(shown, result.completions, strict=True)
     ]
     if options.json != "-":
         for answer in answers:
             print(json.dumps(answer, ensure_ascii=False) if options.file else answer["answer"])
-    reporter.say(speed_text(speed))
+    reporter.say(speed_text(result.speed))
     details = [
         {
-            "tokens": len(one.tokens),
-            "end": one.end,
-            "log_probs": [round(p, 5) for p in one.log_probs],
+            "tokens": len(completion.tokens),
+            "end": completion.end,
+            "log_probs": [round(log_prob, 5) for log_prob in completion.log_probs],
         }
-        for one in said
+        for completion in result.completions
     ]
     write_json(
         options.json, [answer | detail for answer, detail in zip(answers, details, strict=True)]
@@ -94,5 +99,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def speed_text(speed: "Speed") -> str:
-    """How fast it was."""
-    return f"read {speed.prompt_tokens:,} tokens at {speed.prefill:,.0f} tok/s, wrote {speed.new_tokens:,} at {speed.decode:,.0f} tok/s"
+    """Return the speed of a generation in a line."""
+    return (
+        f"read {speed.prompt_tokens:,} tokens at {speed.prefill:,.0f} tok/s, wrote "
+        f"{speed.new_tokens:,} at {speed.decode:,.0f} tok/s"
+    )

@@ -13,13 +13,13 @@ from pathlib import Path
 COMMANDS = {
     "quickstart": "the main job, no arguments: real model, real data, report",
     "train": "train; continues a run directory that has checkpoints",
-    "plan": "does a run fit hardware that is not there, and what does it cost",
+    "plan": "whether a run fits hardware that is not there, and what it costs",
     "data": "what will be trained on: decoded rows, mask, lengths, packing",
     "eval": "loss, perplexity and task metrics of a model on a file",
     "generate": "the model's answers to prompts",
     "chat": "talk with a model",
-    "export": "what a run trained in another program's format, verified",
-    "convert": "a model in another format, verified",
+    "export": "export what a run trained, verified",
+    "convert": "write a model in another format, verified",
     "report": "one page of one run or several",
     "sweep": "search over a run's keys, each trial a run directory",
     "config": "the resolved configuration, or its JSON schema",
@@ -30,12 +30,16 @@ _HUGE_PAGES = "glibc.malloc.hugetlb"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 0 on success, 2 on wrong usage or input, 1 on a failure,
-    128 + n on signal n.
+    """Run a command.
+
+    Returns:
+        The exit status: 0 on success, 2 on wrong usage or input, 1 on a failure, 128 + n on signal
+            n.
+
     """
-    options = _parsed(arguments)
+    options = _parse(arguments)
     if arguments is None and options.command in (*_COMPUTE, "quickstart", "chat", "sweep"):
-        _begin_with_huge_pages()
+        _restart_with_huge_pages()
     from jaxtune.core.errors import RunError, UserError
 
     if os.environ.get("JAXTUNE_DEBUG") == "1":
@@ -53,16 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except Exception as error:
-        return _unexpected(error)
+        return _report_unexpected(error)
 
 
-def _begin_with_huge_pages() -> None:
-    """Begin this program anew with its memory in huge pages, where the system leaves that to
-    programs.
+def _restart_with_huge_pages() -> None:
+    """Restart this program with its memory in huge pages, where the system leaves that to programs.
 
-    On a CPU every step takes its working memory anew, hundreds of megabytes: in small pages up to a
-    sixth of the time went into page faults. The C library reads the setting once, as a program
-    begins. Who has set it keeps what they set.
+    On a CPU every step allocates its working memory anew, hundreds of megabytes: in small pages, up
+    to a sixth of the time went into page faults. The C library reads the setting once, as a program
+    starts. A setting that is already there is kept.
     """
     pages, tunables = (
         Path("/sys/kernel/mm/transparent_hugepage/enabled"),
@@ -84,9 +87,7 @@ def _begin_with_huge_pages() -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    """Run a command; one that computes runs in all processes that were started together, and the
-    lead prints.
-    """
+    """Run a command; one that computes runs in all processes, and only the main one prints."""
     from jaxtune.tracking.logger import log_to_stderr
 
     if options.command not in _COMPUTE:
@@ -107,9 +108,10 @@ def _run(options: argparse.Namespace) -> int:
         return options.run(options) or 0
 
 
-def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; argparse gives up on key=value arguments that stand behind an option, so they
-    are gathered here.
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line.
+
+    argparse does not accept key=value arguments after an option, so they are collected here.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -146,7 +148,8 @@ def _version() -> str:
     return f"jaxtune {__version__}"
 
 
-def _unexpected(error: Exception) -> int:
+def _report_unexpected(error: Exception) -> int:
+    """Print an error that is not the user's, and return the exit status."""
     from jaxtune.core.distributed import is_main
     from jaxtune.core.errors import Interrupted
 
@@ -155,8 +158,8 @@ def _unexpected(error: Exception) -> int:
             print(f"jaxtune: {error}", file=sys.stderr)
         return INTERRUPTED + error.number
     print(
-        f"jaxtune: {type(error).__name__}: {error}\nThis is a defect of jaxtune. Set "
-        "JAXTUNE_DEBUG=1 to see where.",
+        f"jaxtune: {type(error).__name__}: {error}\nThis is a bug in jaxtune. Set JAXTUNE_DEBUG=1 "
+        "to see where.",
         file=sys.stderr,
     )
     return 1

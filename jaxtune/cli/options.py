@@ -9,17 +9,18 @@ if TYPE_CHECKING:
     from jaxtune.config.schema import Config
     from jaxtune.core.distributed import Cluster
     from jaxtune.inference.sampling import Sampling
+    from jaxtune.workflows.export_result import ExportResult
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """`--json FILE`."""
+    """Add `--json FILE`."""
     parser.add_argument(
-        "--json", metavar="FILE", help="also write the figures as JSON ('-': to stdout)"
+        "--json", metavar="FILE", help="also write the results as JSON ('-': to stdout)"
     )
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """`[CONFIG.yaml] [key=value ...] [--model MODEL] [--data FILE]`."""
+    """Add `[CONFIG.yaml] [key=value ...] [--model MODEL] [--data FILE]`."""
     parser.add_argument(
         "arguments",
         nargs="*",
@@ -31,8 +32,8 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
-    """`--coordinator HOST:PORT --processes N --process I`."""
-    text = "of several processes: {}; found by itself on Cloud TPU, SLURM, Open MPI and GKE"
+    """Add `--coordinator HOST:PORT --processes N --process I`."""
+    text = "of several processes: {}; detected on Cloud TPU, SLURM, Open MPI and GKE"
     parser.add_argument(
         "--coordinator", metavar="HOST:PORT", help=text.format("where the first one is")
     )
@@ -40,38 +41,43 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
         "--processes", type=int, metavar="N", help=text.format("how many there are")
     )
     parser.add_argument(
-        "--process", type=int, metavar="I", help=text.format("which this is, from 0")
+        "--process", type=int, metavar="I", help=text.format("the number of this one, from 0")
     )
 
 
 def cluster_of(options: argparse.Namespace) -> "Cluster | None":
-    """The processes that the arguments of `add_processes` say; None where they say nothing."""
+    """Return the launcher that the arguments of `add_processes` name; None without them.
+
+    Raises:
+        UserError: only some of them are there.
+
+    """
     from jaxtune.core.distributed import explicit_cluster
     from jaxtune.core.errors import UserError
 
-    said = [getattr(options, name, None) for name in ("coordinator", "processes", "process")]
-    if all(value is None for value in said):
+    values = [getattr(options, name, None) for name in ("coordinator", "processes", "process")]
+    if all(value is None for value in values):
         return None
-    if any(value is None for value in said):
+    if any(value is None for value in values):
         raise UserError("--coordinator, --processes and --process go together: give all three.")
-    address, total, number = said
+    address, total, number = values
     return explicit_cluster(str(address), int(total or 0), int(number or 0))
 
 
 def config_of(options: argparse.Namespace) -> "Config":
-    """The configuration that the arguments of `add_config` say."""
-    from jaxtune.cli.config import from_arguments
+    """Return the configuration that the arguments of `add_config` describe."""
+    from jaxtune.cli.config import load_arguments
 
     shortcuts = [
         f"{key}={value}"
         for key, value in (("model.source", options.model), ("data.train", options.data))
         if value
     ]
-    return from_arguments([*options.arguments, *shortcuts])
+    return load_arguments([*options.arguments, *shortcuts])
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """`MODEL [--adapter DIR]`."""
+    """Add `MODEL [--adapter DIR]`."""
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -83,7 +89,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """`--temperature T --top-k K --top-p P --min-p P --repetition-penalty X --seed N`."""
+    """Add `--temperature T --top-k K --top-p P --min-p P --repetition-penalty X --seed N`."""
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)"
     )
@@ -95,27 +101,27 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="P",
-        help="only the likeliest tokens that reach P together",
+        help="only the most likely tokens that together reach P",
     )
     parser.add_argument(
         "--min-p",
         type=float,
         default=0.0,
         metavar="P",
-        help="only tokens at least P times so likely as the likeliest",
+        help="only tokens at least P times as likely as the most likely one",
     )
     parser.add_argument(
         "--repetition-penalty",
         type=float,
         default=1.0,
         metavar="X",
-        help="above 1: tokens that were there before become less likely",
+        help="above 1: tokens that were there before are less likely",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws")
 
 
 def sampling_of(options: argparse.Namespace) -> "Sampling":
-    """What the arguments of `add_sampling` say."""
+    """Return the sampling that the arguments of `add_sampling` describe."""
     from jaxtune.inference.sampling import Sampling
 
     return Sampling(
@@ -129,11 +135,11 @@ def sampling_of(options: argparse.Namespace) -> "Sampling":
 
 
 def add_writing(parser: argparse.ArgumentParser) -> None:
-    """`--dtype NAME --push REPO --json FILE`."""
+    """Add `--dtype NAME --push REPO --json FILE`."""
     parser.add_argument(
         "--dtype",
         metavar="NAME",
-        help="of the weights: float32, bfloat16, float16, for gguf also q8_0 (default: as they are)",
+        help="of the weights: float32, bfloat16, float16; for gguf also q8_0 (default: unchanged)",
     )
     parser.add_argument(
         "--push", metavar="REPO", help="upload to this repository of the hub afterwards"
@@ -141,26 +147,26 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def print_proof(path: Any, proof: Any, to: str, json_path: str | None) -> None:
-    """What was verified, for people and for `--json`."""
+def print_export(result: "ExportResult", to: str, json_path: str | None) -> None:
+    """Print what was verified of an export, and write it for `--json`."""
     from jaxtune.weights.formats.registry import get_format
 
-    checker = get_format(to).checked_by
+    comparison, checker = result.comparison, get_format(to).checked_by
     checked = (
-        f"{checker} {proof.torch_difference:.1e}"
-        if proof.torch_note is None
-        else f"{checker} not run ({proof.torch_note})"
+        f"{checker} {comparison.torch_difference:.1e}"
+        if comparison.torch_note is None
+        else f"{checker} not run ({comparison.torch_note})"
     )
     if json_path != "-":
         print(
-            f"{path}: verified over {proof.tokens} tokens; read again it differs by "
-            f"{proof.reload_difference:.1e}, {checked}"
+            f"{result.path}: verified over {comparison.tokens} tokens; read again it differs by "
+            f"{comparison.reload_difference:.1e}, {checked}"
         )
-    write_json(json_path, {"out": str(path), **proof.as_dict()})
+    write_json(json_path, {"out": str(result.path), **comparison.as_dict()})
 
 
 def write_json(path: str | None, value: Any) -> None:
-    """What `--json` asks for."""
+    """Write a value to the file of `--json`, or print it for `-`; without `--json`, do nothing."""
     from jaxtune.core.distributed import is_main
 
     if not is_main():
@@ -179,12 +185,12 @@ def write_json(path: str | None, value: Any) -> None:
 def metrics_table(
     columns: dict[str, dict[str, Any]], comparison: dict[str, dict[str, Any]] | None = None
 ) -> str:
-    """Figures side by side, one column a name, with the interval of the last or with what it has
-    more than the first.
+    """Return metrics side by side: a column for each name, and the interval of the last column or
+    its difference from the first.
 
     Args:
         columns: what `jaxtune eval --json` holds, or rows of metrics.jsonl.
-        comparison: what `statistics.compared` found, by figure.
+        comparison: the result of `statistics.compare`, by metric.
 
     """
     from jaxtune.tracking.metrics_log import metric_names
@@ -197,20 +203,20 @@ def metrics_table(
     ]
     for name in ("rows", *metric_names(last)):
         cells = "".join(_cell(values.get(name)) for values in columns.values())
-        lines.append(f"{name:<16}{cells}{_more(name, last, comparison)}")
+        lines.append(f"{name:<16}{cells}{_interval(name, last, comparison)}")
     return "\n".join(lines)
 
 
-def _more(name: str, last: dict[str, Any], comparison: dict[str, dict[str, Any]] | None) -> str:
+def _interval(name: str, last: dict[str, Any], comparison: dict[str, dict[str, Any]] | None) -> str:
     if comparison is None:
         interval = last.get("intervals", {}).get(name)
         return f"   95%: {_ends(interval)}" if interval else ""
     if name not in comparison:
         return ""
-    found = comparison[name]
-    return (
-        f"{found['difference']:>+12.4f}   95%: {_ends(found['interval'])}, p {_p(found['p_value'])}"
+    difference, interval, p_value = (
+        comparison[name][key] for key in ("difference", "interval", "p_value")
     )
+    return f"{difference:>+12.4f}   95%: {_ends(interval)}, p {_p(p_value)}"
 
 
 def _ends(interval: list[float]) -> str:
@@ -222,10 +228,6 @@ def _p(value: float) -> str:
 
 
 def _cell(value: Any) -> str:
-    return (
-        f"{'-':>12}"
-        if value is None
-        else f"{value:>12.4f}"
-        if isinstance(value, float)
-        else f"{value!s:>12}"
-    )
+    if value is None:
+        return f"{'-':>12}"
+    return f"{value:>12.4f}" if isinstance(value, float) else f"{value!s:>12}"

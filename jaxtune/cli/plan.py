@@ -1,5 +1,5 @@
-"""Does a run fit hardware that is not there, and what does it cost: its step compiled for it,
-without weights, data or accelerator.
+"""Whether a run fits hardware that is not there, and what it costs: its step is compiled for that
+hardware, without weights, data or accelerator.
 
 jaxtune plan CONFIG.yaml --on v5e:4x4 [key=value ...]
 """
@@ -8,7 +8,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Add the command's arguments."""
     from jaxtune.cli.options import add_config, add_json
 
     add_config(parser)
@@ -21,13 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search",
         action="store_true",
-        help="try meshes, micro-batches, remat and dtype, and show the best few",
+        help="try meshes, micro-batches, remat and dtypes, and show the best few",
     )
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Plan."""
+    """Run the command."""
     import dataclasses
 
     from jaxtune.cli.options import config_of, write_json

@@ -1,4 +1,4 @@
-"""The main job, no arguments: SmolLM2-135M-Instruct learns to name the topic of news articles, on a
+"""The main job, no arguments: SmolLM2-135M-Instruct learns to name the topic of news articles on a
 CPU, in minutes.
 
 jaxtune quickstart [--dir runs/quickstart]
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-# About eleven articles a step, packed: forty steps, each as long as one of 1,024 tokens takes.
+# About eleven articles a step, packed: forty steps of 1,024 tokens.
 SETTINGS = {
     "adapter": {"rank": 16, "alpha": 32.0},
     "data": {"max_length": 512},
@@ -21,7 +21,7 @@ SETTINGS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Add the command's arguments."""
     from jaxtune.cli.options import add_json
 
     parser.add_argument(
@@ -30,17 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fresh",
         action="store_true",
-        help="remove an earlier run there instead of going on with it",
+        help="remove an earlier run there instead of continuing it",
     )
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Make the data, train, and say what to try next."""
+    """Run the command."""
     from pathlib import Path
 
     from jaxtune.cli.options import write_json
-    from jaxtune.cli.train import figures, summary
+    from jaxtune.cli.train import run_json, run_text
     from jaxtune.config.load import validated
     from jaxtune.tracking.progress import Reporter
     from jaxtune.weights.bundled import smollm2
@@ -58,17 +58,17 @@ def run(options: argparse.Namespace) -> None:
     reporter.say(
         "Task:  read a headline and its first sentence, answer with the topic in one word\n"
     )
-    trained, tested = write_news(directory / "data")
+    train_file, test_file = write_news(directory / "data")
     keys = {section: dict(values) for section, values in SETTINGS.items()}
     keys |= {"model": {"source": str(model)}, "run": {"dir": str(directory)}}
-    keys["data"] |= {"train": str(trained), "eval": str(tested)}
+    keys["data"] |= {"train": str(train_file), "eval": str(test_file)}
     result = train(validated(keys), reporter, fresh=options.fresh)
-    print(summary(result))
-    print(f"\nThe next three commands to try:\n{_next(directory, tested)}")
-    write_json(options.json, figures(result))
+    print(run_text(result))
+    print(f"\nThe next three commands to try:\n{_next_commands(directory, test_file)}")
+    write_json(options.json, run_json(result))
 
 
-def _next(directory: "Path", tested: "Path") -> str:
+def _next_commands(directory: "Path", test_file: "Path") -> str:
     import shutil
     import sys
 
@@ -76,11 +76,14 @@ def _next(directory: "Path", tested: "Path") -> str:
     from jaxtune.workflows.news import QUESTION
 
     program = "jaxtune" if shutil.which("jaxtune") else shown(sys.argv[0])
-    prompt = f"{QUESTION}\\n\\nStriker signs for three more years\\nThe club said its top scorer would stay until 2029."
+    article = (
+        "Striker signs for three more years\\nThe club said its top scorer would stay until 2029."
+    )
+    prompt = f"{QUESTION}\\n\\n{article}"
     return "\n".join(
         [
             f"  {program} generate {directory} --prompt $'{prompt}'",
-            f"  {program} eval {directory} --data {tested}",
+            f"  {program} eval {directory} --data {test_file}",
             f"  {program} train {directory}/config.yaml adapter.rank=4 run.dir=runs/rank-4",
         ]
     )

@@ -1,22 +1,22 @@
 """One page of one run or several: curves, metrics before and after, samples, data, configuration.
 
 jaxtune report RUN [RUN ...] [--out FILE.html]
-jaxtune report SWEEP                                   of a search, its trials
+jaxtune report SWEEP                                   the trials of a search
 """
 
 import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Add the command's arguments."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
     parser.add_argument(
-        "--out", metavar="FILE.html", help="where to (default: report.html in the first run)"
+        "--out", metavar="FILE.html", help="the page (default: report.html in the first run)"
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write the page."""
+    """Run the command."""
     from pathlib import Path
 
     from jaxtune.report.page import write_report

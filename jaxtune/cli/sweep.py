@@ -1,12 +1,15 @@
-"""Search over a run's keys: each trial is a run directory, a search that was stopped goes on, and
-one page shows what mattered.
+"""Search over a run's keys: each trial is a run directory, a search that was stopped can be
+continued, and one page shows what mattered.
 
 jaxtune sweep CONFIG.yaml SWEEP.yaml
 
 SWEEP.yaml, for example:
-  metric: accuracy            # or loss (the default), macro_f1, exact_match, token_f1, rouge_l,
-  chrf ... trials: 20 dir: runs/sweep sampler: tpe                # or random, grid pruner: none
-  # or median, hyperband, successive-halving: by the evaluations on the way parameters:
+  metric: accuracy            # or loss (the default), macro_f1, exact_match, rouge_l, chrf ...
+  trials: 20
+  dir: runs/sweep
+  sampler: tpe                # or random, grid
+  pruner: none                # or median, hyperband, successive-halving, by evaluations in training
+  parameters:
     optimizer.learning_rate: {low: 1e-5, high: 1e-2, log: true}
     adapter.rank: [4, 16, 64]
 """
@@ -15,18 +18,18 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Add the command's arguments."""
     from jaxtune.cli.options import add_json
 
     parser.add_argument("config", metavar="CONFIG.yaml", help="the run whose keys are varied")
     parser.add_argument(
-        "sweep", metavar="SWEEP.yaml", help="which keys, over what, by which figure"
+        "sweep", metavar="SWEEP.yaml", help="which keys, their values, and the metric to go by"
     )
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Search."""
+    """Run the command."""
     from pathlib import Path
 
     from jaxtune.cli.options import write_json
@@ -35,30 +38,22 @@ def run(options: argparse.Namespace) -> None:
     from jaxtune.tracking.progress import Reporter
     from jaxtune.workflows.sweep import sweep
 
-    plan = load_sweep(Path(options.sweep))
+    description = load_sweep(Path(options.sweep))
     study = sweep(Path(options.config), Path(options.sweep), Reporter(options.json == "-"))
-    directory, best = Path(plan.dir), study.best_trial
-    found = trial_directory(directory, best.user_attrs.get("same as", best.number))
+    directory, best = Path(description.dir), study.best_trial
+    best_run = trial_directory(directory, best.user_attrs.get("same as", best.number))
     if options.json != "-":
-        print(
-            f"{plan.metric} {best.value:.4f} with "
-            + " ".join(f"{key}={value}" for key, value in best.params.items())
-        )
-        print(f"Run:     {found}\nReport:  {directory / REPORT}")
+        values = " ".join(f"{key}={value}" for key, value in best.params.items())
+        print(f"{description.metric} {best.value:.4f} with {values}")
+        print(f"Run:     {best_run}\nReport:  {directory / REPORT}")
     trials = [
         {
-            "number": one.number + 1,
-            "state": one.state.name.lower(),
-            "value": one.value,
-            "parameters": one.params,
+            "number": trial.number + 1,
+            "state": trial.state.name.lower(),
+            "value": trial.value,
+            "parameters": trial.params,
         }
-        for one in study.trials
+        for trial in study.trials
     ]
-    write_json(
-        options.json,
-        {
-            "metric": plan.metric,
-            "best": {"value": best.value, "run": str(found), "parameters": best.params},
-            "trials": trials,
-        },
-    )
+    best_trial = {"value": best.value, "run": str(best_run), "parameters": best.params}
+    write_json(options.json, {"metric": description.metric, "best": best_trial, "trials": trials})

@@ -4,17 +4,17 @@ came to be.
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import jax
 import yaml
 
 from jaxtune.adapters.inject import exportable
 from jaxtune.config.schema import Config
-from jaxtune.core import runtime
+from jaxtune.core import distributed, runtime
 from jaxtune.core.errors import UserError
 from jaxtune.core.files import read_json, refuse_existing
 from jaxtune.core.mesh import make_mesh
+from jaxtune.data.prepare import Which
 from jaxtune.models.decoder import CausalLM
 from jaxtune.tracking.metrics_log import AFTER, BEFORE, phase_of, read_metrics
 from jaxtune.tracking.progress import Reporter
@@ -37,51 +37,104 @@ from jaxtune.weights.peft import attach, open_adapter, write_adapter
 from jaxtune.weights.source import resolve
 from jaxtune.weights.verify import TEXT, Comparison, pad_texts, sample_texts
 from jaxtune.weights.vocabulary import resize_for_adapter, tokenizer_for
+from jaxtune.workflows.export_result import ExportResult, upload_export
 
 _VERIFY_ROWS, _VERIFY_TOKENS = 4, 128
 
 
-def output(config: Config) -> str:
-    """Where in its directory a run puts what was trained."""
+def output_name(config: Config) -> str:
+    """Return the folder of a run's directory that holds what was trained."""
     return MODEL if config.adapter.method == "none" else ADAPTER
 
 
 def export_run(
-    directory: Path, out: Path, reporter: Reporter, to: str = "peft", dtype: str | None = None
-) -> tuple[Path, Comparison]:
-    """A verified export of a run: its adapter, or its base with the adapter merged, or the weights
-    that trained.
+    run_dir: str | Path,
+    out: str | Path | None,
+    to: str = "peft",
+    *,
+    dtype: str | None = None,
+    push: str | None = None,
+    reporter: Reporter | None = None,
+) -> ExportResult:
+    """Export a run, verified: its adapter, its base with the adapter merged, or the weights that
+    trained.
 
-    A finished run needs its data no more; of an unfinished one the newest checkpoint counts.
+    A finished run no longer needs its data; of an unfinished one the newest checkpoint is exported.
 
     Args:
-        directory: the run.
-        out: what to make.
-        reporter: progress.
+        run_dir: the run.
+        out: the directory to make; for a format that is a single file also the file.
         to: the name of a format of `weights.formats`.
         dtype: of merged weights; the base's by default.
+        push: a repository of the hub to upload it to.
+        reporter: where progress is shown.
 
     Raises:
-        UserError: not a run, no checkpoint yet, or a format that has no place for the model.
-        RunError: the export is not what was trained.
+        UserError: not a run, no checkpoint yet, `out` exists, or a format that has no place for the
+            model.
+        RunError: the export does not compute what was trained.
 
     """
+    if out is None:
+        raise UserError("export: say where to with out=DIR (--out DIR).")
+    get_format(to)
+    reporter, path = reporter or Reporter(quiet=True), Path(out)
+    with distributed.main_only_path(path) as target:
+        comparison = _export(Path(run_dir), target, to, dtype, reporter)
+    upload_export(path, push, reporter)
+    return ExportResult(path, comparison)
+
+
+def _export(
+    directory: Path, out: Path, to: str, dtype: str | None, reporter: Reporter
+) -> Comparison:
     runtime.start()
     if not is_run(directory):
         raise UserError(f"{directory} is not a run directory: it has no config.yaml.")
-    config, export_format = read_config(directory), get_format(to)
-    if export_format.keeps_adapter and config.adapter.method == "none":
+    config = read_config(directory)
+    if get_format(to).keeps_adapter and config.adapter.method == "none":
         raise UserError(
             f"{directory} has no adapter: its weights were trained. Export them with --to hf."
         )
     if (directory / MODEL).is_dir():
-        about = about_run(config, directory)
-        return out, convert_model(
-            out, resolve(str(directory / MODEL)), to, make_mesh(), dtype=dtype, about=about
-        )
+        source, card = resolve(str(directory / MODEL)), describe_run(config, directory)
+        return convert_model(out, source, to, make_mesh(), dtype=dtype, about=card)
     if (directory / ADAPTER).is_dir():
-        return out, _export_finished(config, directory, out, to, dtype)
-    parts = build_setup(config, reporter, first_day(directory))
+        return _export_finished(config, directory, out, to, dtype)
+    return _export_checkpoint(config, directory, out, to, dtype, reporter=reporter)
+
+
+def _export_finished(
+    config: Config, directory: Path, out: Path, to: str, dtype: str | None
+) -> Comparison:
+    """Export the adapter of a run's directory, or merge it."""
+    adapter, mesh = open_adapter(directory / ADAPTER), make_mesh()
+    source = resize_for_adapter(resolve(config.model.source), adapter)
+    tokenizer, card = tokenizer_for(source, adapter), describe_run(config, directory)
+    if not get_format(to).keeps_adapter:
+        return convert_model(
+            out, source, to, mesh, dtype=dtype, adapter=adapter, tokenizer=tokenizer, about=card
+        )
+    refuse_existing(out)
+    dtype, compute = config.model.dtype, config.model.compute_dtype
+    model = load_model(source, mesh, dtype=dtype, compute=compute)
+    attach(model, adapter, mesh)
+    texts = sample_texts(tokenizer, model.config.vocab_size)
+    return export_adapter(
+        out, model, source, tokenizer, texts, mesh, dtype=dtype, compute=compute, about=card
+    )
+
+
+def _export_checkpoint(
+    config: Config, directory: Path, out: Path, to: str, dtype: str | None, *, reporter: Reporter
+) -> Comparison:
+    """Export the newest checkpoint of a run that has not finished.
+
+    Raises:
+        UserError: the run has no checkpoint.
+
+    """
+    setup = build_setup(config, reporter, first_day(directory))
     checkpoints = Checkpoints(checkpoint_directory(config), config.checkpoint.keep, reporter.say)
     try:
         if checkpoints.latest is None:
@@ -89,145 +142,121 @@ def export_run(
                 f"{directory} has no checkpoint yet. Train first: jaxtune train "
                 f"{directory}/config.yaml"
             )
-        model = parts.model(checkpoints.restore(parts.state_layout))
+        model = setup.model(checkpoints.restore(setup.state_layout))
     finally:
         checkpoints.close()
-    with jax.set_mesh(parts.mesh):
-        if export_format.keeps_adapter or config.adapter.method == "none":
-            return out, export_trained(parts, model, out, replace=False, to=to, dtype=dtype)
+    with jax.set_mesh(setup.mesh):
+        if get_format(to).keeps_adapter or config.adapter.method == "none":
+            return export_trained(setup, model, out, to=to, dtype=dtype)
         with tempfile.TemporaryDirectory() as scratch:
-            write_adapter(Path(scratch), exportable(model), parts.source.name)
-            adapter, about = open_adapter(scratch), about_run(config, directory)
-            tokenizer = parts.tokenizer
-            return out, convert_model(
+            write_adapter(Path(scratch), exportable(model), setup.source.name)
+            return convert_model(
                 out,
-                parts.source,
+                setup.source,
                 to,
-                parts.mesh,
+                setup.mesh,
                 dtype=dtype,
-                adapter=adapter,
-                tokenizer=tokenizer,
-                about=about,
+                adapter=open_adapter(scratch),
+                tokenizer=setup.tokenizer,
+                about=describe_run(config, directory),
             )
 
 
-def _export_finished(
-    config: Config, directory: Path, out: Path, to: str, dtype: str | None
-) -> Comparison:
-    adapter, mesh = open_adapter(directory / ADAPTER), make_mesh()
-    source, about, kind = (
-        resize_for_adapter(resolve(config.model.source), adapter),
-        about_run(config, directory),
-        config.model,
-    )
-    tokenizer = tokenizer_for(source, adapter)
-    if not get_format(to).keeps_adapter:
-        return convert_model(
-            out, source, to, mesh, dtype=dtype, adapter=adapter, tokenizer=tokenizer, about=about
-        )
-    refuse_existing(out)
-    model = load_model(source, mesh, dtype=kind.dtype, compute=kind.compute_dtype)
-    attach(model, adapter, mesh)
-    texts = sample_texts(tokenizer, model.config.vocab_size)
-    return export_adapter(
-        out,
-        model,
-        source,
-        tokenizer,
-        texts,
-        mesh,
-        dtype=kind.dtype,
-        compute=kind.compute_dtype,
-        about=about,
-    )
-
-
 def export_trained(
-    parts: Setup,
+    setup: Setup,
     model: CausalLM,
     out: Path,
     *,
-    replace: bool,
     to: str = "hf",
     dtype: str | None = None,
+    replace: bool = False,
 ) -> Comparison:
-    """The adapter of a run in PEFT's format, or its weights in the format `to`."""
-    about, kind = about_run(parts.config, Path(parts.config.run.dir)), parts.config.model
-    if parts.config.adapter.method == "none":
+    """Export a run's model: its adapter in PEFT's format, or its weights in the format `to`.
+
+    Args:
+        setup: the run.
+        model: the trained model.
+        out: the directory to make.
+        to: the name of a format that holds a whole model; for weights that trained.
+        dtype: of these weights; the base's by default.
+        replace: whether an existing `out` is replaced.
+
+    Raises:
+        RunError: the export does not compute what was trained.
+
+    """
+    config, tokenizer = setup.config, setup.tokenizer
+    card = describe_run(config, Path(config.run.dir))
+    if config.adapter.method == "none":
         return export_weights(
             out,
             model,
-            parts.source,
-            parts.tokenizer,
-            parts.mesh,
+            setup.source,
+            tokenizer,
+            setup.mesh,
             to=to,
             dtype=dtype,
-            about=about,
+            about=card,
             replace=replace,
         )
-    texts = [
-        item.ids[:_VERIFY_TOKENS].tolist() for item in parts.schedule.examples.items[:_VERIFY_ROWS]
-    ]
-    texts += [parts.tokenizer(text)["input_ids"] for text in TEXT]
+    rows = setup.schedule.examples.items[:_VERIFY_ROWS]
+    texts = [row.ids[:_VERIFY_TOKENS].tolist() for row in rows]
+    texts += [tokenizer(text)["input_ids"] for text in TEXT]
     return export_adapter(
         out,
         model,
-        parts.source,
-        parts.tokenizer,
+        setup.source,
+        tokenizer,
         pad_texts(texts),
-        parts.mesh,
-        dtype=kind.dtype,
-        compute=kind.compute_dtype,
-        about=about,
+        setup.mesh,
+        dtype=config.model.dtype,
+        compute=config.model.compute_dtype,
+        about=card,
         replace=replace,
     )
 
 
-def about_run(config: Config, directory: Path) -> str:
-    """Data, hyperparameters and metrics for a model card, as Markdown."""
-    data = read_json(directory / DATA_SUMMARY)
-    rows, names = (
-        data["train"]["rows"],
-        {part: _source_names(config, part) for part in ("train", "eval")},
-    )
-    lines = ["## Data", "", f"- trained on {names['train']}: {rows} rows"]
-    lines += (
-        [f"- evaluated on {names['eval'] or config.data.split}: {data['eval']['rows']} rows"]
-        if "eval" in data
-        else []
-    )
-    kept = config.model_dump(
+def describe_run(config: Config, directory: Path) -> str:
+    """Return data, hyperparameters and metrics for a model card, as Markdown."""
+    sections = [_data_section(config, directory), _hyperparameters(config), _metrics(directory)]
+    return "".join(f"\n{section}\n" for section in sections if section)
+
+
+def _data_section(config: Config, directory: Path) -> str:
+    summary = read_json(directory / DATA_SUMMARY)
+    names = _source_names(config, "train")
+    lines = ["## Data", "", f"- trained on {names}: {summary['train']['rows']} rows"]
+    if "eval" in summary:
+        names = _source_names(config, "eval") or config.data.split
+        lines.append(f"- evaluated on {names}: {summary['eval']['rows']} rows")
+    return "\n".join(lines)
+
+
+def _source_names(config: Config, part: Which) -> str:
+    """Return the sources' names without their folders."""
+    return ", ".join(f"`{Path(entry.source).name}`" for entry in config.data.entries(part))
+
+
+def _hyperparameters(config: Config) -> str:
+    keys = config.model_dump(
         mode="json",
         include={"adapter", "optimizer", "train", "data"},
         exclude={"data": {"train", "eval"}},
     )
-    lines += [
-        "",
-        "## Hyperparameters",
-        "",
-        "```yaml",
-        yaml.safe_dump(kept, sort_keys=False).rstrip(),
-        "```",
-    ]
+    text = yaml.safe_dump(keys, sort_keys=False).rstrip()
+    return f"## Hyperparameters\n\n```yaml\n{text}\n```"
+
+
+def _metrics(directory: Path) -> str:
     rows = [row for row in read_metrics(directory) if phase_of(row) in (BEFORE, AFTER)]
-    if rows:
-        names = [
-            name for name, value in rows[-1].items() if isinstance(value, float) and name != "epoch"
-        ]
-        lines += [
-            "",
-            "## Metrics on the evaluation data",
-            "",
-            "| step | " + " | ".join(names) + " |",
-            "|---" * (len(names) + 1) + "|",
-        ]
-        lines += [
-            f"| {row['step']} | " + " | ".join(f"{row[name]:.4f}" for name in names) + " |"
-            for row in rows
-        ]
-    return "\n" + "\n".join(lines) + "\n"
-
-
-def _source_names(config: Config, part: Any) -> str:
-    """The sources' names without their folders."""
-    return ", ".join(f"`{Path(entry.source).name}`" for entry in config.data.entries(part))
+    if not rows:
+        return ""
+    names = [
+        name for name, value in rows[-1].items() if isinstance(value, float) and name != "epoch"
+    ]
+    lines = ["## Metrics on the evaluation data", "", f"| step | {' | '.join(names)} |"]
+    lines.append("|---" * (len(names) + 1) + "|")
+    for row in rows:
+        values = " | ".join(f"{row[name]:.4f}" for name in names)
+        lines.append(f"| {row['step']} | {values} |")
+    return "\n".join(lines)

@@ -3,8 +3,9 @@ tokens.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -12,87 +13,139 @@ from jax.sharding import Mesh
 from jaxtune.core import runtime
 from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
+from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.models.decoder import CausalLM
 from jaxtune.tracking.run_directory import ADAPTER, MODEL, is_run, read_config
 from jaxtune.weights.load import load_model
 from jaxtune.weights.loaded import LoadedModel
-from jaxtune.weights.peft import attach, open_adapter
-from jaxtune.weights.source import resolve
+from jaxtune.weights.peft import Adapter, attach, open_adapter
+from jaxtune.weights.source import Source, resolve
 from jaxtune.weights.vocabulary import resize_for_adapter, tokenizer_for
 
-Pair = tuple[CausalLM, Any]
+Pair = tuple[CausalLM, Tokenizer | None]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where a model's weights come from.
+
+    Attributes:
+        base: a hub id or a path, as `weights.source.resolve` takes it.
+        adapter: the directory of its PEFT adapter; None without one.
+
+    """
+
+    base: str
+    adapter: str | None
+
+    def open(self) -> tuple[Source, Adapter | None]:
+        """Open both, the weights unread; the source has rows for the adapter's new tokens."""
+        adapter = open_adapter(self.adapter) if self.adapter else None
+        return resize_for_adapter(resolve(self.base), adapter), adapter
+
+
+class TunedModel(NamedTuple):
+    """A model and what it was before training.
+
+    Attributes:
+        tuned: the model.
+        open_base: opens the model before training. A base that an adapter was trained on shares its
+            arrays with the model.
+
+    """
+
+    tuned: LoadedModel
+    open_base: Callable[[], LoadedModel]
+
+
+def locate_model(model: str, adapter: str | None = None) -> ModelFiles:
+    """Find the files of a model; a run directory stands for its base with its adapter.
+
+    Raises:
+        UserError: the run has not finished.
+
+    """
+    if not is_run(model):
+        return ModelFiles(model, adapter)
+    directory = Path(model)
+    if (directory / MODEL).is_dir():
+        return ModelFiles(str(directory / MODEL), adapter)
+    config = read_config(directory)
+    if adapter is None:
+        kind = MODEL if config.adapter.method == "none" else ADAPTER
+        if not (directory / kind).is_dir():
+            raise UserError(
+                f"{model} has no {kind} yet. Finish the run with: jaxtune train {model}/config.yaml"
+            )
+    return ModelFiles(config.model.source, adapter or str(directory / ADAPTER))
 
 
 def open_model(
-    model: str | Pair, adapter: str | None = None, dtype: str = "auto", mesh: Mesh | None = None
+    model: str | Path | Pair,
+    adapter: str | None = None,
+    dtype: str = "auto",
+    mesh: Mesh | None = None,
 ) -> LoadedModel:
-    """Like `load`, with the stop tokens; a loaded pair is passed through."""
+    """Load a model with its tokenizer and its stop tokens; arguments as in `api.load`.
+
+    A pair of a model and its tokenizer is passed through.
+    """
     runtime.start()
     if not isinstance(model, str | Path):
-        network, tokenizer = model
-        eos = getattr(tokenizer, "eos_token_id", None)
-        found = network.config.raw.get("eos_token_id", eos)
-        stops = (
-            found
-            if isinstance(found, list)
-            else [token for token in {found, eos} if token is not None]
-        )
-        return LoadedModel(network, tokenizer, sorted(stops), None)
+        return _from_pair(*model)
     mesh = mesh or make_mesh()
-    name, adapter = base_and_adapter(str(model), adapter)
-    opened = open_adapter(adapter) if adapter else None
-    source = resize_for_adapter(resolve(name), opened)
+    source, opened = locate_model(str(model), adapter).open()
     network = load_model(source, mesh, dtype=dtype)
     if opened:
         attach(network, opened, mesh)
     return LoadedModel(network, tokenizer_for(source, opened), source.stop_ids(), source)
 
 
-def open_both(
-    model: str | Pair, adapter: str | None = None
-) -> tuple[LoadedModel, Callable[[], LoadedModel]]:
-    """A model with its adapter, and what opens what it was before training: the base, or of a run
-    that trained the weights, their start.
+def _from_pair(model: CausalLM, tokenizer: Tokenizer | None) -> LoadedModel:
+    eos = getattr(tokenizer, "eos_token_id", None)
+    stop = model.config.raw.get("eos_token_id", eos)
+    if not isinstance(stop, list):
+        stop = [token for token in {stop, eos} if token is not None]
+    return LoadedModel(model, tokenizer, sorted(stop), None)
 
-    A base shares its arrays with the model.
+
+def has_base(model: str, adapter: str | None = None) -> bool:
+    """Return whether `open_with_base` knows what the model was before training.
 
     Raises:
-        UserError: there is nothing that it was before.
+        UserError: the model is a run that has not finished.
+
+    """
+    return locate_model(model, adapter).adapter is not None or is_run(model)
+
+
+def open_with_base(model: str | Path | Pair, adapter: str | None = None) -> TunedModel:
+    """Load a model, and be ready to load what it was before training.
+
+    That is the base of its adapter, or the start of a run that trained the weights.
+
+    Raises:
+        UserError: the model has no base.
 
     """
     if not isinstance(model, str | Path):
         raise UserError("A loaded pair has no base of its own. Give the names of both models.")
     runtime.start()
-    name, path = base_and_adapter(str(model), adapter)
-    if path is None:
+    files = locate_model(str(model), adapter)
+    if files.adapter is None:
         if not is_run(model):
             raise UserError(
                 f"{model} has no adapter, so there is no base to compare it with. Name the other "
                 "model: --against MODEL."
             )
-        return open_model(model), lambda: open_model(read_config(Path(model)).model.source)
-    mesh, opened = make_mesh(), open_adapter(path)
-    source = resize_for_adapter(resolve(name), opened)
+        start = read_config(Path(model)).model.source
+        return TunedModel(open_model(model), lambda: open_model(start))
+    mesh, opened = make_mesh(), open_adapter(files.adapter)
+    source = resize_for_adapter(resolve(files.base), opened)
+    stop_ids = source.stop_ids()
     network = load_model(source, mesh)
-    base = nnx.merge(*nnx.split(network))
+    before = nnx.merge(*nnx.split(network))  # the same arrays, without the adapter to come
+    base = LoadedModel(before, tokenizer_for(source, None), stop_ids, source)
     attach(network, opened, mesh)
-    stops = source.stop_ids()
-    before = LoadedModel(base, tokenizer_for(source, None), stops, source)
-    return LoadedModel(network, tokenizer_for(source, opened), stops, source), lambda: before
-
-
-def base_and_adapter(model: str, adapter: str | None) -> tuple[str, str | None]:
-    """A run directory means its base with its adapter."""
-    if not is_run(model):
-        return model, adapter
-    if (Path(model) / MODEL).is_dir():
-        return str(Path(model) / MODEL), adapter
-    if adapter is None and read_config(Path(model)).adapter.method == "none":
-        raise UserError(
-            f"{model} has no model yet. Finish the run with: jaxtune train {model}/config.yaml"
-        )
-    if adapter is None and not (Path(model) / ADAPTER).is_dir():
-        raise UserError(
-            f"{model} has no adapter yet. Finish the run with: jaxtune train {model}/config.yaml"
-        )
-    return read_config(Path(model)).model.source, adapter or str(Path(model) / ADAPTER)
+    tuned = LoadedModel(network, tokenizer_for(source, opened), stop_ids, source)
+    return TunedModel(tuned, lambda: base)

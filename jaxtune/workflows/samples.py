@@ -1,7 +1,8 @@
-"""What a model says to the same prompts before, while and after it trains: `samples.jsonl` of a
+"""A model's answers to the same prompts before, during and after training: `samples.jsonl` of a
 run.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,105 +21,111 @@ from jaxtune.training.inputs import comparison
 from jaxtune.training.setup import Setup
 from jaxtune.training.state import TrainState
 
-_TOKENS = 64
-_OPENING = 200  # characters of a text that are asked to be continued
+_MAX_NEW_TOKENS = 64
+_OPENING = 200  # characters of a text that the model is asked to continue
+
+Row = dict[str, Any]
 
 
 class Samples(Callback):
-    """Prompts with the answers wanted and the answers at several times.
+    """Prompts with their reference answers, and the model's answers at several times.
 
     Args:
-        parts: the run.
+        setup: the run.
         directory: its directory.
-        step: the step that it goes on from; answers of later ones, which a run that was killed
-            wrote, are dropped.
+        step: the step that it is continued from; answers of later ones, which a run that was killed
+            wrote, are removed.
 
     """
 
-    def __init__(self, parts: Setup, directory: Path, step: int) -> None:
-        self._parts, self._path = parts, directory / SAMPLES
-        found = distributed.broadcast_from_main(
+    def __init__(self, setup: Setup, directory: Path, step: int) -> None:
+        self._setup, self._path = setup, directory / SAMPLES
+        rows = distributed.broadcast_from_main(
             lambda: read_jsonl(self._path) if self._path.exists() else None
         )
-        self._known = found is not None
-        self._rows: list[dict[str, Any]] = found or []
+        self._is_continued = rows is not None
+        self._rows: list[Row] = rows or []
         for row in self._rows:
-            row["during"] = [said for said in row.get("during", []) if said["step"] <= step]
+            row["during"] = [answer for answer in row.get("during", []) if answer["step"] <= step]
 
     def before(self, state: TrainState) -> None:
-        """The answers before training; those that an earlier call wrote stand."""
-        if self._known:
+        """Record the answers before training; those that an earlier call wrote stand."""
+        if self._is_continued:
             return
-        self._rows = _prompts(self._parts)
-        self._say(self._parts.model(state), lambda row, text: row.update(before=text, during=[]))
+        self._rows = _choose_prompts(self._setup)
+        self._record(self._setup.model(state), lambda row, text: row.update(before=text, during=[]))
 
     def on_evaluation(self, step: int, metrics: dict[str, Any], state: TrainState) -> None:
-        """Note the answers after this step, where it is not the last."""
-        if not self._parts.config.train.samples or step == self._parts.num_steps:
+        """Record the answers after this step, unless it is the last."""
+        if not self._setup.config.train.samples or step == self._setup.num_steps:
             return
-        self._say(
-            self._parts.model(state),
+        self._record(
+            self._setup.model(state),
             lambda row, text: row["during"].append({"step": step, "text": text}),
         )
 
     def after(self, model: CausalLM) -> None:
-        """The answers of the trained model."""
-        self._say(model, lambda row, text: row.update(after=text))
+        """Record the answers of the trained model."""
+        self._record(model, lambda row, text: row.update(after=text))
 
-    def _say(self, model: CausalLM, note: Any) -> None:
-        for row, text in zip(self._rows, _answers(self._parts, model, self._rows), strict=True):
-            note(row, text)
+    def _record(self, model: CausalLM, add: Callable[[Row, str], None]) -> None:
+        texts = _generate_answers(self._setup, model, self._rows)
+        for row, text in zip(self._rows, texts, strict=True):
+            add(row, text)
         if distributed.is_main():
             write_jsonl(self._path, self._rows)
 
 
-def _prompts(parts: Setup) -> list[dict[str, Any]]:
-    """The first rows to evaluate on, or else to train on, as prompts; of a text, its first
-    words.
-    """
-    data, found = parts.config.data, []
-    for row in read_conversations(
-        data, "train" if parts.eval_schedule is None else "eval", comparison=comparison(parts.config)
-    ):
-        if len(found) == parts.config.train.samples:
+def _choose_prompts(setup: Setup) -> list[Row]:
+    """Return the first rows of the evaluation data, else of the training data, as prompts."""
+    config, rows = setup.config, []
+    part = "train" if setup.eval_schedule is None else "eval"
+    for conversation in read_conversations(config.data, part, comparison=comparison(config)):
+        if len(rows) == config.train.samples:
             break
-        if row.label == REJECTED:
+        if conversation.label == REJECTED:
             continue
-        prompt, wanted = row.prompt, row.answer
-        if row.text:
-            text = row.messages[0]["content"]
-            prompt, wanted = (
-                [{"role": "user", "content": text[:_OPENING]}],
-                text[_OPENING : 3 * _OPENING],
-            )
-        sample = {
-            "place": str(row.location),
-            "prompt": prompt,
-            "wanted": wanted,
-            "plain": row.plain,
-            "text": row.text,
-        }
-        sample |= {"options": dict(row.options)} if row.options else {}
-        if prompt and _is_prompt(parts, sample):
-            found.append(sample)
-    return found
+        row = _to_row(conversation)
+        if row["prompt"] and _is_prompt(setup, row):
+            rows.append(row)
+    return rows
 
 
-def _is_prompt(parts: Setup, sample: dict[str, Any]) -> bool:
+def _to_row(conversation: Conversation) -> Row:
+    """Return a conversation as a prompt with its answer; of a text, its first words and the next
+    ones.
+    """
+    prompt, answer = conversation.prompt, conversation.answer
+    if conversation.text:
+        text = conversation.messages[0]["content"]
+        prompt = [{"role": "user", "content": text[:_OPENING]}]
+        answer = text[_OPENING : 3 * _OPENING]
+    row = {
+        "place": str(conversation.location),
+        "prompt": prompt,
+        "wanted": answer,
+        "plain": conversation.plain,
+        "text": conversation.text,
+    }
+    return row | ({"options": dict(conversation.options)} if conversation.options else {})
+
+
+def _is_prompt(setup: Setup, row: Row) -> bool:
     try:
-        return bool(prompt_ids(parts.tokenizer, _asked(sample)))
+        return bool(prompt_ids(setup.tokenizer, _to_conversation(row)))
     except UserError:  # a row that data.on_error=skip left out of training too
         return False
 
 
-def _asked(sample: dict[str, Any]) -> Conversation:
-    plain, text = sample.get("plain", True), sample.get("text", False)
-    return Conversation(sample["place"], sample["prompt"], plain, text, sample.get("options", {}))
+def _to_conversation(row: Row) -> Conversation:
+    plain, text = row.get("plain", True), row.get("text", False)
+    return Conversation(row["place"], row["prompt"], plain, text, row.get("options", {}))
 
 
-def _answers(parts: Setup, model: CausalLM, samples: list[dict[str, Any]]) -> list[str]:
-    if not samples:
+def _generate_answers(setup: Setup, model: CausalLM, rows: list[Row]) -> list[str]:
+    if not rows:
         return []
-    ids = [prompt_ids(parts.tokenizer, _asked(sample)) for sample in samples]
-    engine = Engine(model, parts.source.stop_ids(), batch=max(len(ids), 2))
-    return parts.tokenizer.batch_decode(engine.generate(ids, _TOKENS), skip_special_tokens=True)
+    ids = [prompt_ids(setup.tokenizer, _to_conversation(row)) for row in rows]
+    engine = Engine(model, setup.source.stop_ids(), batch=max(len(ids), 2))
+    answers = engine.generate(ids, _MAX_NEW_TOKENS)
+    return setup.tokenizer.batch_decode(answers, skip_special_tokens=True)

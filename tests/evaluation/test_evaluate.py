@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from jaxtune import api
 from jaxtune.config.schema import DataSection
+from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
 from jaxtune.evaluation.evaluate import EvalOptions, evaluate
 from jaxtune.weights.load import load_model
 from jaxtune.weights.peft import write_adapter
 from jaxtune.weights.source import resolve
+from jaxtune.workflows.evaluate import evaluate_model
 from tests.support import tools
 from tests.support.adapters import with_adapter
 from tests.support.cases import thinned
@@ -178,17 +180,14 @@ def adapter(chat_model, one_device, tmp_path_factory):
 def test_before_and_after_in_one_call(chat_model, adapter, files, monkeypatch):
     monkeypatch.setattr("jaxtune.core.runtime.start", lambda *_: None)
     for task in ("classification", "qa"):
-        both, rows = api.evaluated(
+        result = evaluate_model(
             str(chat_model),
             files[task],
             str(adapter),
-            "auto",
-            4,
-            None,
-            True,
-            None,
-            api.Reporter(True),
+            options=EvalOptions(batch=4),
+            base=True,
         )
+        both, rows = result.metrics, result.predictions
         alone = api.evaluate(str(chat_model), files[task], str(adapter))
         before = api.evaluate(str(chat_model), files[task])
         for name in ("loss", *both["comparison"]):
@@ -206,11 +205,11 @@ def test_before_and_after_in_one_call(chat_model, adapter, files, monkeypatch):
 
 def test_what_cannot_be_compared_is_refused(chat_model, files, monkeypatch):
     monkeypatch.setattr("jaxtune.core.runtime.start", lambda *_: None)
-    with pytest.raises(api.UserError, match="has no adapter"):
+    with pytest.raises(UserError, match="has no adapter"):
         api.evaluate(str(chat_model), files["qa"], base=True)
-    with pytest.raises(api.UserError, match="Keep one of them"):
+    with pytest.raises(UserError, match="Keep one of them"):
         api.evaluate(str(chat_model), files["qa"], base=True, against=str(chat_model))
-    with pytest.raises(api.UserError, match="unknown; there are auto, lm"):
+    with pytest.raises(UserError, match="unknown; there are auto, lm"):
         api.evaluate(str(chat_model), files["qa"], task="quiz")
 
 

@@ -12,11 +12,11 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from jaxtune import api
 from jaxtune.core.errors import UserError
 from jaxtune.evaluation.harness import HarnessModel, run_tasks
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
+from jaxtune.workflows.evaluate import run_harness
 from tests.support import tools
 
 pytestmark = [
@@ -191,4 +191,4 @@ def test_what_is_not_there_is_refused(ours, chat_model, monkeypatch):
     monkeypatch.delitem(sys.modules, "jaxtune.evaluation.harness")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install 'jaxtune\[harness\]'"):
-        api.harness(str(chat_model), ["any"])
+        run_harness(str(chat_model), ["any"])

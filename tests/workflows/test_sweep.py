@@ -22,6 +22,7 @@ from jaxtune.tracking.progress import Reporter
 from jaxtune.tracking.run_directory import read_config
 from jaxtune.training import setup
 from jaxtune.workflows import sweep
+from jaxtune.workflows.search_space import build_space, resolve_values
 from tests.support import tools
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -195,7 +196,7 @@ def test_what_cannot_be_searched_is_said_before_anything_is_trained(base, tmp_pa
         ({"parameters": {}}, "parameters"),
         ({"metrics": "loss"}, "unknown key 'metrics'. Did you mean 'metric'"),
         ({"sampler": "grid"}, "sampler: grid takes lists of values"),
-        ({"pruner": "median", "metric": "token_f1"}, "needs token_f1 on the way"),
+        ({"pruner": "median", "metric": "token_f1"}, "needs token_f1 during training"),
         ({"storage": "nosuch://x"}, "storage: nosuch://x cannot be used"),
     ):
         with pytest.raises(UserError, match=message):
@@ -254,13 +255,12 @@ def test_whole_numbers_and_nested_keys(tmp_path):
         "adapter": {"rank": {"low": 2, "high": 8}},
         "optimizer": {"betas": [[0.9, 0.99], [0.9, 0.999]]},
     }
-    plan = load_sweep(described(tmp_path, parameters=nested))
-    assert set(plan.parameters) == {"adapter.rank", "optimizer.betas"}
-    drawn = sweep._space(plan)
-    assert isinstance(drawn["adapter.rank"], optuna.distributions.IntDistribution)
-    assert sweep._values(plan, {"adapter.rank": 3, "optimizer.betas": "[0.9, 0.99]"})[
-        "optimizer.betas"
-    ] == [0.9, 0.99]
+    description = load_sweep(described(tmp_path, parameters=nested))
+    assert set(description.parameters) == {"adapter.rank", "optimizer.betas"}
+    space = build_space(description)
+    assert isinstance(space["adapter.rank"], optuna.distributions.IntDistribution)
+    values = resolve_values(description, {"adapter.rank": 3, "optimizer.betas": "[0.9, 0.99]"})
+    assert values["optimizer.betas"] == [0.9, 0.99]
 
 
 @pytest.mark.slow

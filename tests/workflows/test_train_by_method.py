@@ -105,8 +105,8 @@ def test_all_weights_train_and_come_back_as_a_model(train, tmp_path, wide):
     with pytest.raises(
         UserError, match=r"has no adapter: its weights were trained\. Export them with --to hf"
     ):
-        export_run(found.dir, tmp_path / "out", Reporter(quiet=True))
-    export_run(found.dir, tmp_path / "copy", Reporter(quiet=True), to="hf")
+        export_run(found.dir, tmp_path / "out")
+    export_run(found.dir, tmp_path / "copy", to="hf")
     assert all(
         np.array_equal(value, tensors[name])
         for name, value in load_file(tmp_path / "copy" / "model.safetensors").items()
@@ -118,7 +118,7 @@ def test_a_quantized_base_trains_an_adapter_that_fits_the_original(train, tmp_pa
     assert found.after["loss"] < found.before["loss"]
     assert found.verification.reload_difference <= 1e-6 * found.verification.largest_logit
     assert found.verification.torch_difference < 1e-3 * found.verification.largest_logit
-    export_run(found.dir, tmp_path / "merged", Reporter(quiet=True), to="hf")
+    export_run(found.dir, tmp_path / "merged", to="hf")
     merged, base = (load_file(path / "model.safetensors") for path in (tmp_path / "merged", wide))
     adapter = open_adapter(found.adapter)
     name = "model.layers.0.mlp.down_proj"
