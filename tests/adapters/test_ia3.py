@@ -33,9 +33,13 @@ KINDS = {
     "paper": [PAPER],
     "all linear": [],
     "regex": [r"adapter.targets=.*\.(0|2)\..*(v|down|up)_proj"],
-    "excluded and saved": [PAPER, "adapter.exclude=[layers.1.self_attn.k_proj]", "adapter.modules_to_save=[lm_head, norm]"],
+    "excluded and saved": [
+        PAPER,
+        "adapter.exclude=[layers.1.self_attn.k_proj]",
+        "adapter.modules_to_save=[lm_head, norm]",
+    ],
     "head": ["adapter.targets=[lm_head, v_proj]"],
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -137,10 +141,16 @@ def assert_exports(model, base, tmp_path, ids, mesh):
 PEFT_VARIANTS = {
     "the family's own": {},
     "no feed-forward": {"target_modules": ["q_proj", "down_proj"], "feedforward_modules": []},
-    "other feed-forward": {"target_modules": ["o_proj", "up_proj"], "feedforward_modules": ["up_proj"]},
-    "regular expressions": {"target_modules": r".*\.1\..*(k|down|up)_proj", "feedforward_modules": r".*down_proj"},
+    "other feed-forward": {
+        "target_modules": ["o_proj", "up_proj"],
+        "feedforward_modules": ["up_proj"],
+    },
+    "regular expressions": {
+        "target_modules": r".*\.1\..*(k|down|up)_proj",
+        "feedforward_modules": r".*down_proj",
+    },
     "saved": {"modules_to_save": ["embed_tokens"]},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PEFT_VARIANTS)

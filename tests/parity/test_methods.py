@@ -33,15 +33,22 @@ KINDS = {
     "rslora": ["adapter.rslora=true"],
     "dora": ["adapter.method=dora"],
     "lora+": ["optimizer.lora_plus=16", "optimizer.learning_rate=5e-4"],
-    "ranks": ["adapter.rank_pattern={down_proj: 6, layers.1.self_attn.q_proj: 2}", "adapter.alpha_pattern={q_proj: 3}"],
+    "ranks": [
+        "adapter.rank_pattern={down_proj: 6, layers.1.self_attn.q_proj: 2}",
+        "adapter.alpha_pattern={q_proj: 3}",
+    ],
     "layers": ["adapter.layers=last:2", "adapter.targets=[q_proj, down_proj]"],
-    "dora in some layers": ["adapter.method=dora", "adapter.layers=[0, 2]", "adapter.targets=[v_proj, up_proj]"],
+    "dora in some layers": [
+        "adapter.method=dora",
+        "adapter.layers=[0, 2]",
+        "adapter.targets=[v_proj, up_proj]",
+    ],
     "excluded": ["adapter.exclude=[k_proj, layers.1.mlp.up_proj]"],
     "embedding": ["adapter.targets=[embed_tokens, q_proj]"],
     "head": ["adapter.targets=[lm_head, q_proj]"],
     "saved": ["adapter.targets=[q_proj]", "adapter.modules_to_save=[lm_head, embed_tokens]"],
     "bias": ["adapter.bias=all"],
-}  # fmt: skip
+}
 NOT_EXACT = {"dora", "dora in some layers"}  # m / |W| is 1 but for its rounding, in PEFT too
 
 
@@ -162,7 +169,14 @@ def test_pissa_begins_as_the_base_trains_as_pefts_and_its_export_is_what_was_tra
         run.model()(ids), load_model(resolve(str(directory)), one_device)(ids)
     )
     patterns = {"use_rslora": True, "rank_pattern": {"q_proj": 2}} if keys else {}
-    options = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights="pissa", task_type="CAUSAL_LM", **patterns)  # fmt: skip
+    options = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules="all-linear",
+        init_lora_weights="pissa",
+        task_type="CAUSAL_LM",
+        **patterns,
+    )
     reference = get_peft_model(tools.random_model(config), options)
     begin = products(
         {

@@ -214,6 +214,7 @@ def test_a_second_start_trains_nothing_again_and_another_config_is_refused(
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "env.json"}
 
 
+@pytest.mark.slow
 def test_the_checkpoint_restores_on_another_number_of_devices(chat_model, rows, tmp_path):
     keys = {"train__steps": 8, "train__batch_size": 8, "checkpoint__every": 4}
     train(tmp_path / "whole", chat_model, rows, **keys)
