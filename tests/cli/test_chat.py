@@ -96,7 +96,7 @@ def test_commands(loaded):
         "/system [TEXT]",
         "There is no /nothing",
         "There is no answer yet",
-        "nothing that it was before",
+        "no model before training",
     ):
         assert text in out
     assert [message["content"] for message in chat.messages[:2]] == ["be kind", "again"]
@@ -142,7 +142,7 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_not_the_program(chat_model):
     """The real program on a pseudo-terminal: the answer of up to 400 tokens comes in pieces, and
     is cut off.
     """
-    lead, follow = pty.openpty()
+    parent_end, child_end = pty.openpty()
     command = [
         sys.executable,
         "-m",
@@ -156,33 +156,33 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_not_the_program(chat_model):
     ]
     process = subprocess.Popen(
         command,
-        stdin=follow,
-        stdout=follow,
-        stderr=follow,
+        stdin=child_end,
+        stdout=child_end,
+        stderr=child_end,
         env=tools.child_environment() | {"TERM": "dumb"},
         start_new_session=True,
     )
-    os.close(follow)
+    os.close(child_end)
     seen = b""
 
-    def wait_for(found, seconds=200):
+    def wait_for(is_shown, seconds=200):
         nonlocal seen
         end = time.monotonic() + seconds
-        while not found(seen):
+        while not is_shown(seen):
             assert time.monotonic() < end, seen.decode(errors="replace")
-            if select.select([lead], [], [], 0.2)[0]:
-                seen += os.read(lead, 4096)
+            if select.select([parent_end], [], [], 0.2)[0]:
+                seen += os.read(parent_end, 4096)
 
     try:
         wait_for(lambda text: b"> " in text)
-        os.write(lead, b"hello\n")
+        os.write(parent_end, b"hello\n")
         start = len(seen)
         wait_for(lambda text: len(text) > start + 60)
         process.send_signal(signal.SIGINT)  # as a terminal does on Ctrl-C
         wait_for(lambda text: text.count(b"> ") >= 2 and b" ..." in text)
         assert process.poll() is None
-        os.write(lead, b"/new\n/quit\n")
+        os.write(parent_end, b"/new\n/quit\n")
         assert process.wait(60) == 0
     finally:
         process.kill()
-        os.close(lead)
+        os.close(parent_end)

@@ -17,7 +17,7 @@ ROWS = [
 
 @pytest.fixture
 def data(chat_model, tmp_path, capsys):
-    """Runs the command on rows; its exit status, screen, errors and figures."""
+    """Runs the command on rows; its exit status, screen, errors and JSON."""
 
     def call(rows, *extra, model=chat_model, held_out=None):
         path = rows if isinstance(rows, str) else tools.write_rows(tmp_path / "rows.jsonl", rows)
@@ -36,21 +36,21 @@ def data(chat_model, tmp_path, capsys):
             ["data", "--model", str(model), *keys, "--json", str(tmp_path / "data.json"), *extra]
         )
         out = capsys.readouterr()
-        found = (
+        summary = (
             json.loads((tmp_path / "data.json").read_text())
             if (tmp_path / "data.json").exists()
             else None
         )
         assert not (tmp_path / "run").exists()
-        return code, out.out, out.err, found
+        return code, out.out, out.err, summary
 
     return call
 
 
-def test_the_screen_and_the_figures(data):
-    code, screen, _, found = data(ROWS, "--rows", "2", held_out=[tools.chat("what?", "odd")])
+def test_the_screen_and_the_json(data):
+    code, screen, _, summary = data(ROWS, "--rows", "2", held_out=[tools.chat("what?", "odd")])
     assert code == 0
-    part = found["parts"]["train"]
+    part = summary["parts"]["train"]
     assert (part["rows"], part["examples"], part["duplicates"], part["format"]) == (
         30,
         30,
@@ -65,8 +65,8 @@ def test_the_screen_and_the_figures(data):
     assert part["packing_efficiency"] == pytest.approx(
         part["tokens"] / (part["batches"] * 2 * 128), abs=0.1
     )
-    assert found["classes"] == [["even", 15], ["odd", 15]]
-    assert found["warnings"] == []
+    assert summary["classes"] == [["even", 15], ["odd", 15]]
+    assert summary["warnings"] == []
     assert "Nothing looks wrong." in screen
     assert "30 read, 30 examples, 0 truncated, 0 left out" in screen
     assert screen.count("⟦") == 2 + 2  # each example says what they mean
@@ -85,8 +85,8 @@ def test_what_looks_wrong_is_said(data):
         tools.chat(ROWS[4]["messages"][0]["content"], "neither"),
         tools.chat("new", "odd"),
     ]
-    _, screen, _, found = data(rows, held_out=held_out)
-    part = found["parts"]["train"]
+    _, screen, _, summary = data(rows, held_out=held_out)
+    part = summary["parts"]["train"]
     assert (part["duplicates"], part["truncated"], part["dropped"], part["bad"]) == (2, 2, 2, 0)
     assert [
         re.sub(".*rows.jsonl:", "", place) for place in part["places"]["truncated"]["first"]
@@ -98,13 +98,13 @@ def test_what_looks_wrong_is_said(data):
         "33",
         "35",
     ]
-    assert found["overlap"] == {"rows": 1, "prompts": 1}
+    assert summary["overlap"] == {"rows": 1, "prompts": 1}
     for expected in (
         "the answers of 2 of 35 rows are cut off", "2 rows are left out",
         "2 rows repeat an earlier one", "1 evaluation rows are also trained on",
         "1 evaluation rows have a prompt that is trained on with another answer",
     ):  # fmt: skip
-        assert any(expected in line for line in found["warnings"]), expected
+        assert any(expected in line for line in summary["warnings"]), expected
         assert expected in screen.replace("\n", " ")
 
 
@@ -123,15 +123,15 @@ def test_bad_rows_are_all_listed_and_then_refused_unless_skipped(data, tmp_path)
         "\n".join([json.dumps(ROWS[0]), "{", json.dumps({"messages": 3}), json.dumps(ROWS[1])])
         + "\n"
     )
-    code, screen, err, found = data(str(path))
+    code, screen, err, summary = data(str(path))
     assert code == 2
     assert "2 bad rows: training stops at the first" in err
     assert "bad.jsonl:2: not valid JSON" in screen
     assert "bad.jsonl:3: 'messages' is not a list" in screen
-    assert found["parts"]["train"]["places"]["bad"]["count"] == 2
-    code, _, err, found = data(str(path), "data.on_error=skip")
+    assert summary["parts"]["train"]["places"]["bad"]["count"] == 2
+    code, _, err, summary = data(str(path), "data.on_error=skip")
     assert code == 0
-    assert found["warnings"] == ["train: 2 bad rows are left out."]
+    assert summary["warnings"] == ["train: 2 bad rows are left out."]
 
 
 @pytest.mark.parametrize(
@@ -161,14 +161,14 @@ def test_templates_that_look_wrong(template, eos, keys, expected, data, tmp_path
 
 def test_histogram():
     lengths = np.array([1, 10, 11, 95, 96, 120])
-    found = length_histogram(lengths)
-    assert found == {
+    histogram = length_histogram(lengths)
+    assert histogram == {
         "edges": list(range(0, 121, 10)),
         "counts": [2, 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 1],
     }
     for values in ([1], [5, 5], [1, 1_000_000], [128, 128, 4096]):
-        found = length_histogram(np.array(values))
-        assert sum(found["counts"]) == len(values)
-        assert len(found["counts"]) <= 13
-        assert found["edges"][0] < min(values)
-        assert found["edges"][-1] >= max(values)
+        histogram = length_histogram(np.array(values))
+        assert sum(histogram["counts"]) == len(values)
+        assert len(histogram["counts"]) <= 13
+        assert histogram["edges"][0] < min(values)
+        assert histogram["edges"][-1] >= max(values)

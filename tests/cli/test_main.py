@@ -10,11 +10,11 @@ from jaxtune.cli import main as program
 
 @pytest.fixture
 def begun(monkeypatch):
-    """What `execve` was asked for; it ends the program, as the real one does."""
-    asked = []
+    """The calls of `execve`; it ends the program, as the real one does."""
+    calls = []
 
     def execve(path, arguments, environment):
-        asked.append((path, arguments, environment["GLIBC_TUNABLES"]))
+        calls.append((path, arguments, environment["GLIBC_TUNABLES"]))
         raise SystemExit(0)
 
     monkeypatch.setattr(os, "execve", execve)
@@ -24,7 +24,7 @@ def begun(monkeypatch):
         "orig_argv",
         ["python", "-X", "dev", "/bin/jaxtune", "generate", "nowhere", "--prompt", "a"],
     )
-    return asked
+    return calls
 
 
 def kernel(monkeypatch, tmp_path, text):

@@ -1,4 +1,4 @@
-"""Early stopping, the best state by a figure of the task, answers on the way, and trackers."""
+"""Early stopping, the best state by a metric of the task, answers during training, and trackers."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch):
+def on_one_device(monkeypatch):
     monkeypatch.setattr(setup, "make_mesh", lambda *sizes: make_mesh(devices=jax.devices()[:1]))
 
 
@@ -53,9 +53,9 @@ def evaluations(directory):
 def test_training_ends_when_the_evaluation_gets_no_better(chat_model, files, tmp_path, capsys):
     """The longer it trains on sums, the less it expects letters."""
     result = jaxtune.train(config(tmp_path / "run", chat_model, files, train__patience=2))
-    found = evaluations(result.dir)
-    losses = [row["loss"] for row in found.values()]
-    last = max(found)
+    rows = evaluations(result.dir)
+    losses = [row["loss"] for row in rows.values()]
+    last = max(rows)
     assert last < 20  # of 30 steps
     assert losses.index(min(losses)) == len(losses) - 3
     assert max(row["step"] for row in result.metrics) == last == result.after["step"]
@@ -87,12 +87,12 @@ def test_patience_outlives_a_kill(chat_model, files, tmp_path):
 
     with pytest.raises(Killed):
         run(
-            config(tmp_path / "cut", chat_model, files, train__patience=2, checkpoint__every=3),
+            config(tmp_path / "killed", chat_model, files, train__patience=2, checkpoint__every=3),
             Reporter(True),
             callbacks=[Kill()],
         )
     result = jaxtune.train(
-        config(tmp_path / "cut", chat_model, files, train__patience=2, checkpoint__every=3),
+        config(tmp_path / "killed", chat_model, files, train__patience=2, checkpoint__every=3),
         quiet=True,
     )
     assert max(evaluations(result.dir)) == last
@@ -123,15 +123,15 @@ def test_counting_evaluations():
 
 
 @pytest.mark.slow
-def test_the_best_by_a_figure_of_the_task_is_exported(chat_model, files, tmp_path, capsys):
+def test_the_best_by_a_metric_of_the_task_is_exported(chat_model, files, tmp_path, capsys):
     """It learns to answer a, and then b: rows in the order of the file. Of what it is asked, a
     is right three times in four.
     """
-    asked = [row["messages"][0]["content"] for row in tools.sums(64)]
+    questions = [row["messages"][0]["content"] for row in tools.sums(64)]
 
     def rows(name, answers):
         return tools.write_rows(
-            tmp_path / name, [tools.chat(*row) for row in zip(asked, answers, strict=False)]
+            tmp_path / name, [tools.chat(*row) for row in zip(questions, answers, strict=False)]
         )
 
     held_out = rows("eval.jsonl", "aaab" * 4)
@@ -143,18 +143,18 @@ def test_the_best_by_a_figure_of_the_task_is_exported(chat_model, files, tmp_pat
         "optimizer__schedule": "constant", "optimizer__learning_rate": 1e-2,
     }  # fmt: skip
     result = jaxtune.train(config(tmp_path / "run", chat_model, files, **further))
-    found = {step: row["accuracy"] for step, row in evaluations(result.dir).items()}
-    best = max(found, key=found.get)
-    assert found[best] > found[16]
+    accuracy = {step: row["accuracy"] for step, row in evaluations(result.dir).items()}
+    best = max(accuracy, key=accuracy.get)
+    assert accuracy[best] > accuracy[16]
     assert (
-        f"The evaluation was best after step {best} (accuracy {found[best]:.4f})"
+        f"The evaluation was best after step {best} (accuracy {accuracy[best]:.4f})"
         in capsys.readouterr().err
     )
-    assert result.after["accuracy"] == pytest.approx(found[best])
+    assert result.after["accuracy"] == pytest.approx(accuracy[best])
     assert {"accuracy", "loss"} <= evaluations(result.dir)[2].keys()
     assert jaxtune.evaluate(str(result.dir), held_out, task="classification")[
         "accuracy"
-    ] == pytest.approx(found[best])
+    ] == pytest.approx(accuracy[best])
     wrong = config(
         tmp_path / "wrong", chat_model, files, **(further | {"checkpoint__best": "rouge_l"})
     )
@@ -167,7 +167,7 @@ def test_the_best_by_a_figure_of_the_task_is_exported(chat_model, files, tmp_pat
 
 
 def test_dropout_is_off_in_every_evaluation(chat_model, files, tmp_path):
-    """On the way, after training, and from the exported adapter the figures are the same, by the
+    """On the way, after training, and from the exported adapter the metrics are the same, by the
     loss and by what is generated.
     """
     further = {
@@ -192,7 +192,7 @@ def test_answers_on_the_way(chat_model, files, tmp_path):
     samples = read_jsonl(result.dir / "samples.jsonl")
     assert len(samples) == 2
     for sample in samples:
-        assert [said["step"] for said in sample["during"]] == [2, 4, 6, 8]
+        assert [answer["step"] for answer in sample["during"]] == [2, 4, 6, 8]
         assert {"before", "after"} <= sample.keys()
     page = (result.dir / "report.html").read_text()
     assert "after step 4" in page
@@ -211,14 +211,14 @@ def test_trackers_get_the_rows_of_the_log(chat_model, files, tmp_path, monkeypat
         "TRACKIO_DIR": str(tmp_path / "trackio"),
     }.items():
         monkeypatch.setenv(name, value)
-    wanted = config(
+    settings = config(
         tmp_path / "run",
         chat_model,
         files,
         train__steps=4,
         run__trackers="[tensorboard, wandb, trackio]",
     )
-    result = jaxtune.train(wanted, quiet=True)
+    result = jaxtune.train(settings, quiet=True)
     board = EventAccumulator(str(result.dir / "tensorboard"))
     board.Reload()
     for split, name in (
@@ -244,10 +244,10 @@ def test_a_tracker_that_fails_costs_no_run(chat_model, files, tmp_path, monkeypa
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(Writer, "add_scalar", broken)
-    wanted = config(
+    settings = config(
         tmp_path / "run", chat_model, files, train__steps=2, run__trackers="[tensorboard]"
     )
-    assert jaxtune.train(wanted).after
+    assert jaxtune.train(settings).after
     assert (
         capsys.readouterr().err.count(
             "tensorboard takes no more metrics: OSError: the disk is gone"

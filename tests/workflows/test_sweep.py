@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch):
+def on_one_device(monkeypatch):
     monkeypatch.setattr(setup, "make_mesh", lambda *sizes: make_mesh(devices=jax.devices()[:1]))
 
 
@@ -109,24 +109,26 @@ def test_each_trial_is_a_run_and_the_best_is_known(base, tmp_path):
 
 @pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_to_the_same_end(base, tmp_path):
-    """The trial that was cut off is trained to its end, in its own directory, and those after it
+    """The trial that was killed is trained to its end, in its own directory, and those after it
     are as if nothing had been.
     """
     whole = search(base, described(tmp_path, dir=str(tmp_path / "whole")))
-    description = described(tmp_path, dir=str(tmp_path / "cut"))
+    description = described(tmp_path, dir=str(tmp_path / "killed"))
     process = subprocess.Popen(
         [sys.executable, "-m", "jaxtune", "sweep", str(base), str(description)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=tools.child_environment() | {"JAX_NUM_CPU_DEVICES": "1"},
     )  # fmt: skip
     end = time.monotonic() + 300
-    while not any(row["step"] >= 1 for row in read_metrics(tmp_path / "cut" / "trials" / "002")):
+    while not any(row["step"] >= 1 for row in read_metrics(tmp_path / "killed" / "trials" / "002")):
         assert time.monotonic() < end
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     process.kill()
     process.communicate()
-    study = optuna.load_study(storage=f"sqlite:///{tmp_path / 'cut' / 'study.db'}", study_name=None)
+    study = optuna.load_study(
+        storage=f"sqlite:///{tmp_path / 'killed' / 'study.db'}", study_name=None
+    )
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.RUNNING]
     study = search(base, description)
     assert [trial.params for trial in study.trials] == [trial.params for trial in whole.trials]
@@ -266,10 +268,10 @@ def test_whole_numbers_and_nested_keys(tmp_path):
 @pytest.mark.slow
 def test_from_the_command_line(base, tmp_path):
     done = tools.jaxtune(
-        "sweep", base, described(tmp_path, trials=2), "--json", tmp_path / "found.json"
+        "sweep", base, described(tmp_path, trials=2), "--json", tmp_path / "result.json"
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["best"]["value"] == min(trial["value"] for trial in found["trials"])
-    assert Path(found["best"]["run"], "report.html").exists()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["best"]["value"] == min(trial["value"] for trial in result["trials"])
+    assert Path(result["best"]["run"], "report.html").exists()
     assert "Trial 2 of 2: adapter.targets=" in done.stderr

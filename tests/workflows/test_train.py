@@ -1,5 +1,5 @@
-"""Whole runs from the command line, in processes of their own: cuts, kills, signals, a NaN, a
-second start.
+"""Whole runs from the command line, in processes of their own: micro-batches, kills, signals, a
+NaN, a second start.
 """
 
 import json
@@ -134,7 +134,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, chat_model, rows, tmp_path
 
 
 @pytest.mark.slow
-def test_cuts_and_packing_change_nothing(chat_model, rows, tmp_path):
+def test_micro_batches_and_packing_change_nothing(chat_model, rows, tmp_path):
     """Sixteen rows of one length, so that packed (two a row) and unpacked batches can hold the
     same examples.
     """
@@ -143,7 +143,7 @@ def test_cuts_and_packing_change_nothing(chat_model, rows, tmp_path):
     keys = {"data__shuffle": "false", "optimizer__warmup": 0, "checkpoint__every": 1000}
     (length,) = set(prepare(DataSection(train=path), tools.byte_tokenizer()).lengths.tolist())
     runs = {
-        f"cut{micro}": {
+        f"micro{micro}": {
             "train__batch_size": 8,
             "train__micro_batch_size": micro,
             "data__packing": "false",
@@ -153,14 +153,14 @@ def test_cuts_and_packing_change_nothing(chat_model, rows, tmp_path):
     runs["packed"] = {"train__batch_size": 4, "data__max_length": 2 * length}
     for name, changes in runs.items():
         train(tmp_path / name, chat_model, path, **(keys | changes))
-    expected = losses(tmp_path / "cut8")
+    expected = losses(tmp_path / "micro8")
     assert len(expected) == 8
     assert expected[-1] < expected[0]
     for name in runs:
         np.testing.assert_allclose(losses(tmp_path / name), expected, rtol=2e-5, err_msg=name)
         for key, value in factors(tmp_path / name).items():
             np.testing.assert_allclose(
-                value, factors(tmp_path / "cut8")[key], atol=2e-4, err_msg=f"{name} {key}"
+                value, factors(tmp_path / "micro8")[key], atol=2e-4, err_msg=f"{name} {key}"
             )
 
 
@@ -192,7 +192,7 @@ def test_a_second_start_trains_nothing_again_and_another_config_is_refused(
     assert "train.seed (0 there, 1 now)" in err
     assert "--fresh" in err
     train(tmp_path / "run", chat_model, rows, **(keys | {"train__micro_batch_size": 2}))
-    made = {
+    files = {
         "config.yaml",
         "env.json",
         "metrics.jsonl",
@@ -204,7 +204,7 @@ def test_a_second_start_trains_nothing_again_and_another_config_is_refused(
         "data.json",
         "verification.json",
     }
-    assert {path.name for path in (tmp_path / "run").iterdir()} == made
+    assert {path.name for path in (tmp_path / "run").iterdir()} == files
     samples = [
         json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
     ]

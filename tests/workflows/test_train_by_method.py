@@ -64,28 +64,28 @@ def train(tmp_path, monkeypatch, chat_model):
 
 @pytest.mark.parametrize("objective", thinned(["dpo", "orpo", "simpo", "kto"], "dpo"))
 def test_a_preference_run_raises_margin_and_accuracy(objective, train):
-    found = train(
+    result = train(
         f"train.objective={objective}", "preference.beta=0.5", "train.eval_every=3", data="pairs"
     )
-    assert found.after["task"] == "preference"
-    assert found.after["margin"] > found.before["margin"]
-    assert found.after["accuracy"] > max(found.before["accuracy"], 0.9)
-    assert found.after["loss"] < found.before["loss"]
-    rows = found.metrics
+    assert result.after["task"] == "preference"
+    assert result.after["margin"] > result.before["margin"]
+    assert result.after["accuracy"] > max(result.before["accuracy"], 0.9)
+    assert result.after["loss"] < result.before["loss"]
+    rows = result.metrics
     assert all("margin" in row for row in rows)
     assert len([row for row in rows if row["split"] == "eval"]) == 3
-    samples = [json.loads(line) for line in (found.dir / "samples.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (result.dir / "samples.jsonl").read_text().splitlines()]
     assert [sample["wanted"] for sample in samples] == [row["chosen"] for row in PAIRS[:5]]
-    assert found.verification.torch_difference < 1e-3
-    assert "Margin of the preferred answer" in (found.dir / "report.html").read_text()
+    assert result.verification.torch_difference < 1e-3
+    assert "Margin of the preferred answer" in (result.dir / "report.html").read_text()
 
 
 def test_all_weights_train_and_come_back_as_a_model(train, tmp_path, wide):
     keys = ["adapter.method=none", "optimizer.learning_rate=1e-3", "train.ema=0.5"]
-    found = train(*keys, model=wide)
-    assert found.adapter is None
-    assert found.after["loss"] < found.before["loss"]
-    tensors = load_file(found.model / "model.safetensors")
+    result = train(*keys, model=wide)
+    assert result.adapter is None
+    assert result.after["loss"] < result.before["loss"]
+    tensors = load_file(result.model / "model.safetensors")
     before = AutoModelForCausalLM.from_pretrained(wide).state_dict()
     assert {value.dtype.name for value in tensors.values()} == {"bfloat16"}
     assert (tensors.keys() | {"lm_head.weight"}) == before.keys()
@@ -93,20 +93,20 @@ def test_all_weights_train_and_come_back_as_a_model(train, tmp_path, wide):
     assert all(
         (tensors[name].astype(np.float32) != before[name].float().numpy()).any() for name in names
     )
-    loss = jaxtune.evaluate(str(found.dir), str(tmp_path / "chats.jsonl"), task="lm")["loss"]
+    loss = jaxtune.evaluate(str(result.dir), str(tmp_path / "chats.jsonl"), task="lm")["loss"]
     assert loss == pytest.approx(
-        found.after["loss"], rel=0.02
+        result.after["loss"], rel=0.02
     )  # the weights that train are rounded to bfloat16
-    theirs = AutoModelForCausalLM.from_pretrained(found.model, dtype=torch.float32)
-    model, _ = jaxtune.load(str(found.dir))
+    reference = AutoModelForCausalLM.from_pretrained(result.model, dtype=torch.float32)
+    model, _ = jaxtune.load(str(result.dir))
     model.compute_dtype = np.dtype(np.float32)
     ids = np.random.default_rng(0).integers(0, 256, (2, 12))
-    np.testing.assert_allclose(model(ids), tools.torch_logits(theirs, ids), atol=2e-4)
+    np.testing.assert_allclose(model(ids), tools.torch_logits(reference, ids), atol=2e-4)
     with pytest.raises(
         UserError, match=r"has no adapter: its weights were trained\. Export them with --to hf"
     ):
-        export_run(found.dir, tmp_path / "out")
-    export_run(found.dir, tmp_path / "copy", to="hf")
+        export_run(result.dir, tmp_path / "out")
+    export_run(result.dir, tmp_path / "copy", to="hf")
     assert all(
         np.array_equal(value, tensors[name])
         for name, value in load_file(tmp_path / "copy" / "model.safetensors").items()
@@ -114,18 +114,18 @@ def test_all_weights_train_and_come_back_as_a_model(train, tmp_path, wide):
 
 
 def test_a_quantized_base_trains_an_adapter_that_fits_the_original(train, tmp_path, wide):
-    found = train("model.dtype=nf4", model=wide)
-    assert found.after["loss"] < found.before["loss"]
-    assert found.verification.reload_difference <= 1e-6 * found.verification.largest_logit
-    assert found.verification.torch_difference < 1e-3 * found.verification.largest_logit
-    export_run(found.dir, tmp_path / "merged", to="hf")
+    result = train("model.dtype=nf4", model=wide)
+    assert result.after["loss"] < result.before["loss"]
+    assert result.verification.reload_difference <= 1e-6 * result.verification.largest_logit
+    assert result.verification.torch_difference < 1e-3 * result.verification.largest_logit
+    export_run(result.dir, tmp_path / "merged", to="hf")
     merged, base = (load_file(path / "model.safetensors") for path in (tmp_path / "merged", wide))
-    adapter = open_adapter(found.adapter)
+    adapter = open_adapter(result.adapter)
     name = "model.layers.0.mlp.down_proj"
     a, b = (adapter.tensors[f"base_model.model.{name}.lora_{part}.weight"].all() for part in "AB")
-    wanted = base[f"{name}.weight"].astype(np.float32) + adapter.config.scale_of(name) * b @ a
+    expected = base[f"{name}.weight"].astype(np.float32) + adapter.config.scale_of(name) * b @ a
     np.testing.assert_allclose(
-        merged[f"{name}.weight"].astype(np.float32), wanted, rtol=2**-8, atol=1e-6
+        merged[f"{name}.weight"].astype(np.float32), expected, rtol=2**-8, atol=1e-6
     )
     assert (tmp_path / "merged" / "model.safetensors").stat().st_size < 1.01 * (
         wide / "model.safetensors"
@@ -175,14 +175,14 @@ def test_a_run_that_was_stopped_ends_as_the_one_that_was_not(name, train, monkey
     rows = [
         [
             {key: value for key, value in row.items() if key not in TIMES}
-            for row in read_metrics(one.dir)
+            for row in read_metrics(result.dir)
         ]
-        for one in (whole, stopped)
+        for result in (whole, stopped)
     ]
     assert rows[0] == rows[1]
     files = [
-        next((one.adapter or one.model).glob("*.safetensors")).read_bytes()
-        for one in (whole, stopped)
+        next((result.adapter or result.model).glob("*.safetensors")).read_bytes()
+        for result in (whole, stopped)
     ]
     assert files[0] == files[1]
 

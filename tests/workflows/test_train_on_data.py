@@ -46,22 +46,22 @@ def train(tmp_path, monkeypatch, chat_model):
 
 def test_a_split_is_evaluated_on(train, tmp_path):
     rows = [tools.chat(f"{n}+{n}?", str(2 * n)) for n in range(40)]
-    found = train(
+    result = train(
         f"data.train={tools.write_rows(tmp_path / 'rows.jsonl', rows)}",
         "data.split=20%",
         "train.eval_every=1",
     )
-    data = json.loads((found.dir / "data.json").read_text())
+    data = json.loads((result.dir / "data.json").read_text())
     assert data["train"]["rows"] + data["eval"]["rows"] == 40
-    assert found.before["rows"] == data["eval"]["rows"] > 2
-    on_the_way = [row for row in read_metrics(found.dir) if row["split"] == "eval"]
+    assert result.before["rows"] == data["eval"]["rows"] > 2
+    on_the_way = [row for row in read_metrics(result.dir) if row["split"] == "eval"]
     assert len(on_the_way) == 3
     prompts = {
         row["prompt"][0]["content"]
-        for row in map(json.loads, (found.dir / "samples.jsonl").read_text().splitlines())
+        for row in map(json.loads, (result.dir / "samples.jsonl").read_text().splitlines())
     }
     assert prompts <= {row["messages"][0]["content"] for row in rows}
-    assert "evaluated on 20%" in (found.adapter / "README.md").read_text()
+    assert "evaluated on 20%" in (result.adapter / "README.md").read_text()
 
 
 def test_texts_train_as_they_are_and_are_continued(train, tmp_path):
@@ -69,16 +69,16 @@ def test_texts_train_as_they_are_and_are_continued(train, tmp_path):
     folder.mkdir()
     (folder / "a.txt").write_text("one two three four " * 40)
     (folder / "b.txt").write_text("five six seven")
-    found = train(f"data.train={folder}", f"data.eval={folder / 'a.txt'}", "data.packing=false")
-    data = json.loads((found.dir / "data.json").read_text())["train"]
+    result = train(f"data.train={folder}", f"data.eval={folder / 'a.txt'}", "data.packing=false")
+    data = json.loads((result.dir / "data.json").read_text())["train"]
     assert (data["format"], data["rows"], data["examples"]) == ("text", 2, 13)
     assert data["supervised_tokens"] == 760 + 14  # each byte but the first of a text, and its EOS
-    assert found.before["task"] == "lm"
-    assert found.before["supervised_tokens"] == 760
-    (sample,) = map(json.loads, (found.dir / "samples.jsonl").read_text().splitlines())
+    assert result.before["task"] == "lm"
+    assert result.before["supervised_tokens"] == 760
+    (sample,) = map(json.loads, (result.dir / "samples.jsonl").read_text().splitlines())
     assert sample["prompt"][0]["content"] == ("one two three four " * 40)[:200]
-    on_texts = jaxtune.evaluate(str(found.dir), str(folder / "a.txt"))
-    assert on_texts["loss"] == pytest.approx(found.after["loss"], rel=1e-5)
+    on_texts = jaxtune.evaluate(str(result.dir), str(folder / "a.txt"))
+    assert on_texts["loss"] == pytest.approx(result.after["loss"], rel=1e-5)
 
 
 def test_chats_for_a_base_model_bring_their_template_along(train, tmp_path):
@@ -86,22 +86,22 @@ def test_chats_for_a_base_model_bring_their_template_along(train, tmp_path):
         tmp_path / "base", tools.tiny_config(), tools.byte_tokenizer(None, "</s>", add_bos=True)
     )
     rows = tools.write_rows(tmp_path / "rows.jsonl", tools.sums(12))
-    found = train(f"data.train={rows}", f"data.eval={rows}", model=base)
-    _, words = jaxtune.load(str(found.dir))
+    result = train(f"data.train={rows}", f"data.eval={rows}", model=base)
+    _, words = jaxtune.load(str(result.dir))
     text = words.apply_chat_template(
         tools.sums(1)[0]["messages"][:1], tokenize=False, add_generation_prompt=True
     )
     assert text.startswith("<s>### User:\n")
     assert text.endswith("\n\n### Assistant:\n")
-    alone = jaxtune.evaluate(
+    untrained = jaxtune.evaluate(
         str(base), rows
     )  # without an adapter the same rows give what was measured before training
-    assert alone["loss"] == pytest.approx(found.before["loss"], rel=1e-5)
-    assert jaxtune.evaluate(str(found.dir), rows)["loss"] == pytest.approx(
-        found.after["loss"], rel=1e-5
+    assert untrained["loss"] == pytest.approx(result.before["loss"], rel=1e-5)
+    assert jaxtune.evaluate(str(result.dir), rows)["loss"] == pytest.approx(
+        result.after["loss"], rel=1e-5
     )
-    assert jaxtune.generate(str(found.dir), ["1+1?"], max_new_tokens=4) == jaxtune.generate(
-        str(found.dir), [[{"role": "user", "content": "1+1?"}]], max_new_tokens=4
+    assert jaxtune.generate(str(result.dir), ["1+1?"], max_new_tokens=4) == jaxtune.generate(
+        str(result.dir), [[{"role": "user", "content": "1+1?"}]], max_new_tokens=4
     )
 
 
@@ -116,17 +116,17 @@ def test_columns_and_rows_left_out(train, tmp_path):
         match=r"rows.jsonl:9: the column 'answers.text.0' of data.columns is missing",
     ):
         train(*keys)
-    found = train(*keys, "data.on_error=skip")
-    data = json.loads((found.dir / "data.json").read_text())["train"]
+    result = train(*keys, "data.on_error=skip")
+    data = json.loads((result.dir / "data.json").read_text())["train"]
     assert (data["rows"], data["bad"]) == (8, 2)
-    wanted = [
+    answers = [
         row["wanted"]
-        for row in map(json.loads, (found.dir / "samples.jsonl").read_text().splitlines())
+        for row in map(json.loads, (result.dir / "samples.jsonl").read_text().splitlines())
     ]
-    assert wanted == ["0", "1", "2", "3", "4"]
+    assert answers == ["0", "1", "2", "3", "4"]
     other = tools.write_rows(tmp_path / "other.jsonl", rows[:3])
     assert (
-        jaxtune.evaluate(str(found.dir), other, task="lm")["rows"] == 3
+        jaxtune.evaluate(str(result.dir), other, task="lm")["rows"] == 3
     )  # read with the run's columns
 
 
@@ -154,13 +154,13 @@ def test_chats_are_evaluated_whole_and_texts_in_windows_of_the_length_they_were_
     model, words = load_model(resolve(str(chat_model)), one_device), tools.byte_tokenizer()
     chats = tools.write_rows(tmp_path / "chats.jsonl", tools.sums(6))
     texts = tools.write_rows(tmp_path / "texts.jsonl", [{"text": "once upon a time " * 4}])
-    found = {
+    metrics = {
         (name, length): evaluate(
             model, words, [257], DataSection(eval=path, max_length=length), EvalOptions("lm")
         ).as_dict()
         for name, path in (("chats", chats), ("texts", texts))
         for length in (16, 200)
     }
-    assert found["chats", 16] == found["chats", 200]
-    assert found["texts", 16]["supervised_tokens"] == found["texts", 200]["supervised_tokens"]
-    assert abs(found["texts", 16]["loss"] - found["texts", 200]["loss"]) > 1e-3
+    assert metrics["chats", 16] == metrics["chats", 200]
+    assert metrics["texts", 16]["supervised_tokens"] == metrics["texts", 200]["supervised_tokens"]
+    assert abs(metrics["texts", 16]["loss"] - metrics["texts", 200]["loss"]) > 1e-3
