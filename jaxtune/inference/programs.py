@@ -75,7 +75,23 @@ class Starts(NamedTuple):
     sampling: SamplingArrays
 
 
-class Chosen(NamedTuple):
+class DecodeLimits(NamedTuple):
+    """When a call of `decode` ends.
+
+    Attributes:
+        ended: answers that must not go on.
+        steps: tokens of an answer, at most `MAX_STEPS`.
+        fewest: the loop also ends when no more answers than these go on, so that waiting prompts
+            can take the free rows.
+
+    """
+
+    ended: Bool[Any, " batch"]
+    steps: Int[Any, ""]
+    fewest: Int[Any, ""]
+
+
+class NewTokens(NamedTuple):
     """The tokens that one call chose.
 
     Attributes:
@@ -120,7 +136,7 @@ def begin(
     lengths: Int[Array, " batch"],
     logits: Float[Array, "batch vocab"],
     starts: Starts,
-) -> tuple[DecodeState, Chosen]:
+) -> tuple[DecodeState, NewTokens]:
     """Choose the first token of every answer."""
     keys = jax.vmap(lambda seed: jax.random.key(seed))(starts.sampling.seed)
     keys = jax.vmap(jax.random.fold_in)(keys, starts.draw)
@@ -137,7 +153,7 @@ def begin(
     )
     state, step = _choose_next(state, logits, stop_ids)
     kept = step.kept.astype(jnp.int32)
-    return state, Chosen(step.token[:, None], step.log_prob[:, None], kept, state.active)
+    return state, NewTokens(step.token[:, None], step.log_prob[:, None], kept, state.active)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -186,21 +202,16 @@ def decode(
     stop_ids: tuple[int, ...],
     weights: Any,
     state: DecodeState,
-    ended: Bool[Array, " batch"],
-    steps: Int[Array, ""],
-    fewest: Int[Array, ""],
-) -> tuple[DecodeState, Chosen]:
-    """Choose up to `steps` tokens for every answer, in one loop on the device.
+    limits: DecodeLimits,
+) -> tuple[DecodeState, NewTokens]:
+    """Choose tokens for every answer, in one loop on the device.
 
     Args:
         graph: the model's structure.
         stop_ids: tokens that end an answer.
         weights: the model's arrays.
         state: the answers; donated.
-        ended: answers that must not go on.
-        steps: at most `MAX_STEPS`.
-        fewest: the loop also ends when no more answers than these go on, so that waiting prompts
-            can take the free rows.
+        limits: when the loop ends.
 
     """
     model = nnx.merge(graph, weights)
@@ -208,7 +219,7 @@ def decode(
 
     def goes_on(carry: tuple) -> jax.Array:
         number, state = carry[:2]
-        return (number < steps) & (jnp.sum(state.active) > fewest)
+        return (number < limits.steps) & (jnp.sum(state.active) > limits.fewest)
 
     def step(carry: tuple) -> tuple:
         number, state, tokens, log_probs, count = carry
@@ -222,11 +233,11 @@ def decode(
         log_probs = log_probs.at[:, number].set(choice.log_prob)
         return number + 1, state, tokens, log_probs, count + choice.kept.astype(jnp.int32)
 
-    state = state._replace(active=state.active & ~ended)
+    state = state._replace(active=state.active & ~limits.ended)
     tokens, log_probs = jnp.zeros((rows, MAX_STEPS), jnp.int32), jnp.zeros((rows, MAX_STEPS))
     carry = (jnp.zeros((), jnp.int32), state, tokens, log_probs, jnp.zeros(rows, jnp.int32))
     _, state, tokens, log_probs, count = jax.lax.while_loop(goes_on, step, carry)
-    return state, Chosen(tokens, log_probs, count, state.active)
+    return state, NewTokens(tokens, log_probs, count, state.active)
 
 
 class _Choice(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtune.core.distributed import fetch
 from jaxtune.inference import programs
 from jaxtune.inference.prefill import Prefiller, Prefix, TokenIds, bucket
-from jaxtune.inference.programs import Chosen, DecodeState, Prefilled, Starts
+from jaxtune.inference.programs import DecodeLimits, DecodeState, NewTokens, Prefilled, Starts
 from jaxtune.inference.sampling import Sampling, SamplingArrays
 from jaxtune.inference.speed import seconds
 
@@ -188,8 +188,8 @@ class Scheduler:
         """Grow the arrays for what waits, where it is more or longer than they hold."""
         if self._state is None:
             return
-        wanted = len(self.active) + len(self.waiting)
-        rows = max(self.rows, min(bucket(wanted, 1), self._max_rows))
+        requests = len(self.active) + len(self.waiting)
+        rows = max(self.rows, min(bucket(requests, 1), self._max_rows))
         positions = max(
             self._state.cache.keys.shape[2],
             bucket(max(request.positions for request in self.waiting)),
@@ -219,7 +219,7 @@ class Scheduler:
                 seen[row, request.context] = True
         sampling = SamplingArrays.of([request.sampling for request in requests], rows)
         starts = Starts(draw, written, left, seen, sampling)
-        new, chosen = programs.begin(self._stop_ids, *prefilled, starts)
+        new, new_tokens = programs.begin(self._stop_ids, *prefilled, starts)
         if self._state is None:
             self._state, places = new, list(range(len(requests)))
         else:
@@ -230,7 +230,7 @@ class Scheduler:
             )
         self._ended -= set(places)
         self.active |= dict(zip(places, requests, strict=True))
-        return _row_updates(fetch(chosen), list(enumerate(requests)))
+        return _row_updates(fetch(new_tokens), list(enumerate(requests)))
 
     def decode(self, steps: int) -> Iterator[RowUpdate]:
         """Continue all answers, until enough rows are free for the prompts that wait."""
@@ -240,23 +240,21 @@ class Scheduler:
         fewest = self.rows - self._enough if self.waiting else 0
         model = self._model
         with seconds() as elapsed:
-            self._state, chosen = programs.decode(
+            self._state, new_tokens = programs.decode(
                 model.graph,
                 self._stop_ids,
                 model.weights,
                 self._state,
-                ended,
-                np.int32(steps),
-                np.int32(fewest),
+                DecodeLimits(ended, np.int32(steps), np.int32(fewest)),
             )
-            chosen = fetch(chosen)
-        model.speed.new_tokens += int(chosen.num_tokens.sum())
+            new_tokens = fetch(new_tokens)
+        model.speed.new_tokens += int(new_tokens.num_tokens.sum())
         model.speed.decode_seconds += elapsed[0]
-        return _row_updates(chosen, list(self.active.items()))
+        return _row_updates(new_tokens, list(self.active.items()))
 
 
-def _row_updates(chosen: Chosen, requests: list[tuple[int, Request]]) -> Iterator[RowUpdate]:
+def _row_updates(new_tokens: NewTokens, requests: list[tuple[int, Request]]) -> Iterator[RowUpdate]:
     for row, request in requests:
-        count = int(chosen.num_tokens[row])
-        tokens, log_probs = chosen.tokens[row, :count], chosen.log_probs[row, :count]
-        yield RowUpdate(request, tokens.tolist(), log_probs.tolist(), bool(chosen.active[row]))
+        count = int(new_tokens.num_tokens[row])
+        tokens, log_probs = new_tokens.tokens[row, :count], new_tokens.log_probs[row, :count]
+        yield RowUpdate(request, tokens.tolist(), log_probs.tolist(), bool(new_tokens.active[row]))
