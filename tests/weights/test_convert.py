@@ -225,12 +225,12 @@ def test_merging_into_bfloat16_rounds_once(tmp_path, one_device):
 def test_what_is_not_the_same_is_not_written(chat_model, tmp_path, one_device, monkeypatch):
     from jaxtune.weights import merge
 
-    real = merge._adapted
-    monkeypatch.setattr(
-        merge,
-        "_adapted",
-        lambda weight, a, b, scale, magnitude: real(weight, a, b, scale * 1.1, magnitude),
-    )
+    real = merge._mapped
+
+    def a_tenth_more(tensor, row_map):
+        return real(tensor, lambda block, rows: block + 1.1 * (row_map(block, rows) - block))
+
+    monkeypatch.setattr(merge, "_mapped", a_tenth_more)
     reference = peft_side.lora(tools.random_model(tools.tiny_config()), b_std=0.1)
     reference.save_pretrained(tmp_path / "adapter")
     with pytest.raises(RunError, match="merged weights compute something else"):
