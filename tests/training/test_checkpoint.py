@@ -141,7 +141,7 @@ def test_a_full_disk_is_a_clear_error_and_the_checkpoint_before_stays(
         for path in (tmp_path / "run" / "checkpoints" / "3").rglob("*")
         if path.is_file()
     }
-    command = f"ulimit -f 20; exec {sys.executable} -m jaxtune.cli train {tmp_path}/run/config.yaml"
+    command = f"ulimit -f 20; exec {sys.executable} -m jaxtune train {tmp_path}/run/config.yaml"
     environment = tools.child_environment() | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     done = subprocess.run(
         ["bash", "-c", command],
