@@ -187,7 +187,7 @@ def test_what_is_not_there_is_refused(ours, chat_model, monkeypatch):
     with pytest.raises(UserError, match="no task no_such_task"):
         run_tasks(ours, ["no_such_task"])
     with pytest.raises(UserError, match="num_beams"):
-        ours._asked({"num_beams": 4})
+        ours._generation_settings({"num_beams": 4})
     monkeypatch.delitem(sys.modules, "jaxtune.evaluation.harness")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install 'jaxtune\[harness\]'"):
