@@ -9,7 +9,7 @@ from jaxtune.data.formats.conversation import Conversation
 from jaxtune.data.formats.registry import read_conversation
 from jaxtune.data.sources.row import Row, RowError, RowLocation
 from jaxtune.evaluation import metrics
-from jaxtune.evaluation.tasks import check_task, detect_task
+from jaxtune.evaluation.tasks import accepted_answers, check_task, detect_task, list_classes
 
 
 def rows(*answers):
@@ -36,7 +36,7 @@ def test_detection():
     assert detect_task([row(question="2+2?", choices=["3", "4"], answer=1)] * 3) == "choice"
     assert detect_task([row(text="word")] * 3) == "lm"
     with pytest.raises(UserError, match="nothing to classify"):
-        classes(rows("yes", "yes"), "f")
+        list_classes(rows("yes", "yes"), "f")
     asked = [Conversation("f:0", [{"role": "user", "content": "?"}], False)]
     for task in ("classification", "qa", "generation"):
         with pytest.raises(UserError, match="does not end with an assistant's answer"):
@@ -157,8 +157,8 @@ def test_choices_plain_and_by_length():
 
 
 def test_other_answers_that_are_right():
-    assert accepted(row(prompt="?", completion="1889", answers=["1889", "in 1889"])) == [
+    assert accepted_answers(row(prompt="?", completion="1889", answers=["1889", "in 1889"])) == [
         "1889",
         "in 1889",
     ]
-    assert accepted(row(prompt="?", completion="yes")) == ["yes"]
+    assert accepted_answers(row(prompt="?", completion="yes")) == ["yes"]
