@@ -79,6 +79,8 @@ def check_expressible(config: ModelConfig) -> None:
 
     """
     kind = config.raw["model_type"]
+    if kind not in GGUF_FAMILIES:
+        raise UserError(f"GGUF export of {kind} is not supported. Export it with --to hf.")
     if GGUF_FAMILIES[kind].architecture == "LLAMA" and any(layer.window for layer in config.layers):
         raise UserError(
             f"GGUF has no place for the sliding window of {kind}. If no text is longer than it, "
