@@ -30,7 +30,7 @@ def assert_same(left, right, tolerance):
     chex.assert_trees_all_close(left[1], right[1], rtol=1e-7, atol=tolerance)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", thinned([0.0, 0.3], 0.3))
 @pytest.mark.parametrize("micro_batches", thinned([2, 4, 8], 4))
 def test_accumulation_equals_the_big_batch(micro_batches, dropout, chat_model, one_device):
     run = Steps(chat_model, one_device, f"adapter.dropout={dropout}")
@@ -69,7 +69,7 @@ def test_trainable_leaves_and_moments_are_float32_and_tiny_updates_last(
             assert 0 < moved.max() < 2e-6, name
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full", "offload"])
+@pytest.mark.parametrize("remat", thinned(["none", "dots", "full", "offload"], "full"))
 def test_every_b_learns_under_every_remat_policy(remat, chat_model, one_device):
     run = Steps(chat_model, one_device, f"train.remat={remat}")
     result = train(run)

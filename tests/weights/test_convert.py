@@ -154,6 +154,7 @@ def test_gguf_dtypes_and_tokenizer(dtype, tmp_path, one_device):
         assert (after.eos_token, after.bos_token) == (before.eos_token, before.bos_token)
 
 
+@pytest.mark.slow
 def test_the_real_model_in_gguf_becomes_hugging_face_and_is_the_same(smollm2, tmp_path, one_device):
     convert(str(smollm2), tmp_path / "hf", dtype="bfloat16")
     text = tools.chat("What is 2 + 2?", "4")["messages"]
