@@ -54,7 +54,12 @@ def inject(model: CausalLM, config: AdapterConfig, seed: int, mesh: Mesh) -> Non
                 f"{method.title} on the embedding is not supported. Leave embed_tokens out of the "
                 "targets."
             )
-        _replace(model, path, method.wrap(base, site, config))
+        layer = method.wrap(base, site, config)
+        if path == (HEAD,) and type(layer).as_head is Linear.as_head:
+            raise UserError(
+                f"{method.title} on lm_head is not supported. Leave it out of the targets."
+            )
+        _replace(model, path, layer)
     _train_whole(model, config)
     _add_token_rows(model, config, method)
     for _, variable in nnx.to_flat_state(nnx.state(model, _is_of_adapter)):

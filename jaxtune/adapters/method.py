@@ -43,14 +43,19 @@ class AdapterParam(nnx.Param):
 
 
 class AdapterConstant(nnx.Variable):
-    """What an adapter's layer holds and never trains, and no file has; `axes` as in
-    `AdapterParam`.
+    """What an adapter's layer holds and never trains, and no file has.
+
+    `axes` as in `AdapterParam`; the stack of layers stands in front here too.
     """
 
 
 class AdaptedLayer(nnx.Module):
     """A layer with an adapter on it: the layer that it replaces, with the same weight at the same
     path, and the adapter's leaves beside it.
+
+    A layer that may be the head overrides `as_head` as well as `__call__`: the head is computed by
+    `as_head` alone. Layers of a stack that are not adapted compute what the base does and give no
+    gradient: mask them with a constant, as `ia3.IA3Active` does.
     """
 
     by_target: ClassVar[bool] = True
@@ -110,10 +115,12 @@ class AdapterMethod(ABC, Generic[ConfigT]):
         title: its name for a person.
         peft_type: in PEFT's `adapter_config.json`.
         config: class of its configuration.
-        leaves: the end of a tensor's name in PEFT's file, by the leaf's name in the layer.
+        leaves: the end of a tensor's name in PEFT's file, after the module's name, by the leaf's
+            name in the layer. A tensor that several modules share has no place.
         wraps: kinds of layers it can lie on.
         keys: keys of the section `adapter` that mean something to it, beside `COMMON_KEYS`.
-        peft_keys: keys of `adapter_config.json` that it reads, or that change nothing.
+        peft_keys: keys of `adapter_config.json` that it reads, or that change nothing; any other
+            key is refused unless its value is null, false, 0 or empty.
         low_rank: whether what was found for LoRA holds: LoRA+ and the automatic learning rate.
         token_rows: whether PEFT can have rows of single tokens beside it; see `adapters.tokens`.
         starts: the method that it is another beginning of, if it is one.

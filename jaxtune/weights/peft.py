@@ -236,7 +236,7 @@ def _json(config: AdapterConfig, base_name: str) -> dict[str, Any]:
         "base_model_name_or_path": base_name,
         **method.to_peft(config),
         "target_modules": names_to_peft(config.targets),
-        "exclude_modules": names_to_peft(config.excluded),
+        **({"exclude_modules": names_to_peft(config.excluded)} if config.excluded else {}),
         "modules_to_save": names_to_peft(config.saved),
         **(TOKEN_ROWS.to_peft(config) if method.token_rows else {}),
         "inference_mode": True,
@@ -266,6 +266,8 @@ def entries(model: CausalLM) -> Iterator[Entry]:
         layer, names = layers[parents], module_names(parents, model.config)
         stacked = len(names) > 1 or any(isinstance(part, int) for part in path)
         end = next((method.leaves[leaf] for method in methods if leaf in method.leaves), None)
+        if end is None and leaf not in ("weight", "bias"):
+            raise TypeError(f"{type(layer).__name__}.{leaf}: its method's `leaves` do not name it.")
         for number, name in enumerate(names):
             at: tuple[Any, ...] = (number,) if stacked else ()
             if end is None:

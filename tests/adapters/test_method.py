@@ -235,3 +235,7 @@ def test_a_method_from_outside_the_package_is_one_class_and_one_layer(
     whole = load_model(OverriddenSource(source.name, source.path, source, raw, tensors), one_device)
     np.testing.assert_allclose(whole(IDS), expected, atol=2e-4)
     assert np.abs(expected - untouched).max() > 0.05
+
+
+def test_every_method_has_a_case():
+    assert {name.split()[0] for name in CASES} >= set(all_methods())
