@@ -82,7 +82,7 @@ OTHERS = {
 @pytest.fixture(scope="module")
 def base(chat_model, tmp_path_factory):
     directory = tmp_path_factory.mktemp("effects")
-    rows = tools.sums(40)
+    rows = tools.sums(100)
     rows[3]["messages"] += [
         {"role": "user", "content": "sure?"},
         {"role": "assistant", "content": "yes"},
