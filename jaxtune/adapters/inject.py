@@ -55,7 +55,7 @@ def inject(model: CausalLM, config: AdapterConfig, seed: int, mesh: Mesh) -> Non
                 "targets."
             )
         layer = method.wrap(base, site, config)
-        if path == (HEAD,) and type(layer).as_head is Linear.as_head:
+        if path == (HEAD,) and getattr(type(layer), "as_head", None) is Linear.as_head:
             raise UserError(
                 f"{method.title} on lm_head is not supported. Leave it out of the targets."
             )
