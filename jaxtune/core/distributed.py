@@ -291,8 +291,14 @@ def fail_all(error: Exception) -> None:
     """End this process and all others with an error, from any thread."""
     if is_multiprocess():
         _report(error)
-    print(f"jaxtune: {error}", file=sys.stderr, flush=True)
+    say_error(str(error))
     _leave(status(error))
+
+
+def say_error(text: str) -> None:
+    """Print to stderr; a reader that is gone must not keep a process from ending."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"jaxtune: {text}", file=sys.stderr, flush=True)
 
 
 def _report(error: BaseException) -> None:
@@ -340,7 +346,7 @@ def _watch(ended: threading.Event) -> None:
 def _show_and_leave(client: Any) -> None:
     failed = json.loads(client.blocking_key_value_get(_FAILURE, 1000))
     where = f"process {failed['process']}: " if failed["process"] else ""
-    print(f"jaxtune: {where}{failed['text']}", file=sys.stderr, flush=True)
+    say_error(f"{where}{failed['text']}")
     client.key_value_set(_SHOWN, "", allow_overwrite=True)
     time.sleep(_GRACE / 2)  # the others still read from this process
     _leave(failed["status"])
@@ -348,8 +354,9 @@ def _show_and_leave(client: Any) -> None:
 
 def _leave(status: int) -> None:
     """End at once; a normal exit would wait for the other processes."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     os._exit(status)
 
 

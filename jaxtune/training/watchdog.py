@@ -69,11 +69,7 @@ class Watchdog:
 
 def _end(seconds: float, doing: str) -> None:
     """Print where every thread stands, and end."""
-    print(
-        f"jaxtune: {doing} is not done after {seconds:.0f} s; every thread stands at:",
-        file=sys.stderr,
-        flush=True,
-    )
+    distributed.say_error(f"{doing} is not done after {seconds:.0f} s; every thread stands at:")
     faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
     distributed.fail_all(
         RunError(

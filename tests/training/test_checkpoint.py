@@ -306,3 +306,16 @@ def test_a_hung_run_prints_where_it_stands_and_ends(finished, tmp_path):
     )
     assert json.dumps(sorted(trained(tmp_path / "run"))) == "[1, 2, 3, 4]"
     np.testing.assert_equal(trained(tmp_path / "run")[4], trained(finished)[4])
+
+
+def test_a_hung_run_ends_though_nobody_reads_its_stderr():
+    code = (
+        "import time\n"
+        "from jaxtune.training.watchdog import Watchdog\n"
+        "with Watchdog(0.2):\n"
+        "    time.sleep(60)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    assert child.stderr is not None
+    child.stderr.close()
+    assert child.wait(timeout=50) == 1
