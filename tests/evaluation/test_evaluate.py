@@ -217,6 +217,7 @@ def test_what_cannot_be_compared_is_refused(chat_model, files, monkeypatch):
         api.evaluate(str(chat_model), files["qa"], task="quiz")
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(chat_model, files, tmp_path):
     """Each has two devices and all rows; answers are generated together, and the lead alone
     prints and writes.

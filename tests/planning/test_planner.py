@@ -315,6 +315,7 @@ def test_the_command_prints_and_writes_it(plans, tmp_path, capsys):
     assert isinstance(jaxtune.plan(CONFIGS / "llama-3.1-8b.yaml", on="v5e:4x4"), Plan)
 
 
+@pytest.mark.slow
 def test_search_finds_what_fits_best_first(tmp_path):
     small = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 4096,

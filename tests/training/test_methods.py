@@ -58,7 +58,7 @@ def batches(name, packed):
     return result
 
 
-@pytest.mark.parametrize("name", thinned(METHODS, "int8 dora", "dpo"))
+@pytest.mark.parametrize("name", thinned(METHODS, "int8 dora"))
 def test_accumulation_packing_and_mesh_change_no_loss(name, base):
     keys = [key.format(base=base) for key in METHODS[name]]
 

@@ -177,7 +177,7 @@ def test_new_tokens_from_training_to_every_export(train, tied, tmp_path, capsys,
     np.testing.assert_allclose(network(ids), ours, atol=3e-4)
 
 
-@pytest.mark.parametrize("train", ["new", "all"])
+@pytest.mark.parametrize("train", ["new", pytest.param("all", marks=pytest.mark.slow)])
 def test_a_vocabulary_that_does_not_divide_is_padded_on_the_mesh_and_nowhere_else(train, tmp_path):
     """266 tokens over four devices: the tables are cut into parts of 67, and all that is
     computed and written is the same.
