@@ -185,7 +185,7 @@ class Engine:
             UserError: a prompt is empty, or has a token that the model does not have.
 
         """
-        requests = self._submit_all(prompts, max_new_tokens, sampling, watch, None)
+        requests = self._submit_all(prompts, max_new_tokens, sampling, watch)
         done = 0
         try:
             while not all(request.answer.end for request in requests):
@@ -229,7 +229,6 @@ class Engine:
         max_new_tokens: int,
         sampling: Sampling | Sequence[Sampling] | None,
         watch: Watch | None,
-        interval: int | None,
     ) -> list[Request]:
         """Queue prompts that are known together.
 
@@ -249,7 +248,6 @@ class Engine:
                 settings[number],
                 number=number,
                 watch=watch,
-                interval=interval,
             )
         if max_new_tokens > 0 and prompts:
             positions = bucket(max(map(len, prompts)) + max_new_tokens)

@@ -186,23 +186,20 @@ class Scheduler:
 
     def _make_room(self) -> None:
         """Grow the arrays for what waits, where it is more or longer than they hold."""
-        if self._state is None:
+        state = self._state
+        if state is None:
             return
+        sizes = (len(state.token), state.cache.keys.shape[2], state.seen.shape[1])
         requests = len(self.active) + len(self.waiting)
-        rows = max(self.rows, min(bucket(requests, 1), self._max_rows))
-        positions = max(
-            self._state.cache.keys.shape[2],
+        remembers = any(request.sampling.remembers for request in self.waiting)
+        needed = (
+            min(bucket(requests, 1), self._max_rows),
             bucket(max(request.positions for request in self.waiting)),
+            self._model.config.vocab_size if remembers else 0,
         )
-        columns = self._state.seen.shape[1]
-        if any(request.sampling.remembers for request in self.waiting):
-            columns = self._model.config.vocab_size
-        if (rows, positions, columns) != (
-            self.rows,
-            self._state.cache.keys.shape[2],
-            self._state.seen.shape[1],
-        ):
-            self._state = programs.grow(self._state, rows, positions, columns)
+        grown = tuple(map(max, sizes, needed))
+        if grown != sizes:
+            self._state = programs.grow(state, *grown)
 
     def begin(self, requests: list[Request], prefilled: Prefilled) -> Iterator[RowUpdate]:
         """Choose the first tokens of answers whose prompts were read."""

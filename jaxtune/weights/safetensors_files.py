@@ -32,7 +32,8 @@ def open_file(path: Path) -> Tensors:
     try:
         # safe_open checks the header, and that the file is as long as the header says.
         file = safe_open(path, framework="np")
-        kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        names = file.keys()  # such a file is no mapping, so it cannot be iterated over itself
+        kinds = {name: file.get_slice(name).get_dtype() for name in names}
         with path.open("rb") as raw:
             size = struct.unpack("<Q", raw.read(8))[0]
             header = json.loads(raw.read(size), object_pairs_hook=_without_duplicates)

@@ -203,7 +203,7 @@ class GainLinear(AdaptedLayer, Linear):
 
 class Gain(AdapterMethod):
     name, title, peft_type, config = "gain", "Gain", "GAIN", GainConfig
-    leaves = {"gain": "gain"}  # noqa: RUF012
+    leaves: typing.ClassVar = {"gain": "gain"}
 
     def wrap(self, base, site, config):
         return GainLinear(base, site)
