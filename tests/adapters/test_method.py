@@ -239,3 +239,20 @@ def test_a_method_from_outside_the_package_is_one_class_and_one_layer(
 
 def test_every_method_has_a_case():
     assert {name.split()[0] for name in CASES} >= set(all_methods())
+
+
+def test_a_layer_that_is_no_head_is_refused_as_one(base, one_device, monkeypatch):
+    """The head is computed by `as_head`, so such an adapter would change nothing."""
+    monkeypatch.setitem(METHODS, "gain", Gain())
+    model = load_model(resolve(str(base)), one_device)
+    with pytest.raises(UserError, match="Gain on lm_head is not supported"):
+        inject(model, GainConfig(targets=("lm_head", "o_proj")), 0, one_device)
+
+
+def test_a_leaf_that_the_method_does_not_name_is_not_written(base, one_device, monkeypatch):
+    monkeypatch.setitem(METHODS, "gain", Gain())
+    monkeypatch.setattr(Gain, "leaves", {})
+    model = load_model(resolve(str(base)), one_device)
+    inject(model, GainConfig(targets=("o_proj",)), 0, one_device)
+    with pytest.raises(TypeError, match=r"GainLinear\.gain: its method's `leaves` do not name it"):
+        list(entries(model))

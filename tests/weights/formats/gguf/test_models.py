@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from jaxtune.core.errors import UserError
 from jaxtune.models.families.from_hf import from_hf
 from jaxtune.weights.bundled import package_directory
+from jaxtune.weights.formats.gguf.models import GGUF_FAMILIES
+from jaxtune.weights.formats.gguf.writer import check_expressible
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
 from tests.support import tools
@@ -229,3 +231,10 @@ def test_tokenizer_equals_the_original_on_real_text(smollm2):
         theirs.eos_token_id,
         theirs.pad_token_id,
     )
+
+
+def test_a_family_without_a_place_in_gguf_is_refused(monkeypatch):
+    monkeypatch.delitem(GGUF_FAMILIES, "llama")
+    config = from_hf(tools.tiny_config().to_dict() | {"architectures": ["LlamaForCausalLM"]}, "c")
+    with pytest.raises(UserError, match=r"GGUF export of llama is not supported\. Export it with"):
+        check_expressible(config)
