@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """The sides of a comparison: each is a process of its own that makes its steps when it is its turn,
-so that what else the machine does falls on all alike. `scripts/bench/run` asks them; run as a
+so that what else the machine does falls on all alike. `turns.py` starts and asks them; run as a
 program, this file is one of them.
 
 The model is SmolLM2-135M (packaged) or the directory in BENCH_MODEL, LoRA r=16 on all linear layers
@@ -13,24 +13,15 @@ import argparse
 import json
 import os
 import resource
-import select
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROWS, LENGTH = (
-    int(os.environ.get(f"BENCH_{name}", size)) for name, size in (("ROWS", 4), ("LENGTH", 256))
-)
+ROWS, LENGTH = int(os.environ.get("BENCH_ROWS", 4)), int(os.environ.get("BENCH_LENGTH", 256))
 RANK, ALPHA = 16, 32.0
 NEWS_ROWS, PACKED_ROWS, PACKED_LENGTH = 8, 2, 512
 WARM_UP = 2  # the first step compiles, the second may do so again for its own results' layout
-LIMIT = 240  # seconds to warm up; a dtype that the processor emulates may need far longer
-LIKE_JAXTUNE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as the command `jaxtune` begins
-# One more before them is not counted: memory and caches are then as the other side has left them.
-STEPS_A_TURN = 3
-PAUSE = 0.5  # seconds between turns, in which the other sides' idle threads stop spinning
 
 
 def random_ids(rows=ROWS, length=LENGTH):
@@ -50,13 +41,11 @@ def torch_model(dtype, **options):
     from transformers import AutoModelForCausalLM
 
     path = model_path()
-    place, options = (
-        (path.parent, options | {"gguf_file": path.name}) if path.is_file() else (path, options)
-    )
+    if path.is_file():
+        path, options = path.parent, options | {"gguf_file": path.name}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), **options).to(
-        device
-    ), device
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **options)
+    return model.to(device), device
 
 
 def news():
@@ -381,91 +370,6 @@ def peak_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class Side:
-    """A side's process.
-
-    Args:
-        name: a key of `WORKERS`.
-        dtype: of its spec; for generation the number of rows.
-        data: `random`, `news` or `generate`.
-        python: the interpreter, where it is not this one.
-
-    """
-
-    def __init__(self, name, dtype, data="random", python=sys.executable):
-        self.command = [python, __file__, name, dtype, data]
-        self.name, self.dtype, self.seconds, self.tokens, self.peak = name, dtype, [], [], None
-
-    def start(self):
-        quiet = subprocess.DEVNULL if "BENCH_DEBUG" not in os.environ else None
-        environment = os.environ | (LIKE_JAXTUNE if self.name in ("jaxtune", "floor") else {})
-        self.process = subprocess.Popen(
-            self.command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=quiet,
-            text=True,
-            env=environment,
-        )
-
-    def line(self):
-        """The next line of its output; None where it takes longer than the limit or has ended."""
-        ready, _, _ = select.select([self.process.stdout], [], [], LIMIT)
-        return (self.process.stdout.readline() if ready else None) or None
-
-    def turn(self):
-        self.step()
-        for _ in range(STEPS_A_TURN):
-            seconds, tokens = self.step()
-            self.seconds.append(seconds)
-            self.tokens.append(tokens)
-
-    def step(self):
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
-        return json.loads(self.line())
-
-    @property
-    def rates(self):
-        return [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True)]
-
-    @property
-    def rate(self):
-        """Tokens of all its steps over their seconds, the slowest and the fastest step left out."""
-        order = sorted(range(len(self.seconds)), key=lambda k: self.rates[k])
-        kept = order[1:-1] if len(order) > 4 else order
-        return sum(self.tokens[k] for k in kept) / sum(self.seconds[k] for k in kept)
-
-    def close(self):
-        self.process.stdin.close()
-        self.peak = int(self.line())
-        self.process.wait()
-
-
-def by_turns(sides, turns):
-    """Let the sides make their steps; those that did not get through their warm-up are left
-    without seconds.
-    """
-    alive = []
-    for side in sides:  # one after the other: on a GPU compilers time their kernels
-        side.start()
-        if side.line() == "ready\n":
-            alive.append(side)
-        else:
-            side.process.kill()
-            print(
-                f"{side.name} {side.dtype}: no step within {LIMIT} s, or it ended", file=sys.stderr
-            )
-    for number in range(turns):
-        for side in alive if number % 2 else reversed(alive):
-            time.sleep(PAUSE)
-            side.turn()
-        print(f"  turn {number + 1}/{turns}", file=sys.stderr, flush=True)
-    for side in alive:
-        side.close()
-    return alive
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -476,12 +380,10 @@ def main():
     options = parser.parse_args()
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    generates = options.data == "generate"
-    worker = (
-        Tokens(options.name, int(options.dtype))
-        if generates
-        else WORKERS[options.name](options.dtype, options.data)
-    )
+    if options.data == "generate":
+        worker = Tokens(options.name, int(options.dtype))
+    else:
+        worker = WORKERS[options.name](options.dtype, options.data)
     for number in range(WARM_UP):
         worker(number)
     print("ready", file=out, flush=True)
