@@ -28,7 +28,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 import pytest  # noqa: E402 (the settings above must stand before anything starts a backend)
 
 from jaxtune.core.mesh import make_mesh  # noqa: E402 (likewise)
-from tests.support import tools  # noqa: E402 (likewise: torch and transformers read the environment)
+from tests.support import tools  # noqa: E402 (likewise: torch and Transformers read them)
 
 # The files that take longest begin first: no process ends long after the other.
 LONG = [
