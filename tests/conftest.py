@@ -1,4 +1,8 @@
-"""Eight fake CPU devices, strict dtype promotion, compiled programs kept between runs."""
+"""Eight fake CPU devices, strict dtype promotion, compiled programs kept between runs.
+
+On a GPU (JAX_PLATFORMS=cuda,cpu, as `scripts/device/check` sets it) there is one device; what the
+tests compare is float32 there too.
+"""
 
 import os
 import tempfile
@@ -10,6 +14,8 @@ os.environ.setdefault(
 )  # the compiler for TPUs is installed, and none is there
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("JAXTUNE_CACHE", tempfile.mkdtemp(prefix="jaxtune-tests-"))
+# Several processes share a GPU; by itself each would take most of its memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Child processes of the tests share the folder of compiled programs.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "jaxtune-tests-xla")
@@ -21,14 +27,18 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_collective_call_terminate_timeout_
 
 import jax
 
-jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_num_cpu_devices", int(os.environ.get("JAX_NUM_CPU_DEVICES", "8")))
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 import pytest  # noqa: E402 (the settings above must stand before anything starts a backend)
 
+from jaxtune.core.dtypes import AUTO  # noqa: E402 (likewise)
 from jaxtune.core.mesh import make_mesh  # noqa: E402 (likewise)
 from tests.support import tools  # noqa: E402 (likewise: torch and Transformers read them)
+
+ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
+AUTO.update(gpu="float32", tpu="float32")
 
 # The files that take longest begin first: no process ends long after the other.
 LONG = [
@@ -50,12 +60,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=place)
 
 
+def pytest_runtest_setup(item):
+    """Leave out what needs more devices than there are."""
+    marker = item.get_closest_marker("devices")
+    if marker is not None and jax.device_count() < marker.args[0]:
+        pytest.skip(f"needs {marker.args[0]} devices; there are {jax.device_count()}")
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """Compile quickly, for modules whose every test compiles programs of its own: what they
-    compute counts there, not how fast.
+    compute counts there, not how fast. A GPU's compiler has no such way.
     """
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", ON_CPU)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 

@@ -12,6 +12,9 @@ DTYPES: dict[str, np.dtype] = {
     "float16": jnp.dtype(jnp.float16),
 }
 
+AUTO = {"cpu": "float32", "gpu": "bfloat16", "tpu": "bfloat16"}
+"""What `auto` means for activations and matrix products, by JAX's name of the platform."""
+
 
 def compute_dtype(name: str) -> np.dtype:
     """Return the dtype of activations and matrix products: 'auto' is bfloat16 on accelerators,
@@ -19,7 +22,7 @@ def compute_dtype(name: str) -> np.dtype:
     """
     if name != "auto":
         return _named(name)
-    return DTYPES["float32" if jax.default_backend() == "cpu" else "bfloat16"]
+    return DTYPES[AUTO[jax.default_backend()]]
 
 
 def storage_dtype(name: str, file_dtype: np.dtype, quantized: bool) -> np.dtype:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxtune.core.hardware import platform
 from jaxtune.core.sharding import axis_size, constrain, num_shards
-from jaxtune.models.kernels.dot import dot
+from jaxtune.models.kernels.dot import dot, weight_grad
 from jaxtune.models.layers import matmul, softcap
 
 # Tokens in a chunk.
@@ -198,11 +198,7 @@ def _forward(
         if hidden_gradient:
             gradient = (dot(error, head, 0).astype(jnp.float32) * scale).astype(h.dtype)
         if head_gradient:
-            scaled = (error.astype(jnp.float32) * scale).astype(h.dtype)
-            over_tokens = (((0, 1), (0, 1)), ((), ()))
-            head_sum += jax.lax.dot_general(
-                scaled, h, over_tokens, preferred_element_type=jnp.float32
-            )
+            head_sum += weight_grad((error.astype(jnp.float32) * scale).astype(h.dtype), h)
         return (loss, head_sum), gradient
 
     def skip_chunk(sums, h, y, w):

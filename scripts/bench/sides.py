@@ -3,10 +3,10 @@
 so that what else the machine does falls on all alike. `turns.py` starts and asks them; run as a
 program, this file is one of them.
 
-The model is SmolLM2-135M (packaged) or the directory in BENCH_MODEL, LoRA r=16 on all linear layers
-of the blocks, AdamW, clipping at 1. Of `random` data a batch is 4 x 256 tokens (BENCH_ROWS x
-BENCH_LENGTH), every one supervised; of `news` it is what the quickstart trains on: peers pad eight
-rows a step, as their users do, jaxtune packs rows of 512.
+The model is that of `models.py`, LoRA r=16 on all linear layers of the blocks, AdamW, clipping at
+1. Of `random` data a batch is 4 x 256 tokens (BENCH_ROWS x BENCH_LENGTH), every one supervised; of
+`packed` each row is several texts, which do not see each other; of `news` it is what the quickstart
+trains on: peers pad eight rows a step, as their users do, jaxtune packs rows of 512.
 """
 
 import argparse
@@ -18,34 +18,41 @@ import tempfile
 import time
 from pathlib import Path
 
+import models
+from models import ALPHA, RANK
+
 ROWS, LENGTH = int(os.environ.get("BENCH_ROWS", 4)), int(os.environ.get("BENCH_LENGTH", 256))
-RANK, ALPHA = 16, 32.0
 NEWS_ROWS, PACKED_ROWS, PACKED_LENGTH = 8, 2, 512
 WARM_UP = 2  # the first step compiles, the second may do so again for its own results' layout
 
 
-def random_ids(rows=ROWS, length=LENGTH):
+def random_ids(rows, length):
     import numpy as np
 
-    return np.random.default_rng(0).integers(0, 49152, (rows, length + 1)).astype(np.int32)
+    vocabulary = min(49152, (models.shape() or {}).get("vocab_size", 49152))
+    return np.random.default_rng(0).integers(0, vocabulary, (rows, length + 1)).astype(np.int32)
 
 
-def model_path():
-    from jaxtune.weights.bundled import smollm2
+def texts_of(rows, length, packed):
+    """Which text of its row each token belongs to, from 1, [rows, length]: one text or, packed,
+    eight of unequal length.
+    """
+    import numpy as np
 
-    return Path(os.environ.get("BENCH_MODEL") or smollm2())
+    if not packed:
+        return np.ones((rows, length), np.int32)
+    random, borders = np.random.default_rng(1), np.zeros((rows, length), np.int32)
+    for row in borders:
+        row[random.choice(np.arange(1, length), 7, replace=False)] = 1
+    return 1 + np.cumsum(borders, axis=1, dtype=np.int32)
 
 
-def torch_model(dtype, **options):
-    import torch
-    from transformers import AutoModelForCausalLM
+def positions_of(texts):
+    import numpy as np
 
-    path = model_path()
-    if path.is_file():
-        path, options = path.parent, options | {"gguf_file": path.name}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **options)
-    return model.to(device), device
+    places = np.broadcast_to(np.arange(texts.shape[1], dtype=np.int32), texts.shape)
+    first = np.diff(texts, axis=1, prepend=0) > 0
+    return places - np.maximum.accumulate(np.where(first, places, 0), axis=1)
 
 
 def news():
@@ -70,59 +77,68 @@ class Jaxtune:
 
     def __init__(self, dtype, data, remat="auto"):
         import jax
-        import numpy as np
 
-        from jaxtune.config.load import load_config
         from jaxtune.core.hardware import release_freed_memory
         from jaxtune.core.mesh import make_mesh
-        from jaxtune.data.batch import Batch
-        from jaxtune.data.loader import BatchSchedule, on_devices
-        from jaxtune.data.packing import Layout
-        from jaxtune.training.methods import trained_model
-        from jaxtune.training.setup import assemble_step
-        from jaxtune.training.state import init_state
-        from jaxtune.training.step import train_step
-        from jaxtune.weights.source import resolve
 
-        self.mesh, source = make_mesh(), resolve(str(model_path()))
-        plain = [f"model.dtype={dtype}", f"model.compute_dtype={dtype}"]
         keys = {
             "int8": ["model.dtype=int8", "model.products=int8"],
             "nf4": ["model.dtype=nf4"],
-        }.get(dtype, plain)
-        shape = [f"data.max_length={LENGTH}", f"train.batch_size={ROWS}"]
-        config = load_config(
-            overrides=[
-                *keys,
-                *shape,
-                f"adapter.rank={RANK}",
-                f"adapter.alpha={ALPHA}",
-                f"train.remat={remat}",
-            ]
-        )
-        spec, trainable, self.frozen, update = assemble_step(
-            config, trained_model(config, source, None, self.mesh), 1000
-        )
-        self.run = train_step(spec, update)
-        self.state = init_state(trainable, update, 0)
-        if data == "random":
-            ids, ones = random_ids(), np.ones((ROWS, LENGTH), np.int32)
-            batch = Batch(
-                ids[:, :-1],
-                ids[:, 1:],
-                ones.astype(np.float32),
-                ones,
-                np.cumsum(ones, axis=1, dtype=np.int32) - 1,
-            )
-            self.batches = [(on_devices(batch, 1, self.mesh), ROWS * LENGTH)]
-        else:
-            plan = BatchSchedule(news()[0], Layout(PACKED_ROWS, PACKED_LENGTH, True, True, 0), 1)
-            self.batches = [
-                (on_devices(plan.batch(k), 1, self.mesh), plan.tokens(k))
-                for k in range(len(plan) - 1)
-            ]
+        }.get(dtype, [f"model.dtype={dtype}", f"model.compute_dtype={dtype}"])
+        lora = [f"adapter.rank={RANK}", f"adapter.alpha={ALPHA}", f"train.remat={remat}"]
+        self.mesh, self.keys = make_mesh(), [*keys, *lora]
         self.ready, self.give_back = jax.block_until_ready, release_freed_memory
-        self.programs = {}
+        self.model = models.trained(self.config(ROWS, LENGTH), self.mesh)
+        if data == "news":
+            self.assemble(PACKED_ROWS, PACKED_LENGTH)
+            self.batches = self.news()
+        else:
+            self.use(ROWS, LENGTH, data == "packed")
+
+    def config(self, rows, length):
+        from jaxtune.config.load import load_config
+
+        shape = [f"data.max_length={length}", f"train.batch_size={rows}"]
+        return load_config(overrides=[*self.keys, *shape])
+
+    def assemble(self, rows, length):
+        import jax
+        import jax.numpy as jnp
+
+        from jaxtune.training.setup import assemble_step
+        from jaxtune.training.state import init_state
+        from jaxtune.training.step import train_step
+
+        config = self.config(rows, length)
+        spec, trainable, self.frozen, update = assemble_step(config, self.model, 1000)
+        self.run, self.programs, self.remat = train_step(spec, update), {}, spec.remat
+        self.state = init_state(jax.tree.map(jnp.copy, trainable), update, 0)
+
+    def use(self, rows, length, packed):
+        """Make steps of one batch of random tokens from now on."""
+        import numpy as np
+
+        from jaxtune.data.batch import Batch
+        from jaxtune.data.loader import on_devices
+
+        self.assemble(rows, length)
+        ids, texts = random_ids(rows, length), texts_of(rows, length, packed)
+        weights = np.diff(texts, axis=1, append=texts[:, -1:]) == 0
+        batch = Batch(
+            ids[:, :-1], ids[:, 1:], weights.astype(np.float32), texts, positions_of(texts)
+        )
+        self.batches = [(on_devices(batch, 1, self.mesh), rows * length)]
+
+    def news(self):
+        from jaxtune.data.loader import BatchSchedule, on_devices
+        from jaxtune.data.packing import Layout
+
+        layout = Layout(PACKED_ROWS, PACKED_LENGTH, True, True, 0)
+        schedule = BatchSchedule(news()[0], layout, 1)
+        return [
+            (on_devices(schedule.batch(k), 1, self.mesh), schedule.tokens(k))
+            for k in range(len(schedule) - 1)
+        ]
 
     def __call__(self, number):
         batch, tokens = self.batches[number % len(self.batches)]
@@ -132,6 +148,7 @@ class Jaxtune:
             self.give_back()
         self.state, metrics = self.programs[shape](self.state, self.frozen, batch)
         self.ready(metrics)
+        self.loss = metrics.loss
         return tokens
 
 
@@ -144,7 +161,7 @@ class Peft:
         import torch
         from peft import LoraConfig, get_peft_model
 
-        model, self.device = torch_model(dtype, attn_implementation="sdpa")
+        model, self.device = models.transformers_model(dtype, attn_implementation="sdpa")
         if self.kernels == "liger":
             from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
@@ -152,19 +169,20 @@ class Peft:
         lora = LoraConfig(
             r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
         )
-        self.torch, self.model = torch, get_peft_model(model, lora)
+        if "BENCH_CHECKPOINTING" in os.environ:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        self.torch, self.model = torch, get_peft_model(model, lora).train()
         if self.kernels == "compile":
-            self.model = torch.compile(self.model)
+            backend = os.environ.get("BENCH_COMPILER", "inductor")
+            self.model = torch.compile(self.model, backend=backend)
         self.mixed = (
             self.device == "cuda" and dtype == "bfloat16"
         )  # as transformers' Trainer with bf16=True
         self.update = torch.optim.AdamW(
             [leaf for leaf in self.model.parameters() if leaf.requires_grad], lr=2e-4
         )
-        if data == "random":
-            ids = torch.as_tensor(random_ids()[:, :-1]).long().to(self.device)
-            self.batches = [({"input_ids": ids, "labels": ids}, ROWS * LENGTH)]
-        else:
+        if data == "news":
             rows = news()[1]
             groups = [
                 rows[k : k + NEWS_ROWS] for k in range(0, len(rows) - NEWS_ROWS + 1, NEWS_ROWS)
@@ -172,6 +190,24 @@ class Peft:
             self.batches = [
                 (self.padded(group), sum(len(ids) for ids, _ in group)) for group in groups
             ]
+        else:
+            self.use(ROWS, LENGTH, data == "packed")
+
+    def use(self, rows, length, packed):
+        """Make steps of one batch of random tokens from now on. Positions that begin again are
+        how transformers is told of packed texts.
+        """
+        if self.device == "cuda":
+            self.torch.cuda.empty_cache()
+            self.torch.cuda.reset_peak_memory_stats()
+        ids = self.torch.as_tensor(random_ids(rows, length)[:, :-1]).long().to(self.device)
+        batch = {"input_ids": ids, "labels": ids}
+        if packed:
+            places = self.torch.as_tensor(positions_of(texts_of(rows, length, True))).long()
+            places = places.to(self.device)
+            labels = ids.masked_fill(places == 0, -100)
+            batch |= {"position_ids": places, "labels": labels, "use_cache": False}
+        self.batches = [(batch, rows * length)]
 
     def padded(self, rows):
         longest = max(len(ids) for ids, _ in rows)
@@ -191,6 +227,7 @@ class Peft:
         with self.torch.autocast("cuda", dtype=self.torch.bfloat16, enabled=self.mixed):
             loss = self.model(**batch).loss
         loss.backward()
+        self.loss = loss.detach()
         self.torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.update.step()
         self.update.zero_grad()
@@ -255,7 +292,8 @@ class Tunix:
 
         trainer = trainer.with_gen_model_input_fn(inputs)
         self.step, _ = trainer.jit_train_and_eval_step()
-        self.ids, self.ready = jnp.asarray(random_ids()[:, :-1]), jax.block_until_ready
+        self.ids = jnp.asarray(random_ids(ROWS, LENGTH)[:, :-1])
+        self.ready = jax.block_until_ready
 
     def __call__(self, number):
         self.ready(self.step(self.ids))
@@ -270,19 +308,9 @@ class Floor:
     def __init__(self, dtype, data):
         import jax
         import jax.numpy as jnp
-        from transformers import AutoConfig
 
         assert data == "random"
         kind, tokens = jnp.dtype(dtype), ROWS * LENGTH
-        raw = AutoConfig.from_pretrained(model_path()) if model_path().is_dir() else None
-        width, mlp, layers, vocab = (576, 1536, 30, 49152) if raw is None else (
-            raw.hidden_size, raw.intermediate_size, raw.num_hidden_layers, raw.vocab_size
-        )  # fmt: skip
-        heads = 192 if raw is None else raw.num_key_value_heads * raw.head_dim
-        shapes = [
-            (width, width, 2 * layers), (heads, width, 2 * layers), (mlp, width, 2 * layers),
-            (width, mlp, layers), (vocab, width, 1)
-        ]  # fmt: skip
         wide = (
             jnp.float32 if jax.default_backend() == "cpu" else None
         )  # the form of a product that is fastest there
@@ -294,7 +322,7 @@ class Floor:
             return jax.lax.dot_general(y, w, (((1,), (0,)), ((), ())), preferred_element_type=wide)
 
         self.work, self.waits = [], wide is not None  # on a GPU the host would be what is measured
-        for out, width, count in shapes:
+        for (out, width), count in models.products().items():
             x, y, w = (
                 jax.random.normal(jax.random.key(0), size, kind)
                 for size in ((tokens, width), (tokens, out), (out, width))
@@ -312,40 +340,36 @@ class Floor:
 
 
 class Tokens:
-    """Greedy generation, 64 tokens after each of `rows` prompts of 32 tokens; a step counts the
-    new tokens.
-    """
+    """Greedy generation after prompts of random tokens; a step counts the new tokens."""
 
-    def __init__(self, name, rows):
-        self.rows, prompts = rows, random_ids(rows, 32)[:, :-1]
-        if name == "jaxtune":
+    def __init__(self, name, dtype):
+        self.ours = name == "jaxtune"
+        if self.ours:
             from jaxtune.core.mesh import make_mesh
-            from jaxtune.inference.engine import Engine
-            from jaxtune.weights.load import load_model
-            from jaxtune.weights.source import resolve
 
-            engine = Engine(
-                load_model(resolve(str(model_path())), make_mesh(), compute="float32"),
-                [],
-                batch=rows,
-            )
-            self.step = lambda: engine.generate([list(map(int, row)) for row in prompts], 64)
+            self.model = models.loaded(make_mesh(), dtype)
+        else:
+            self.model, self.device = models.transformers_model(dtype)
+
+    def use(self, rows, read=32, written=64):
+        """Answer `rows` prompts of `read` tokens with `written` each from now on."""
+        prompts, self.tokens = random_ids(rows, read)[:, :-1], rows * written
+        if self.ours:
+            from jaxtune.inference.engine import Engine
+
+            engine, lists = Engine(self.model, [], batch=rows), prompts.tolist()
+            self.step = lambda: engine.generate(lists, written)
         else:
             import torch
 
-            model, device = torch_model("float32")
-            ids = torch.as_tensor(prompts).long().to(device)
-            self.step = lambda: model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=64,
-                min_new_tokens=64,
-                do_sample=False,
-            )
+            ids = torch.as_tensor(prompts).long().to(self.device)
+            options = {"min_new_tokens": written, "max_new_tokens": written, "do_sample": False}
+            seen = torch.ones_like(ids)
+            self.step = lambda: self.model.generate(input_ids=ids, attention_mask=seen, **options)
 
     def __call__(self, number):
         self.step()
-        return self.rows * 64
+        return self.tokens
 
 
 WORKERS = {
@@ -381,7 +405,8 @@ def main():
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     if options.data == "generate":
-        worker = Tokens(options.name, int(options.dtype))
+        worker = Tokens(options.name, "float32")
+        worker.use(int(options.dtype))
     else:
         worker = WORKERS[options.name](options.dtype, options.data)
     for number in range(WARM_UP):

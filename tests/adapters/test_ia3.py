@@ -24,6 +24,7 @@ from tests.support import peft_side, tools
 from tests.support.steps import Steps, batch_of, random_rows, tensors_of
 
 pytestmark = [
+    pytest.mark.gpu,
     pytest.mark.usefixtures("quick_compilation"),
     pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|save_embedding_layers):UserWarning"),
 ]
@@ -184,6 +185,7 @@ def test_merged_weights_are_pefts(base, tmp_path):
         np.testing.assert_allclose(tensors[name].all(), value.numpy(), rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.devices(8)
 def test_the_mesh_and_micro_batches_change_nothing(base):
     batches = [batch_of(random_rows(8, seed), 8) for seed in range(2)]
     keys = [PAPER, "train.remat=dots"]

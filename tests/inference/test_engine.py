@@ -19,7 +19,7 @@ from jaxtune.weights.source import resolve
 from tests.support import tools
 from tests.support.cases import thinned
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("quick_compilation")]
 
 RANDOM = np.random.default_rng(3)
 PROMPTS = [
@@ -52,6 +52,7 @@ def test_more_prompts_than_rows(model, alone, rows):
         np.testing.assert_allclose(mine.log_probs, other.log_probs, atol=1e-4)
 
 
+@pytest.mark.devices(8)
 def test_on_a_mesh(chat_model, alone):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):

@@ -18,7 +18,7 @@ from jaxtune.inference.sampling import Sampling, SamplingArrays, choose
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("quick_compilation")]
 
 LOGITS = np.random.default_rng(0).normal(size=(1, 12)).astype(np.float32) * 2
 

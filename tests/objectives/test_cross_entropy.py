@@ -8,6 +8,8 @@ import pytest
 from jaxtune.objectives import cross_entropy
 from jaxtune.objectives.cross_entropy import linear_cross_entropy
 
+pytestmark = pytest.mark.gpu
+
 
 def arrays(tokens, vocab=50, embed=16):
     random = np.random.default_rng(0)

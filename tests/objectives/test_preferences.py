@@ -16,7 +16,7 @@ from tests.support.peft_side import assert_close, name_in_file
 from tests.support.preferences import PAIRS, answers, labels_of, side_by_side
 from tests.support.steps import Steps, batch_of, random_rows, tensors_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("quick_compilation")]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from jaxtune.weights.source import resolve
 from tests.support import families, tools
 from tests.support.cases import thinned
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("quick_compilation")]
 
 
 # Each stands for others: a tied head and biases; windows by a pattern and two RoPEs; parts of
@@ -133,6 +133,7 @@ def test_greedy_with_cache_equals_transformers_without(family):
         assert answer == text[len(prompt) :]
 
 
+@pytest.mark.devices(8)
 def test_experts_are_sharded_and_compute_the_same(tmp_path):
     from jaxtune.core.mesh import make_mesh
 

@@ -11,6 +11,8 @@ from jaxtune.weights.source import resolve
 from tests.support import tools
 from tests.support.cases import thinned
 
+pytestmark = pytest.mark.gpu
+
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 5000.0},
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0},
@@ -177,6 +179,7 @@ def test_bfloat16_weights_keep_their_dtype(tmp_path, one_device):
     )
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize(
     "mesh_shape", thinned([(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)], (2, 2, 2))
 )

@@ -20,6 +20,7 @@ from tests.support.peft_side import assert_close, name_in_file
 from tests.support.steps import Steps, batch_of, random_rows, tensors_of
 
 pytestmark = [
+    pytest.mark.gpu,
     pytest.mark.usefixtures("quick_compilation"),
     pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|save_embedding_layers):UserWarning"),
     pytest.mark.filterwarnings(

@@ -23,6 +23,8 @@ from jaxtune.weights.source import resolve
 from tests.support import peft_side, tools
 from tests.support.cases import thinned
 
+pytestmark = pytest.mark.gpu
+
 
 @pytest.mark.parametrize("remat", thinned(["none", "dots", "full"], "dots"))
 @pytest.mark.parametrize(

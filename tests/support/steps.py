@@ -84,18 +84,23 @@ class Steps:
                 steps.append((float(metrics.loss), float(metrics.grad_norm), extra))
         return steps
 
-    def gradient(self, batch):
-        """`(loss, gradient of the leaves that train)` of the mean loss of a batch."""
+    def gradient(self, batch, trainable=None, logits=False):
+        """`(loss, gradient of the leaves that train)` of the mean loss of a batch; with `logits`
+        the first is `(loss, logits)`.
+        """
 
         def mean(trainable):
             single = jax.tree.map(lambda part: part[0], on_devices(batch, 1, self.mesh))
-            loss, weight, _ = self.spec.objective.loss(
-                self.spec.models(trainable, self.frozen), single, *self._options(single)
-            )
-            return loss / weight
+            models = self.spec.models(trainable, self.frozen)
+            loss, weight, _ = self.spec.objective.loss(models, single, *self._options(single))
+            places = {"segment_ids": single.segment_ids, "positions": single.positions}
+            further = models.policy(single.input_ids, **places) if logits else None
+            return loss / weight, further
 
         with jax.set_mesh(self.mesh):
-            return jax.jit(jax.value_and_grad(mean))(self.trainable)
+            run = jax.jit(jax.value_and_grad(mean, has_aux=True))
+            (loss, further), grads = run(self.trainable if trainable is None else trainable)
+            return (loss, further) if logits else loss, grads
 
     def _options(self, batch):
         from jaxtune.objectives.objective import DETERMINISTIC

@@ -26,7 +26,7 @@ from jaxtune.training.watchdog import Watchdog
 from tests.support import tools
 from tests.support.cases import thinned
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("quick_compilation")]
 
 
 @pytest.fixture(autouse=True)

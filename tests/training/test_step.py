@@ -15,7 +15,7 @@ from jaxtune.training.step import eval_step
 from tests.support.cases import thinned
 from tests.support.steps import Steps, leaves, ragged_batch
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("quick_compilation")]
 
 
 def train(run, steps=3, micro_batches=1, batch=ragged_batch):
@@ -37,11 +37,51 @@ def test_accumulation_equals_the_big_batch(micro_batches, dropout, chat_model, o
     assert_same(train(run, micro_batches=micro_batches), train(run), 2e-5)
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("shape", thinned([(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)], (2, 2, 2)))
 def test_no_mesh_changes_the_numbers(shape, chat_model, one_device):
     """Dropout is on: its draws, too, are the same on every mesh."""
     alone = train(Steps(chat_model, one_device, "adapter.dropout=0.3"))
     assert_same(train(Steps(chat_model, make_mesh(*shape), "adapter.dropout=0.3")), alone, 2e-5)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["train.remat=dots"],
+        ["adapter.method=dora", "adapter.dropout=0.1"],
+        ["adapter.method=ia3"],
+        ["adapter.method=none"],
+    ],
+    ids=lambda keys: keys[0],
+)
+def test_products_of_float32_are_asked_for_in_float32(keys, chat_model, one_device):
+    """By itself a GPU would compute them in TF32, a TPU in bfloat16, where no test on a CPU sees
+    it.
+    """
+    run = Steps(chat_model, one_device, "model.compute_dtype=float32", *keys)
+    batch = on_devices(ragged_batch(0), 1, one_device)
+    with jax.set_mesh(one_device):
+        trace = run.step.trace(run.state, run.frozen, batch).jaxpr
+    products = [
+        equation for equation in equations(trace) if equation.primitive.name.endswith("dot_general")
+    ]
+    assert len(products) > 20
+    for equation in products:
+        if equation.invars[0].aval.dtype == jnp.float32:
+            assert set(equation.params["precision"] or ()) == {jax.lax.Precision.HIGHEST}, equation
+
+
+def equations(trace):
+    """All equations of a trace, those inside others too."""
+    for equation in trace.eqns:
+        yield equation
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda value: hasattr(value, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
 
 
 @pytest.mark.parametrize("keys", [[], ["adapter.method=none"]], ids=["adapter", "weights"])

@@ -83,6 +83,7 @@ def assert_equals_the_formula(run, mask, cap, dtype, tolerance):
         )
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("cap", [None, 5.0])
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("block", [64, 100, 256])
@@ -113,6 +114,7 @@ def attended(kernel, mask, q, k, v):
     return kernel(kernel.kernels, q, k, v, mask, scale=SCALE)
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize(
     "sizes", [{"context": 2, "fsdp": 2}, {"tensor": 2, "data": 2}, {"context": 4, "fsdp": 1}]
 )
@@ -133,6 +135,7 @@ def test_splash_on_a_mesh(sizes, monkeypatch):
         )
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 50])
 def test_what_cudnn_is_asked_for(window):
     """The same call in XLA: which query sees which key, and the scale."""
@@ -152,6 +155,7 @@ def test_cudnn(window):
     )
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("policy", "passes"), [("none", 1), ("dots", 1), ("full", 2)])
 def test_what_cudnn_computed_is_kept_and_not_computed_again(policy, passes, monkeypatch):
     """Its results have no name, so the policy knows JAX's primitive, which may change its own."""
@@ -164,6 +168,7 @@ def test_what_cudnn_computed_is_kept_and_not_computed_again(policy, passes, monk
     assert str(trace).count(f"{CUDNN}[") == passes
 
 
+@pytest.mark.gpu
 def test_one_query_over_a_cache():
     """Decoding: slots that hold nothing yet are positions beyond the query's."""
     q, k, v, _ = arrays()
@@ -176,6 +181,7 @@ def test_one_query_over_a_cache():
     np.testing.assert_allclose(found, formula(q[:, :1], k, v, mask, None), atol=1e-5)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(
     jax.default_backend() == "gpu",
     reason="on a GPU blocks are not passed over: the condition would cost more",
@@ -195,6 +201,7 @@ def test_blocks_that_nobody_sees_are_not_computed(monkeypatch):
     assert np.isfinite(attend(q, k, last, mask, scale=SCALE)[:, :192]).all()
 
 
+@pytest.mark.gpu
 def test_the_scores_of_a_row_never_exist_at_once():
     tokens = 4096
     queries, keys = (

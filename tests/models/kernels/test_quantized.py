@@ -22,7 +22,7 @@ from jaxtune.weights.source import OverriddenSource, resolve
 from tests.support import tools
 from tests.support.steps import Steps, ragged_batch
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("quick_compilation")]
 
 
 def code_book():
@@ -159,6 +159,7 @@ def test_the_compiled_step_holds_so_many_bits_a_parameter(kind, bits, wide_model
     assert 8 * base_bytes / numbers == pytest.approx(bits, abs=0.03)
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_mesh_changes_no_number(kind, wide_model, one_device):
     batches = [ragged_batch(number) for number in range(2)]
