@@ -26,7 +26,9 @@ def command(*arguments):
 
 
 def jaxtune(name, *arguments, **environment):
-    """Run a command to its end; a row says how long it took, or what it said where it failed."""
+    """Run a command to its end; a row says how long it took, or what it said where it failed, and
+    then nothing that comes after it could be told.
+    """
     began = time.monotonic()
     done = subprocess.run(
         command(*arguments),
@@ -35,6 +37,8 @@ def jaxtune(name, *arguments, **environment):
     print(done.stderr[-4000:], flush=True)
     failed = {} if done.returncode == 0 else {"said": done.stderr[-2000:]}
     rows.add(name, ok=done.returncode == 0, seconds=round(time.monotonic() - began, 1), **failed)
+    if failed:
+        sys.exit(f"{name} failed")
     return done.stdout
 
 
