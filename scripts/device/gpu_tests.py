@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
 import rows  # noqa: E402 (the path above)
 
+MARK = "pytest.mark.gpu"
+
 
 class Recorder:
     """A row for each test as it ends."""
@@ -34,7 +36,10 @@ class Recorder:
 def main():
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
     os.chdir(ROOT)
-    options = ["-m", "gpu", "-p", "no:cacheprovider", *sys.argv[1:]]
+    # Other files may import what is not here.
+    files = [str(path) for path in Path("tests").rglob("test_*.py") if MARK in path.read_text()]
+    given = [] if any(argument.startswith("tests/") for argument in sys.argv[1:]) else files
+    options = ["-m", "gpu", "-p", "no:cacheprovider", *sys.argv[1:], *given]
     code = pytest.main(options, plugins=[Recorder()])
     return int(code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED))
 
