@@ -39,7 +39,7 @@ def main():
     # Other files may import what is not here.
     files = [str(path) for path in Path("tests").rglob("test_*.py") if MARK in path.read_text()]
     given = [] if any(argument.startswith("tests/") for argument in sys.argv[1:]) else files
-    options = ["-m", "gpu", "-p", "no:cacheprovider", *sys.argv[1:], *given]
+    options = ["-m", "gpu and not slow", "-p", "no:cacheprovider", *sys.argv[1:], *given]
     code = pytest.main(options, plugins=[Recorder()])
     return int(code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED))
 

@@ -147,7 +147,9 @@ def child_environment(torch=False):
     compiled in a hurry.
     """
     quick = {
-        "PYTHONPATH": str(Path(__file__).parent / "without_torch"),
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parent / "without_torch"), os.environ.get("PYTHONPATH", "")]
+        ),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     return os.environ | {"JAX_PLATFORMS": "cpu"} | ({} if torch else quick)

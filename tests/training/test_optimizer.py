@@ -18,7 +18,7 @@ from jaxtune.training.setup import Setup
 from tests.support import tools
 from tests.support.steps import Steps, leaves, ragged_batch
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 STEPS, RATE = 10, 1e-2
 DETERMINISTIC = {"learning_rate": RATE, "schedule": "constant", "warmup": 0.0, "clip_norm": None}
