@@ -45,9 +45,7 @@ def read_profile(folder, program, rank):
     planes = list(ProfileData.from_file(str(path)).planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:")]
     for plane in devices or planes:
-        for line in plane.lines:
-            if devices and not line.name.startswith("Stream"):
-                continue
+        for line in streams(plane) if devices else plane.lines:
             for event in line.events:
                 operation = dict(event.stats).get("hlo_op")
                 if operation is None and not devices:
@@ -60,6 +58,13 @@ def read_profile(folder, program, rank):
         for name, time in seconds.most_common()
         if (kind := instructions.kind(name, rank)) is not None
     ]
+
+
+def streams(plane):
+    """A device's lines that hold each piece of work once."""
+    lines = list(plane.lines)
+    found = [line for line in lines if line.name.startswith("Stream")]
+    return found or [line for line in lines if line.name == "XLA Ops"]
 
 
 class Program:

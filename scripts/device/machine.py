@@ -41,10 +41,20 @@ def seconds(run, *arrays, times=10):
     return statistics.median(found)
 
 
-def main():
-    device, small = jax.devices()[0], jax.default_backend() == "cpu"
-    if small and os.environ["JAX_PLATFORMS"] != "cpu":
+def first_device():
+    """The device, which without a GPU is there in a dry run only."""
+    try:
+        device = jax.devices()[0]
+    except RuntimeError as error:
+        sys.exit(f"There is no GPU that JAX can use: {error}")
+    if device.platform == "cpu" and os.environ["JAX_PLATFORMS"] != "cpu":
         sys.exit("There is no GPU that JAX can use. --dry-run tries all parts on the CPU.")
+    return device
+
+
+def main():
+    device = first_device()
+    small = device.platform == "cpu"
     stats = device.memory_stats() or {}
     rows.add(
         "machine", device=device.device_kind, platform=device.platform, devices=jax.device_count(),

@@ -60,17 +60,20 @@ def heading(results, machine):
 
 def trouble(parts):
     """What went wrong, and what was left out."""
-    lines = []
+    lines, skipped = [], {}
     for part in parts:
         for row in part["rows"]:
             if row.get("ok") is False:
                 said = {key: value for key, value in row.items() if key not in ("name", "ok")}
                 lines.append(f"- WRONG, {part['name']}: {row['name']}: {said}")
             elif "skipped" in row:
-                lines.append(f"- left out, {part['name']}: {row['name']}: {row['skipped']}")
+                name = row["name"].rpartition("::")[2].partition("[")[0]
+                skipped.setdefault((part["name"], row["skipped"]), {})[name] = None
         if part["state"] not in ("passed", "failed", "running", "not reached"):
             last = [line for line in part["log"].splitlines() if line.strip()][-1:]
             lines.append(f"- {part['name']} {part['state']}: `{''.join(last)[:300]}`")
+    for (part, reason), names in skipped.items():
+        lines.append(f"- left out, {part}: {', '.join(names)}: {reason}")
     return [*lines, ""] if lines else []
 
 

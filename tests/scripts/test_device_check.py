@@ -123,7 +123,7 @@ def check(*arguments, **environment):
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
-    done = check("--out", tmp_path / "out")
+    done = check("--out", tmp_path / "out", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
     assert "machine: raised" in done.stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())
