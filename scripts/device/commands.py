@@ -18,6 +18,7 @@ import rows  # noqa: E402 (the path above)
 
 from tests.support import tools  # noqa: E402 (likewise)
 
+DETERMINISTIC = "--xla_gpu_exclude_nondeterministic_ops=true"
 STEPS, EVERY, KILLED_AT = 30, 5, 12
 
 
@@ -51,11 +52,12 @@ def training(model, data, directory):
     ]  # fmt: skip
 
 
-def killed(arguments, directory):
+def killed(arguments, directory, environment):
     """Begin a run and kill it after a step; return the step that its record has last."""
     process = subprocess.Popen(
-        command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+        command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=os.environ | environment,
+    )  # fmt: skip
     while process.poll() is None and last_step(directory) < KILLED_AT:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -81,7 +83,7 @@ def resumed(model, data, folder, **environment):
     """Whether a run that was killed and goes on ends as one that was not; the second's folder."""
     whole, cut = folder / "whole", folder / "cut"
     jaxtune("train", *training(model, data, whole), **environment)
-    step = killed(training(model, data, cut), cut)
+    step = killed(training(model, data, cut), cut, environment)
     rows.add("kill -9", ok=KILLED_AT <= step < STEPS, step=step)
     jaxtune("resume", *training(model, data, cut), **environment)
     one, other = (
@@ -109,6 +111,9 @@ def main():
                     "--data", data, "--json", "-", JAX_PLATFORMS="cpu")
         )  # fmt: skip
         rows.compare("eval: loss here and there", abs(here["loss"] / there["loss"] - 1), 2e-2)
+        if not same:  # is it the kernels that add in any order?
+            again, _ = resumed(model, data, folder / "deterministic", XLA_FLAGS=DETERMINISTIC)
+            rows.add("the same with deterministic kernels", same=again, flags=DETERMINISTIC)
         said = jaxtune("generate", "generate", run, "--prompt", "1+2?", "--max-new-tokens", 16)
         rows.add("an answer", answer=said.strip()[:200])
 

@@ -118,7 +118,7 @@ def test_without_what_is_needed_the_others_are_not_begun(parts, tmp_path):
 def check(*arguments, **environment):
     return subprocess.run(
         [sys.executable, str(CHECK), *map(str, arguments)],
-        capture_output=True, text=True, timeout=900, env=os.environ | environment, check=False,
+        capture_output=True, text=True, timeout=1400, env=os.environ | environment, check=False,
     )  # fmt: skip
 
 
@@ -132,6 +132,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_a_dry_run_goes_through_every_part(tmp_path):
     done = check("--dry-run", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr
