@@ -146,10 +146,9 @@ def child_environment(torch=False):
     """One CPU device; without `torch`, only our own reader verifies exports and programs are
     compiled in a hurry.
     """
+    paths = [str(Path(__file__).parent / "without_torch"), os.environ.get("PYTHONPATH")]
     quick = {
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(__file__).parent / "without_torch"), os.environ.get("PYTHONPATH", "")]
-        ),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     return os.environ | {"JAX_PLATFORMS": "cpu"} | ({} if torch else quick)
