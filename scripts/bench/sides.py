@@ -6,7 +6,9 @@ program, this file is one of them.
 The model is that of `models.py`, LoRA r=16 on all linear layers of the blocks, AdamW, clipping at
 1. Of `random` data a batch is 4 x 256 tokens (BENCH_ROWS x BENCH_LENGTH), every one supervised; of
 `packed` each row is several texts, which do not see each other; of `news` it is what the quickstart
-trains on: peers pad eight rows a step, as their users do, jaxtune packs rows of 512.
+trains on: peers pad eight rows a step, as their users do, jaxtune packs rows of 512. With
+BENCH_CHECKPOINTING the peers compute their layers' activations again in the backward pass;
+BENCH_COMPILER is the backend of torch.compile.
 """
 
 import argparse
@@ -14,62 +16,15 @@ import json
 import os
 import resource
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import models
+from batches import PACKED_LENGTH, news, positions_of, random_ids, texts_of
 from models import ALPHA, RANK
 
 ROWS, LENGTH = int(os.environ.get("BENCH_ROWS", 4)), int(os.environ.get("BENCH_LENGTH", 256))
-NEWS_ROWS, PACKED_ROWS, PACKED_LENGTH = 8, 2, 512
+NEWS_ROWS, PACKED_ROWS = 8, 2
 WARM_UP = 2  # the first step compiles, the second may do so again for its own results' layout
-
-
-def random_ids(rows, length):
-    import numpy as np
-
-    vocabulary = min(49152, (models.shape() or {}).get("vocab_size", 49152))
-    return np.random.default_rng(0).integers(0, vocabulary, (rows, length + 1)).astype(np.int32)
-
-
-def texts_of(rows, length, packed):
-    """Which text of its row each token belongs to, from 1, [rows, length]: one text or, packed,
-    eight of unequal length.
-    """
-    import numpy as np
-
-    if not packed:
-        return np.ones((rows, length), np.int32)
-    random, borders = np.random.default_rng(1), np.zeros((rows, length), np.int32)
-    for row in borders:
-        row[random.choice(np.arange(1, length), 7, replace=False)] = 1
-    return 1 + np.cumsum(borders, axis=1, dtype=np.int32)
-
-
-def positions_of(texts):
-    import numpy as np
-
-    places = np.broadcast_to(np.arange(texts.shape[1], dtype=np.int32), texts.shape)
-    first = np.diff(texts, axis=1, prepend=0) > 0
-    return places - np.maximum.accumulate(np.where(first, places, 0), axis=1)
-
-
-def news():
-    """The quickstart's rows: `(ids, supervised)` each."""
-    from jaxtune.config.schema import DataSection
-    from jaxtune.data.prepare import prepare
-    from jaxtune.weights.bundled import smollm2
-    from jaxtune.weights.source import resolve
-    from jaxtune.workflows.news import write_news
-
-    with tempfile.TemporaryDirectory() as folder:
-        trained, _ = write_news(Path(folder))
-        found = prepare(
-            DataSection(train=str(trained), max_length=PACKED_LENGTH),
-            resolve(str(smollm2())).tokenizer(),
-        )
-        return found, [(list(item.ids), list(item.supervised)) for item in found.items[:]]
 
 
 class Jaxtune:
@@ -91,7 +46,7 @@ class Jaxtune:
         self.model = models.trained(self.config(ROWS, LENGTH), self.mesh)
         if data == "news":
             self.assemble(PACKED_ROWS, PACKED_LENGTH)
-            self.batches = self.news()
+            self.batches = self.news_batches()
         else:
             self.use(ROWS, LENGTH, data == "packed")
 
@@ -129,7 +84,7 @@ class Jaxtune:
         )
         self.batches = [(on_devices(batch, 1, self.mesh), rows * length)]
 
-    def news(self):
+    def news_batches(self):
         from jaxtune.data.loader import BatchSchedule, on_devices
         from jaxtune.data.packing import Layout
 

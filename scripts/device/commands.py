@@ -14,8 +14,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-import rows  # noqa: E402 (the path above)
+import findings  # noqa: E402 (the path above)
 
+from jaxtune.tracking.metrics_log import read_metrics  # noqa: E402 (likewise)
 from tests.support import tools  # noqa: E402 (likewise)
 
 DETERMINISTIC = "--xla_gpu_exclude_nondeterministic_ops=true"
@@ -37,7 +38,9 @@ def jaxtune(name, *arguments, **environment):
     )  # fmt: skip
     print(done.stderr[-4000:], flush=True)
     failed = {} if done.returncode == 0 else {"said": done.stderr[-2000:]}
-    rows.add(name, ok=done.returncode == 0, seconds=round(time.monotonic() - began, 1), **failed)
+    findings.add(
+        name, ok=done.returncode == 0, seconds=round(time.monotonic() - began, 1), **failed
+    )
     if failed:
         sys.exit(f"{name} failed")
     return done.stdout
@@ -65,18 +68,14 @@ def killed(arguments, directory, environment):
     return last_step(directory)
 
 
-def metrics(directory):
-    path = directory / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
 def last_step(directory):
-    return max((row["step"] for row in metrics(directory) if row["split"] == "train"), default=0)
+    return max(
+        (row["step"] for row in read_metrics(directory) if row["split"] == "train"), default=0
+    )
 
 
 def losses(directory):
-    return [row["loss"] for row in metrics(directory) if row["split"] == "train"]
+    return [row["loss"] for row in read_metrics(directory) if row["split"] == "train"]
 
 
 def resumed(model, data, folder, **environment):
@@ -84,7 +83,7 @@ def resumed(model, data, folder, **environment):
     whole, cut = folder / "whole", folder / "cut"
     jaxtune("train", *training(model, data, whole), **environment)
     step = killed(training(model, data, cut), cut, environment)
-    rows.add("kill -9", ok=KILLED_AT <= step < STEPS, step=step)
+    findings.add("kill -9", ok=KILLED_AT <= step < STEPS, step=step)
     jaxtune("resume", *training(model, data, cut), **environment)
     one, other = (
         (place / "adapter" / "adapter_model.safetensors").read_bytes() for place in (whole, cut)
@@ -99,23 +98,23 @@ def main():
         model = tools.save_model(folder / "model", config, tools.byte_tokenizer())
         data = tools.write_rows(folder / "rows.jsonl", tools.sums(64))
         same, run = resumed(model, data, folder)
-        rows.add("killed and resumed: bit-identical", ok=same, last_loss=losses(run)[-1])
+        findings.add("killed and resumed: bit-identical", ok=same, last_loss=losses(run)[-1])
         fell = losses(run)[-1] < 0.8 * losses(run)[0]
-        rows.add("the loss falls", ok=fell, first=losses(run)[0], last=losses(run)[-1])
+        findings.add("the loss falls", ok=fell, first=losses(run)[0], last=losses(run)[-1])
         verified = json.loads((run / "verification.json").read_text())
-        rows.add("the run's export, reloaded and in PyTorch", **verified)
+        findings.add("the run's export, reloaded and in PyTorch", **verified)
         jaxtune("export --to hf", "export", run, "--to", "hf", "--out", folder / "merged")
         here = json.loads(jaxtune("eval", "eval", run, "--data", data, "--json", "-"))
         there = json.loads(
             jaxtune("eval of the merged export, on the CPU, float32", "eval", folder / "merged",
                     "--data", data, "--json", "-", JAX_PLATFORMS="cpu")
         )  # fmt: skip
-        rows.compare("eval: loss here and there", abs(here["loss"] / there["loss"] - 1), 2e-2)
+        findings.compare("eval: loss here and there", abs(here["loss"] / there["loss"] - 1), 2e-2)
         if not same:  # is it the kernels that add in any order?
             again, _ = resumed(model, data, folder / "deterministic", XLA_FLAGS=DETERMINISTIC)
-            rows.add("the same with deterministic kernels", same=again, flags=DETERMINISTIC)
+            findings.add("the same with deterministic kernels", same=again, flags=DETERMINISTIC)
         said = jaxtune("generate", "generate", run, "--prompt", "1+2?", "--max-new-tokens", 16)
-        rows.add("an answer", answer=said.strip()[:200])
+        findings.add("an answer", answer=said.strip()[:200])
 
 
 if __name__ == "__main__":

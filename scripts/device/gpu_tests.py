@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
-import rows  # noqa: E402 (the path above)
+import findings  # noqa: E402 (the path above)
 
 MARK = "pytest.mark.gpu"
 
@@ -21,16 +21,16 @@ class Recorder:
 
     def pytest_collectreport(self, report):
         if report.failed:
-            rows.add(report.nodeid, ok=False, said=str(report.longrepr)[-500:])
+            findings.add(report.nodeid, ok=False, said=str(report.longrepr)[-500:])
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
-            rows.add(report.nodeid, ok=False, said=str(report.longrepr)[-500:])
+            findings.add(report.nodeid, ok=False, said=str(report.longrepr)[-500:])
         elif report.skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else "?"
-            rows.add(report.nodeid, skipped=reason.removeprefix("Skipped: "))
+            findings.add(report.nodeid, skipped=reason.removeprefix("Skipped: "))
         elif report.when == "call":
-            rows.add(report.nodeid, ok=True, seconds=round(report.duration, 1))
+            findings.add(report.nodeid, ok=True, seconds=round(report.duration, 1))
 
 
 def main():

@@ -63,8 +63,8 @@ def read_profile(folder, program, rank):
 def streams(plane):
     """A device's lines that hold each piece of work once."""
     lines = list(plane.lines)
-    found = [line for line in lines if line.name.startswith("Stream")]
-    return found or [line for line in lines if line.name == "XLA Ops"]
+    kernels = [line for line in lines if line.name.startswith("Stream")]
+    return kernels or [line for line in lines if line.name == "XLA Ops"]
 
 
 class Program:
@@ -76,9 +76,9 @@ class Program:
         for line in text.splitlines():
             if (begins := COMPUTATION.match(line)) is not None:
                 here = begins[1]
-            elif (found := INSTRUCTION.match(line)) is not None:
-                self.texts[found[1]] = found[2]
-                self.bodies[here].append(found[2])
+            elif (instruction := INSTRUCTION.match(line)) is not None:
+                self.texts[instruction[1]] = instruction[2]
+                self.bodies[here].append(instruction[2])
 
     def kind(self, name, rank):
         """The kind of an operation; None for one that only holds others."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
-import rows  # noqa: E402 (the path above)
+import findings  # noqa: E402 (the path above)
 
 from jaxtune.core.hardware import peak_flops  # noqa: E402 (likewise)
 
@@ -32,13 +32,13 @@ def version(name):
 
 def seconds(run, *arrays, times=10):
     """The middle of several runs' seconds, after two that warm up."""
-    found = []
+    all_seconds = []
     for number in range(2 + times):
         began = time.perf_counter()
         jax.block_until_ready(run(*arrays))
         if number > 1:
-            found.append(time.perf_counter() - began)
-    return statistics.median(found)
+            all_seconds.append(time.perf_counter() - began)
+    return statistics.median(all_seconds)
 
 
 def first_device():
@@ -56,7 +56,7 @@ def main():
     device = first_device()
     small = device.platform == "cpu"
     stats = device.memory_stats() or {}
-    rows.add(
+    findings.add(
         "machine", device=device.device_kind, platform=device.platform, devices=jax.device_count(),
         peak_flops=peak_flops(device.device_kind),
         memory=stats.get("bytes_limit"), cores=os.cpu_count(), python=platform.python_version(),
@@ -67,10 +67,10 @@ def main():
         jax.random.normal(jax.random.key(number), (size, size), jnp.bfloat16) for number in (0, 1)
     )
     took = seconds(jax.jit(jnp.matmul), left, right)
-    rows.add("products", size=size, flops=2 * size**3 / took)
+    findings.add("products", size=size, flops=2 * size**3 / took)
     large = jax.random.normal(jax.random.key(2), (2**24 if small else 2**31,), jnp.bfloat16)
     took = seconds(jax.jit(lambda x: x + 1), large)
-    rows.add("copies", bytes_per_second=2 * large.nbytes / took)
+    findings.add("copies", bytes_per_second=2 * large.nbytes / took)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ leaf where it is largest.
 
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,13 +22,13 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-import rows  # noqa: E402 (the path above)
+import findings  # noqa: E402 (the path above)
 
 from jaxtune.core.mesh import make_mesh  # noqa: E402 (likewise)
 from jaxtune.models.kernels import attention, cudnn  # noqa: E402 (likewise)
 from jaxtune.models.kernels.blockwise import attend_blockwise  # noqa: E402 (likewise)
-from jaxtune.models.kernels.mask import Mask  # noqa: E402 (likewise)
 from tests.support import families  # noqa: E402 (likewise)
+from tests.support.attention import SCALE, arrays, formula, packed  # noqa: E402 (likewise)
 from tests.support.steps import Steps, batch_of  # noqa: E402 (likewise)
 
 # (logits, loss, gradients). bfloat16 has eight bits: one product rounds by 2e-3 to 4e-3, a model
@@ -63,8 +64,7 @@ def numbers(directory, mesh, *keys):
         ),
         steps.trainable,
     )
-    found, grads = steps.gradient(batch(), trainable, logits=True)
-    loss, logits = found
+    (loss, logits), grads = steps.gradient(batch(), trainable, logits=True)
     leaves = {
         jax.tree_util.keystr(path): np.asarray(leaf, np.float64)
         for path, leaf in jax.tree.leaves_with_path(grads)
@@ -78,12 +78,12 @@ def distance(ours, theirs):
 
 def compare(name, ours, theirs, limits):
     """A row each for logits, loss and gradients."""
-    rows.compare(f"{name}: logits", distance(ours[0], theirs[0]), limits[0])
-    rows.compare(f"{name}: loss", abs(ours[1] / theirs[1] - 1), limits[1])
+    findings.compare(f"{name}: logits", distance(ours[0], theirs[0]), limits[0])
+    findings.compare(f"{name}: loss", abs(ours[1] / theirs[1] - 1), limits[1])
     assert ours[2].keys() == theirs[2].keys()
     apart = {leaf: distance(ours[2][leaf], value) for leaf, value in theirs[2].items()}
     worst = max(apart, key=lambda leaf: np.nan_to_num(apart[leaf], nan=np.inf))
-    rows.compare(f"{name}: gradients", apart[worst], limits[2], leaf=worst, leaves=len(apart))
+    findings.compare(f"{name}: gradients", apart[worst], limits[2], leaf=worst, leaves=len(apart))
 
 
 def compute(dtype):
@@ -130,7 +130,7 @@ def of_methods(folder, share, shares):
     references = {}
     for name, (shared, own, limits) in list(METHODS.items())[share - 1 :: shares]:
         if "offload" in name and not ACCELERATOR:
-            rows.add(name, skipped="a CPU has no other memory to keep layers in")
+            findings.add(name, skipped="a CPU has no other memory to keep layers in")
             continue
         shared = [compute("float32"), *shared]
         key = tuple(shared)
@@ -146,70 +146,37 @@ def of_attention(folder, share, shares):
     cpu, accelerator = meshes()
     for size in (32, 64, 128)[share - 1 :: shares]:
         for window in (None, 50):
-            mask, arrays = packed(window), random_arrays(size)
-            wide = [part.astype(np.float32) for part in arrays]
-            theirs = outputs(cpu, formula, mask, wide)
-            kernels = {"blockwise": lambda q, k, v, m: attend_blockwise(q, k, v, m, scale=0.2)}
-            if ACCELERATOR:
-                kernels["cuDNN"] = lambda q, k, v, m: cudnn.attend(
-                    q, k, v, m, scale=0.2, causal=True
-                )
-                kernels["as chosen"] = lambda q, k, v, m: attention.attend(
-                    q, k, v, m, scale=0.2, windows=(None if m.window is None else 50,)
-                )
-            else:
-                rows.add(f"cuDNN, heads of {size}, window {window}", skipped="no NVIDIA GPU here")
-            for kernel, run in kernels.items():
-                ours = outputs(accelerator, run, mask, arrays)
-                for part, one, other in zip(("out", "dq", "dk", "dv"), ours, theirs, strict=True):
-                    rows.compare(
-                        f"{kernel}, heads of {size}, window {window}: {part}",
-                        distance(one, other),
-                        1e-2,
-                    )
+            mask, rounded = packed(window), arrays(size, jnp.bfloat16)
+            wide = [part.astype(np.float32) for part in rounded]
+            theirs = outputs(cpu, partial(formula, mask=mask), wide)
+            for kernel, run in kernels(mask, window):
+                name = f"{kernel}, heads of {size}, window {window}"
+                if run is None:
+                    findings.add(name, skipped="no NVIDIA GPU here")
+                    continue
+                ours = outputs(accelerator, run, rounded)
+                for part, *pair in zip(("out", "dq", "dk", "dv"), ours, theirs, strict=True):
+                    findings.compare(f"{name}: {part}", distance(*pair), 1e-2)
 
 
-def packed(window, tokens=256):
-    segments = np.stack([np.repeat([1, 2, 3], [100, 60, 96]), np.repeat([1, 2, 3], [30, 200, 26])])
-    first = np.diff(segments, axis=1, prepend=0) > 0
-    places = np.broadcast_to(np.arange(tokens), segments.shape)
-    positions = places - np.maximum.accumulate(np.where(first, places, 0), axis=1)
-    segments, positions = segments.astype(np.int32), positions.astype(np.int32)
-    limit = None if window is None else np.int32(window)
-    return Mask(positions, positions, segments, segments, limit)
+def kernels(mask, window):
+    """The forms of attention, None where it cannot be computed here."""
+    known = {"mask": mask, "scale": SCALE}
+    yield "blockwise", partial(attend_blockwise, **known)
+    yield "cuDNN", partial(cudnn.attend, causal=True, **known) if ACCELERATOR else None
+    yield "as chosen", partial(attention.attend, windows=(window,), **known)
 
 
-def random_arrays(size, tokens=256, heads=4, kv_heads=2):
-    """Queries, keys, values and the output's gradient."""
-    random = np.random.default_rng(0)
-    return [
-        random.normal(size=(2, tokens, count, size)).astype(jnp.bfloat16)
-        for count in (heads, kv_heads, kv_heads, heads)
-    ]
-
-
-def formula(q, k, v, mask):
-    groups = q.shape[2] // k.shape[2]
-    k, v = (jnp.repeat(part, groups, axis=2) for part in (k, v))
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k, precision="highest") * 0.2
-    apart = mask.query_positions[:, :, None] - mask.key_positions[:, None]
-    seen = (apart >= 0) & (mask.query_segments[:, :, None] == mask.key_segments[:, None])
-    if mask.window is not None:
-        seen &= apart < mask.window
-    probs = jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30))
-    return jnp.einsum("bnts,bsnh->btnh", probs, v, precision="highest")
-
-
-def outputs(mesh, run, mask, arrays):
+def outputs(mesh, run, arrays):
     """The output and its gradients with respect to queries, keys and values."""
 
-    def both(q, k, v, dout, mask):
-        out, back = jax.vjp(lambda q, k, v: run(q, k, v, mask), q, k, v)
+    def both(q, k, v, dout):
+        out, back = jax.vjp(run, q, k, v)
         return out, *back(dout)
 
     with jax.set_mesh(mesh):
-        here = jax.device_put((*arrays, mask), jax.sharding.NamedSharding(mesh, jax.P()))
-        return [np.asarray(part, np.float64) for part in jax.jit(both)(*here)]
+        placed = jax.device_put(arrays, jax.sharding.NamedSharding(mesh, jax.P()))
+        return [np.asarray(part, np.float64) for part in jax.jit(both)(*placed)]
 
 
 def main():

@@ -79,6 +79,8 @@ class Running:
             return False
         if code is None:
             self.state = TIMED_OUT if self.peak < self.part.memory else ATE_MEMORY
+        if code is not None:
+            family.pop(self.process.pid, None)  # it is gone, its number may be another's
         end(family)
         self.process.wait()
         if code is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "bench"), str(Path(__file__).parent)]
-import rows as found  # noqa: E402 (the path above)
+import findings  # noqa: E402 (the path above)
 
 LLAMA_8B, LLAMA_1B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B"
 SHORT, PACKED = (8, 2048, False), (4, 4096, True)  # rows, tokens, several texts a row
@@ -32,6 +32,7 @@ class Case:
     """What is measured.
 
     Attributes:
+        seconds: the most that it may take.
         model: its shape.
         side: a key of `sides.WORKERS`.
         dtype: of its weights.
@@ -41,6 +42,7 @@ class Case:
 
     """
 
+    seconds: int
     model: str
     side: str
     dtype: str = "bfloat16"
@@ -50,19 +52,19 @@ class Case:
 
 
 CASES = {
-    "8B": Case(LLAMA_8B, "jaxtune", batches=(SHORT, PACKED), profiled=True),
-    "8B PEFT": Case(LLAMA_8B, "peft", batches=(SHORT, PACKED), checkpointing=True),
-    "8B nf4": Case(LLAMA_8B, "jaxtune", "nf4"),
-    "generation": Case(LLAMA_1B, "jaxtune", batches=()),
-    "generation PEFT": Case(LLAMA_1B, "peft", batches=()),
-    "8B Liger": Case(LLAMA_8B, "peft-liger", checkpointing=True),
-    "1B": Case(LLAMA_1B, "jaxtune"),
-    "1B PEFT": Case(LLAMA_1B, "peft"),
-    "8B fp8": Case(LLAMA_8B, "jaxtune", "fp8"),
-    "8B torch.compile": Case(LLAMA_8B, "peft-compile", checkpointing=True),
-    "1B torch.compile": Case(LLAMA_1B, "peft-compile"),
-    "1B Liger": Case(LLAMA_1B, "peft-liger"),
-    "8B int8": Case(LLAMA_8B, "jaxtune", "int8"),
+    "8B": Case(120, LLAMA_8B, "jaxtune", batches=(SHORT, PACKED), profiled=True),
+    "8B PEFT": Case(90, LLAMA_8B, "peft", batches=(SHORT, PACKED), checkpointing=True),
+    "8B nf4": Case(80, LLAMA_8B, "jaxtune", "nf4"),
+    "generation": Case(70, LLAMA_1B, "jaxtune", batches=()),
+    "generation PEFT": Case(70, LLAMA_1B, "peft", batches=()),
+    "8B Liger": Case(60, LLAMA_8B, "peft-liger", checkpointing=True),
+    "1B": Case(50, LLAMA_1B, "jaxtune"),
+    "1B PEFT": Case(45, LLAMA_1B, "peft"),
+    "8B fp8": Case(80, LLAMA_8B, "jaxtune", "fp8"),
+    "8B torch.compile": Case(150, LLAMA_8B, "peft-compile", checkpointing=True),
+    "1B torch.compile": Case(90, LLAMA_1B, "peft-compile"),
+    "1B Liger": Case(45, LLAMA_1B, "peft-liger"),
+    "8B int8": Case(80, LLAMA_8B, "jaxtune", "int8"),
 }
 """In order of worth."""
 
@@ -99,7 +101,7 @@ def train(case, name):
         if number:
             worker.use(rows, length, packed)
         seconds, tokens, warm = timed(worker)
-        found.add(
+        findings.add(
             f"{name}, {rows} x {length:,}{' packed' if packed else ''}",
             tokens=tokens, seconds=statistics.median(seconds), all_seconds=seconds,
             memory=sides.peak_bytes(), memory_is_at_most=bool(number and case.side == "jaxtune"),
@@ -124,6 +126,7 @@ def work(case):
 
 def profile(worker, name):
     import jax
+    import models
     from kinds import by_kind, read_profile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -131,11 +134,11 @@ def profile(worker, name):
             for number in range(PROFILED):
                 worker(number)
         (program,) = worker.programs.values()
-        operations = read_profile(Path(folder), program.as_text(), 16)
+        operations = read_profile(Path(folder), program.as_text(), models.RANK)
     for kind, seconds in by_kind(operations).items():
-        found.add(f"{name}, a step's {kind}", profile=kind, ms=1e3 * seconds / PROFILED)
+        findings.add(f"{name}, a step's {kind}", profile=kind, ms=1e3 * seconds / PROFILED)
     for operation in operations[:10]:
-        found.add(
+        findings.add(
             f"{name}, {operation.name}", operation=operation.kind, times=operation.times,
             ms=1e3 * operation.seconds / PROFILED,
         )  # fmt: skip
@@ -149,7 +152,7 @@ def generate(case, name, small):
     for rows in GENERATED:
         worker.use(rows, read, written)
         seconds, tokens, warm = timed(worker, enough=6)
-        found.add(
+        findings.add(
             f"{name}, {rows} rows", rows=rows, tokens=tokens, model=case.model,
             seconds=statistics.median(seconds), all_seconds=seconds, warm_up=warm,
             memory=sides.peak_bytes(),
@@ -183,7 +186,7 @@ def main():
     if case.checkpointing:
         os.environ["BENCH_CHECKPOINTING"] = "1"
     if (lacking := missing(case)) is not None:
-        found.add(options.case, skipped=lacking)
+        findings.add(options.case, skipped=lacking)
     elif case.batches:
         train(case, options.case)
     else:

@@ -1,5 +1,7 @@
 """The results of a check as Markdown. Only the standard library."""
 
+import math
+
 
 def summary(record):
     """A part's line."""
@@ -31,7 +33,7 @@ def named(rows):
 
 def of_speed(rows):
     prefix = "speed of "
-    return [row for name, found in rows.items() if name.startswith(prefix) for row in found]
+    return [row for part, own in rows.items() if part.startswith(prefix) for row in own]
 
 
 def heading(results, machine):
@@ -71,7 +73,7 @@ def trouble(parts):
                 skipped.setdefault((part["name"], row["skipped"]), {})[name] = None
         if part["state"] not in ("passed", "failed", "running", "not reached"):
             last = [line for line in part["log"].splitlines() if line.strip()][-1:]
-            lines.append(f"- {part['name']} {part['state']}: `{''.join(last)[:300]}`")
+            lines.append(f"- {part['name']} {part['state']}: {''.join(last)[:300]}".rstrip(": "))
     for (part, reason), names in skipped.items():
         lines.append(f"- left out, {part}: {', '.join(names)}: {reason}")
     return [*lines, ""] if lines else []
@@ -83,7 +85,7 @@ def differences(parts):
     for part in parts:
         compared = [row for row in part["rows"] if "limit" in row]
         if compared:
-            near = max(compared, key=lambda row: row["difference"] / row["limit"])
+            near = max(compared, key=share_of_limit)
             lines.append(
                 f"| {part['name']} | {len(compared)} | {near['name']} | {near['difference']:.1e} | "
                 f"{near['limit']:.0e} |"
@@ -93,6 +95,12 @@ def differences(parts):
         "|---|---|---|---|---|",
     ]
     return [*head, *lines, ""] if lines else []
+
+
+def share_of_limit(row):
+    """What is no number is farther than anything else."""
+    share = row["difference"] / row["limit"]
+    return math.inf if math.isnan(share) else share
 
 
 def facts(rows):
@@ -145,16 +153,16 @@ def steps(rows, machine):
 
 
 def generation(rows):
-    found = {}
+    rates = {}
     for row in rows:
         if row["name"].startswith("generation") and "rows" in row:
             side = row["name"].partition(",")[0]
-            found.setdefault(row["rows"], {})[side] = row["tokens"] / row["seconds"]
-    if not found:
+            rates.setdefault(row["rows"], {})[side] = row["tokens"] / row["seconds"]
+    if not rates:
         return []
     lines = ["Greedy generation, new tokens a second", "",
              "| rows | jaxtune | transformers | ratio |", "|---|---|---|---|"]  # fmt: skip
-    for count, sides in found.items():
+    for count, sides in rates.items():
         ours, theirs = sides.get("generation"), sides.get("generation PEFT")
         ratio = f"{ours / theirs:.2f}x" if ours and theirs else ""
         words = [f"{value:,.0f}" if value else "?" for value in (ours, theirs)]

@@ -9,8 +9,6 @@ from jaxtune.inference.engine import Engine
 from jaxtune.weights.load import load_model
 from jaxtune.weights.source import resolve
 
-pytestmark = pytest.mark.gpu
-
 PROMPTS = [
     "What is the capital of France?",
     "Write a haiku about the sea.",

@@ -52,6 +52,7 @@ def test_no_mesh_changes_the_numbers(shape, chat_model, one_device):
         ["adapter.method=dora", "adapter.dropout=0.1"],
         ["adapter.method=ia3"],
         ["adapter.method=none"],
+        ["model.dtype=int8"],
     ],
     ids=lambda keys: keys[0],
 )

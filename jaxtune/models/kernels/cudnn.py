@@ -13,9 +13,7 @@ _LARGEST_HEAD = 128
 
 
 def supports_cudnn(q_BTNH: jax.Array, cap: float | None) -> bool:
-    """Return whether cuDNN accepts such queries and this machine has it; one without a GPU cannot
-    compile for it.
-    """
+    """Return whether cuDNN accepts such queries and this machine has a GPU for it."""
     tokens, size = q_BTNH.shape[1], q_BTNH.shape[3]
     fits = tokens % 2 == 0 and tokens <= _LONGEST and size % 8 == 0 and size <= _LARGEST_HEAD
     return fits and cap is None and q_BTNH.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"

@@ -15,60 +15,14 @@ from jaxtune.models.kernels.attention import attend
 from jaxtune.models.kernels.mask import Mask
 from jaxtune.models.kernels.splash import Splash
 from jaxtune.models.remat import CUDNN, remat
+from tests.support.attention import SCALE, arrays, formula, packed
 
-BATCH, TOKENS, HEADS, KV_HEADS, SIZE, SCALE = 2, 256, 4, 2, 32, 0.2
+BATCH, TOKENS, HEADS, KV_HEADS, SIZE = 2, 256, 4, 2, 32
 EVERYTHING = np.iinfo(np.int32).max
 
 
-def visible(mask):
-    """Pair by pair: the same segment, not later, and within the window."""
-    places = zip(*(np.asarray(part) for part in mask[:4]), strict=True)
-    window = EVERYTHING if mask.window is None else int(mask.window)
-    return np.asarray(
-        [
-            [
-                [
-                    one == other and 0 <= at - of < window
-                    for of, other in zip(keys, key_segments, strict=True)
-                ]
-                for at, one in zip(queries, query_segments, strict=True)
-            ]
-            for queries, keys, query_segments, key_segments in places
-        ]
-    )
-
-
-def formula(q, k, v, mask, cap):
-    groups = q.shape[2] // k.shape[2]
-    q, k, v = (
-        part.astype(jnp.float32) for part in (q, jnp.repeat(k, groups, 2), jnp.repeat(v, groups, 2))
-    )
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k, precision="highest") * SCALE
-    scores = scores if cap is None else cap * jnp.tanh(scores / cap)
-    probs = jax.nn.softmax(jnp.where(visible(mask)[:, None], scores, -1e30))
-    return jnp.einsum("bnts,bsnh->btnh", probs, v, precision="highest")
-
-
-def packed(window=None, tokens=TOKENS):
-    """Rows of several segments, the borders of which lie within blocks."""
-    lengths = [[100, 60, tokens - 160], [30, 200, tokens - 230]]
-    segments = jnp.asarray([np.repeat([1, 2, 3], row) for row in lengths], jnp.int32)
-    positions = jnp.asarray(
-        [np.concatenate([np.arange(size) for size in row]) for row in lengths], jnp.int32
-    )
-    return Mask(
-        positions, positions, segments, segments, None if window is None else jnp.int32(window)
-    )
-
-
-def arrays(dtype=jnp.float32, tokens=TOKENS):
-    random = np.random.default_rng(0)
-    sizes = [(BATCH, tokens, heads, SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
-    return [jnp.asarray(random.normal(size=size), jnp.float32).astype(dtype) for size in sizes]
-
-
 def assert_equals_the_formula(run, mask, cap, dtype, tolerance):
-    *parts, dout = arrays(dtype, mask.query_positions.shape[1])
+    *parts, dout = arrays(SIZE, dtype, mask.query_positions.shape[1])
 
     def of(function):
         def value(*parts):
@@ -162,7 +116,7 @@ def test_what_cudnn_computed_is_kept_and_not_computed_again(policy, passes, monk
     monkeypatch.setattr(
         "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91900
     )  # traced, not compiled
-    q, k, v, _ = arrays(jnp.bfloat16)
+    q, k, v, _ = arrays(SIZE, jnp.bfloat16)
     layer = remat(partial(cudnn.attend, mask=packed(), scale=SCALE, causal=True), policy)
     trace = jax.make_jaxpr(jax.grad(lambda q: jnp.sum(layer(q, k, v).astype(jnp.float32))))(q)
     assert str(trace).count(f"{CUDNN}[") == passes
@@ -171,7 +125,7 @@ def test_what_cudnn_computed_is_kept_and_not_computed_again(policy, passes, monk
 @pytest.mark.gpu
 def test_one_query_over_a_cache():
     """Decoding: slots that hold nothing yet are positions beyond the query's."""
-    q, k, v, _ = arrays()
+    q, k, v, _ = arrays(SIZE, jnp.float32)
     positions, slots = (
         jnp.asarray([[17], [200]], jnp.int32),
         jnp.broadcast_to(jnp.arange(TOKENS, dtype=jnp.int32), (BATCH, TOKENS)),
@@ -194,7 +148,7 @@ def test_blocks_that_nobody_sees_are_not_computed(monkeypatch):
     segments = jnp.asarray([np.repeat([1, 2], [64, 192])] * BATCH, jnp.int32)
     positions = jnp.asarray([[*range(64), *range(192)]] * BATCH, jnp.int32)
     mask = Mask(positions, positions, segments, segments)
-    q, k, v, _ = arrays()
+    q, k, v, _ = arrays(SIZE, jnp.float32)
     hidden = v.at[:, :64].set(jnp.nan)
     assert np.isfinite(attend(q, k, hidden, mask, scale=SCALE)[:, 64:]).all()
     last = v.at[:, 192:].set(jnp.nan)
