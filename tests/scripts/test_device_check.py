@@ -178,8 +178,9 @@ def results(**changes):
     """Of a check on a device: two parts that compare, one of which is wrong, and two steps."""
     machine = [
         {"name": "machine", "device": "A GPU", "peak_flops": 1e12, "packages": {"jax": "1"}},
-        {"name": "products", "flops": 8e11, "size": 8}, {"name": "copies", "bytes_per_second": 1e12},
-    ]  # fmt: skip
+        {"name": "products", "flops": 8e11, "size": 8},
+        {"name": "copies", "bytes_per_second": 1e12},
+    ]
     compared = [
         {"name": "near", "difference": 9e-4, "limit": 1e-3, "ok": True},
         {"name": "broken", "difference": float("nan"), "limit": 1e-3, "ok": False, "said": "/x/y"},
@@ -195,9 +196,10 @@ def results(**changes):
         f"speed of {case}": rows for case, rows in speed.items()
     }
     parts = [
-        {"name": name, "state": "passed", "seconds": 1.0, "rows": rows, "log": "/home/me"}
+        {"name": name, "state": "passed", "seconds": 1.0, "rows": rows, "log": ""}
         for name, rows in named.items()
     ]
+    parts.append({"name": "b", "state": "raised", "seconds": 1.0, "rows": [], "log": "/home/me"})
     known = {"date": "2026-01-01", "command": "check", "commit": "abc", "missing": []}
     return known | {"dry_run": False, "parts": parts} | changes
 
