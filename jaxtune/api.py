@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxtune.config.load import load_config, validated
+from jaxtune.config.load import validated
 from jaxtune.config.schema import Config
 from jaxtune.core import runtime
 from jaxtune.evaluation.evaluate import EvalOptions
@@ -15,6 +15,7 @@ from jaxtune.objectives.objective import Objective
 from jaxtune.planning.planner import Plan
 from jaxtune.planning.planner import plan as plan_run
 from jaxtune.tracking.progress import Reporter
+from jaxtune.tracking.record import load_run
 from jaxtune.training.callbacks import Callback
 from jaxtune.workflows.convert import convert_to
 from jaxtune.workflows.evaluate import evaluate_model
@@ -265,4 +266,4 @@ def plan(config: Config | dict | str | Path, on: str) -> Plan:
 def _config(config: Config | dict | str | Path) -> Config:
     if isinstance(config, dict):
         return validated(config)
-    return config if isinstance(config, Config) else load_config(Path(config))
+    return config if isinstance(config, Config) else load_run(Path(config))

@@ -37,8 +37,8 @@ def load_arguments(arguments: list[str]) -> "Config":
         UserError: two files, or anything that is wrong with the configuration.
 
     """
-    from jaxtune.config.load import load_config
     from jaxtune.core.errors import UserError, listed
+    from jaxtune.tracking.record import load_run
 
     paths = [argument for argument in arguments if "=" not in argument]
     overrides = [argument for argument in arguments if "=" in argument]
@@ -47,4 +47,4 @@ def load_arguments(arguments: list[str]) -> "Config":
             f"one configuration file at most, not {listed(paths)}. Overrides have the form "
             "section.key=value."
         )
-    return load_config(Path(paths[0]) if paths else None, overrides)
+    return load_run(Path(paths[0]) if paths else None, overrides)

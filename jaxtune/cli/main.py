@@ -5,6 +5,7 @@ command runs.
 import argparse
 import contextlib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             n.
 
     """
+    _accept_any_terminal()
     options = _parse(arguments)
     if arguments is None and options.command in (*_COMPUTE, "quickstart", "chat", "sweep"):
         _restart_with_huge_pages()
@@ -58,6 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         return _report_unexpected(error)
+
+
+def _accept_any_terminal() -> None:
+    """Print as an escape what a terminal or pipe that is not UTF-8 cannot show."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _restart_with_huge_pages() -> None:
@@ -114,6 +123,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     argparse does not accept key=value arguments after an option, so they are collected here.
     """
     parser = _parser()
+    for word in sys.argv[1:] if arguments is None else arguments:
+        if any(0xD800 <= ord(character) <= 0xDFFF for character in word):
+            parser.error(f"{word!r} is not UTF-8. Rename the file, or set LC_ALL=C.UTF-8")
     options, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(options, "arguments") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -149,14 +161,17 @@ def _version() -> str:
 
 
 def _report_unexpected(error: Exception) -> int:
-    """Print an error that is not the user's, and return the exit status."""
+    """Print an error that no command expected, and return the exit status."""
     from jaxtune.core.distributed import is_main
-    from jaxtune.core.errors import Interrupted
+    from jaxtune.core.errors import Interrupted, describe_os_error, status
 
     if isinstance(error, Interrupted):
         if is_main():
             print(f"jaxtune: {error}", file=sys.stderr)
         return INTERRUPTED + error.number
+    if isinstance(error, OSError) and (text := describe_os_error(error)):
+        print(f"jaxtune: {text}", file=sys.stderr)
+        return status(error)
     print(
         f"jaxtune: {type(error).__name__}: {error}\nThis is a bug in jaxtune. Set JAXTUNE_DEBUG=1 "
         "to see where.",

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.core.errors import Interrupted, UserError, status
+from jaxtune.core.errors import Interrupted, UserError, describe_os_error, status
 
 HEARTBEAT = 20
 _FAILURE, _SHOWN = "jaxtune/failure", "jaxtune/shown"
@@ -310,7 +310,7 @@ def _report(error: BaseException) -> None:
     client, is_printing = _client(), is_main()
     message = {
         "process": jax.process_index(),
-        "text": str(error) or type(error).__name__,
+        "text": _text(error),
         "status": status(error),
     }
     try:
@@ -324,6 +324,11 @@ def _report(error: BaseException) -> None:
     except jax.errors.JaxRuntimeError:
         raise error from None
     _leave(status(error))
+
+
+def _text(error: BaseException) -> str:
+    described = describe_os_error(error) if isinstance(error, OSError) else None
+    return described or str(error) or type(error).__name__
 
 
 def _watch(ended: threading.Event) -> None:

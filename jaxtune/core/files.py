@@ -1,16 +1,24 @@
 """Files and folders that are complete or absent: written under a temporary name, then renamed."""
 
-import fcntl
+import contextlib
+import glob
 import json
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from jaxtune.core.errors import UserError
+from jaxtune.core.locks import held
+
+_NEW, _OLD = "jaxtune-new-", "jaxtune-old-"
+"""What a temporary name has after the name it stands for."""
 
 
 def shown(path: str | Path) -> str:
@@ -23,18 +31,11 @@ def shown(path: str | Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Replace the file at `path` by `text`; readers see the old text or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+    with _staged(path) as staging:
+        with staging.open("w", encoding="utf-8") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        _make_durable(staging)
+        os.replace(staging, path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -70,8 +71,15 @@ def read_json(path: Path) -> Any:
 
 
 def default_cache_root() -> Path:
-    """Return the user's cache folder: `$XDG_CACHE_HOME/jaxtune`, or `~/.cache/jaxtune`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtune"
+    """Return the user's cache folder: `$XDG_CACHE_HOME/jaxtune`, or `~/.cache/jaxtune`; a user
+    without a home, as in many containers, has one of his own below the temporary folder.
+    """
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "jaxtune"
+    try:
+        return Path.home() / ".cache" / "jaxtune"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"jaxtune-{os.getuid()}"
 
 
 def cache_root() -> Path:
@@ -79,23 +87,14 @@ def cache_root() -> Path:
     return Path(os.environ.get("JAXTUNE_CACHE") or default_cache_root())
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file at `path`; other processes and threads wait."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def refuse_existing(target: Path) -> None:
     """Refuse to overwrite what is at `target`.
 
     Raises:
-        UserError: `target` is a file, or a directory that holds something.
+        UserError: `target` is a file or a link, or a directory that holds something.
 
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise UserError(
             f"{target} already exists and is not empty. Choose another name or remove it."
         )
@@ -110,37 +109,162 @@ def new_file(target: Path) -> Iterator[Path]:
 
     """
     refuse_existing(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        yield staging / target.name
-        os.replace(staging / target.name, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with _staged(target, is_folder=True) as staging:
+        path = staging / target.name
+        yield path
+        _make_durable(path)
+        refuse_existing(target)
+        os.replace(path, target)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """The leave to replace a directory that an earlier call made.
+
+    Attributes:
+        made: the files that were made there, by their paths in it; no other is removed.
+        note: called with the files of the new directory before it takes its name.
+
+    """
+
+    made: Collection[str]
+    note: Callable[[list[str]], None]
 
 
 @contextmanager
-def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
+def new_directory(target: Path, *, replace: Replacement | None = None) -> Iterator[Path]:
     """Give a directory beside `target` to fill; it takes the name `target` if the block succeeds.
+
+    An earlier `target` that is replaced is renamed first and removed last; where it holds what was
+    not made there, that stays in a folder beside it, `NAME-kept-1`.
 
     Args:
         target: the directory to make.
-        replace: whether an existing `target` is replaced, which happens only after success.
+        replace: whether and how an existing `target` is replaced.
 
     Raises:
-        UserError: `target` exists and is not empty, and `replace` is false.
+        UserError: `target` exists and is not empty, and `replace` is None.
 
     """
-    if not replace:
+    if replace is None:
         refuse_existing(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
+    with _staged(target, is_folder=True) as staging:
         yield staging
-        os.chmod(staging, 0o755)
+        _make_durable(staging)
+        if replace is None:
+            refuse_existing(target)
+            os.replace(staging, target)
+            return
+        replace.note(files_below(staging))
+        old = _temporary(target, _OLD)
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(old)
         os.replace(staging, target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        if old.exists() and not remove_made(old, replace.made):
+            old.rename(_free_name(target))
+
+
+def files_below(folder: Path) -> list[str]:
+    """Return the paths, in `folder`, of all files and links below it, in order."""
+    return sorted(
+        os.path.relpath(os.path.join(parent, name), folder)
+        for parent, folders, files in os.walk(folder)
+        for name in [*files, *(name for name in folders if Path(parent, name).is_symlink())]
+    )
+
+
+def remove_made(folder: Path, made: Collection[str]) -> bool:
+    """Remove these files of a folder, the folders that become empty, and the folder if nothing is
+    left of it.
+
+    Returns:
+        Whether nothing is left.
+
+    """
+    for name in made:
+        path = folder / name
+        path.unlink(missing_ok=True)
+        for parent in path.parents:
+            if parent == folder:
+                break
+            _remove_if_empty(parent)
+    return _remove_if_empty(folder)
+
+
+def remove_leftovers(target: Path, made: Collection[str] = ()) -> None:
+    """Remove what a killed process left of a new `target`; an old one that it had renamed comes
+    back if there is no new one.
+
+    Args:
+        target: a file or directory that is written under a temporary name.
+        made: the files of an old one, which go where there is a new one.
+
+    """
+    if not target.parent.is_dir():
+        return
+    for mark in (_OLD, _NEW):
+        for path in target.parent.glob(f".{glob.escape(target.name)}.{mark}*"):
+            with held(path) as is_free:
+                if not is_free:
+                    continue
+                if mark == _OLD and not os.path.lexists(target):
+                    path.rename(target)
+                elif mark == _OLD:
+                    if not remove_made(path, made):
+                        path.rename(_free_name(target))
+                elif path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _staged(target: Path, *, is_folder: bool = False) -> Iterator[Path]:
+    """Give a new file or folder beside `target`, held until the block ends; what is still there
+    then is removed, and so are the parents of `target` that were made for nothing.
+    """
+    missing = [folder for folder in target.parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if is_folder:
+        remove_leftovers(target)
+    path = _temporary(target, _NEW)
+    try:
+        path.mkdir() if is_folder else path.touch(exist_ok=False)
+        with held(path):
+            yield path
+    finally:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        for folder in missing:
+            _remove_if_empty(folder)
+
+
+def _temporary(target: Path, mark: str) -> Path:
+    return target.parent / f".{target.name}.{mark}{secrets.token_hex(4)}"
+
+
+def _free_name(target: Path) -> Path:
+    names = (target.parent / f"{target.name}-kept-{number}" for number in count(1))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def _make_durable(path: Path) -> None:
+    """Write what the system has in memory of a file, or of all files below a folder, to disk."""
+    names = [path / name for name in files_below(path)] if path.is_dir() else [path]
+    for name in names:
+        if name.is_symlink():
+            continue
+        handle = os.open(name, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _remove_if_empty(folder: Path) -> bool:
+    """Remove a folder that is empty; return whether it is gone."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+    return not folder.exists()

@@ -14,7 +14,8 @@ from typing import Any
 
 from jaxtune.config.schema import Config
 from jaxtune.core.errors import RunError, UserError
-from jaxtune.core.files import cache_root, locked, read_json, write_json
+from jaxtune.core.files import cache_root, read_json, write_json
+from jaxtune.core.locks import locked
 from jaxtune.planning.fingerprint import fingerprint
 from jaxtune.planning.target import Target, parse_target
 

@@ -19,16 +19,15 @@ from jaxtune.tracking.metrics_log import (
     phase_of,
     read_metrics,
 )
-from jaxtune.tracking.run_directory import (
+from jaxtune.tracking.ownership import (
     CONFIG,
     DATA_SUMMARY,
     ENVIRONMENT,
     PREDICTIONS,
     SAMPLES,
     VERIFICATION,
-    check_layout,
-    read_config,
 )
+from jaxtune.tracking.record import check_layout, read_config
 
 _TITLES = {
     "loss": "Loss, nats per supervised token",

@@ -3,14 +3,16 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxtune.config.schema import lower_is_better
-from jaxtune.core.files import write_jsonl
+from jaxtune.core.files import write_text
 from jaxtune.tracking.trackers import Trackers
 
-FILE = "metrics.jsonl"
+FILE, SUPERSEDED = "metrics.jsonl", "metrics.superseded.jsonl"
+"""The rows, and those that do not count any more: of steps that were done again, damaged ones."""
 Phase = Literal["before", "during", "after"]
 BEFORE: Phase = "before"
 DURING: Phase = "during"
@@ -25,17 +27,59 @@ class MetricsLog:
     Args:
         directory: the run directory.
         step: the step that the run is continued from; rows of later steps, written by a run that
-            was killed, are removed.
+            was killed, are set aside in `metrics.superseded.jsonl`.
         trackers: receive each row too.
+        warn: told what is set aside, and which steps have no row.
 
     """
 
-    def __init__(self, directory: Path, step: int, trackers: Trackers | None = None) -> None:
-        self._trackers = trackers
+    def __init__(
+        self,
+        directory: Path,
+        step: int,
+        trackers: Trackers | None = None,
+        warn: Callable[[str], None] = print,
+    ) -> None:
+        self._trackers, self._directory = trackers, directory
         self.path = directory / FILE
-        kept = [row for row in read_metrics(directory) if row["step"] <= step]
-        write_jsonl(self.path, kept)
+        self._keep(lambda row: row["step"] <= step, warn)
+        logged = {row["step"] for row in read_metrics(directory) if row["split"] == "train"}
+        if lost := [number for number in range(1, step + 1) if number not in logged]:
+            warn(
+                f"WARNING: {self.path}: the rows of {len(lost)} steps are lost (the first is step "
+                f"{lost[0]}). The run itself has lost nothing."
+            )
         self._file = self.path.open("a", encoding="utf-8")
+
+    def has_evaluation(self, step: int) -> bool:
+        """Return whether there is a row of an evaluation during training at this step."""
+        return any(
+            phase_of(row) == DURING and row["step"] == step for row in read_metrics(self._directory)
+        )
+
+    def supersede(self, is_superseded: Callable[[dict[str, Any]], bool]) -> None:
+        """Set aside the rows for which `is_superseded` is true."""
+        self._file.close()
+        self._keep(lambda row: not is_superseded(row))
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def _keep(
+        self, is_kept: Callable[[dict[str, Any]], bool], warn: Callable[[str], None] | None = None
+    ) -> None:
+        lines = [(line, _row_of(line)) for line in _lines(self.path)]
+        rest = [line for line, row in lines if row is None or not is_kept(row)]
+        if not rest:
+            return
+        with (self._directory / SUPERSEDED).open("a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in rest)
+            file.flush()
+            os.fsync(file.fileno())
+        write_text(self.path, "".join(line + "\n" for line, row in lines if row and is_kept(row)))
+        if warn:
+            warn(
+                f"{len(rest)} rows of {self.path} are of steps to be done again, or damaged; they "
+                f"are in {SUPERSEDED}"
+            )
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row."""
@@ -65,6 +109,9 @@ class NullMetricsLog(MetricsLog):
     def write(self, row: dict[str, Any]) -> None:
         """Do nothing."""
 
+    def supersede(self, is_superseded: Callable[[dict[str, Any]], bool]) -> None:
+        """Do nothing."""
+
     def sync(self) -> None:
         """Do nothing."""
 
@@ -73,17 +120,30 @@ class NullMetricsLog(MetricsLog):
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """Return all whole rows of a run's metrics, without a last line that a kill cut short."""
-    path = directory / FILE
+    """Return all whole rows of a run's metrics, without lines that a kill cut short or that are
+    damaged.
+    """
+    rows = (_row_of(line) for line in _lines(directory / FILE))
+    return [row for row in rows if row is not None]
+
+
+def _lines(path: Path) -> list[str]:
     if not path.exists():
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return [line for line in text.split("\n") if line.strip()]
+
+
+def _row_of(line: str) -> dict[str, Any] | None:
+    """Return the row in a line; None where it is damaged."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    is_row = (
+        isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("split"), str)
+    )
+    return row if is_row else None
 
 
 def phase_of(row: dict[str, Any]) -> Phase | None:
@@ -108,9 +168,27 @@ def evals_since_best(rows: list[dict[str, Any]], metric: str) -> int:
         metric: the metric to compare; see `config.schema.lower_is_better`.
 
     """
-    during = (row for row in rows if phase_of(row) == DURING and row.get(metric) is not None)
-    values = [-row[metric] if lower_is_better(metric) else row[metric] for row in during]
+    values = [_goodness(row.get(metric), metric) for row in rows if phase_of(row) == DURING]
     return len(values) - 1 - values.index(max(values)) if values else 0
+
+
+def is_better(value: float, before: float | None, metric: str) -> bool:
+    """Return whether a value of a metric is better than the best before; NaN never is.
+
+    Args:
+        value: the new one.
+        before: the best before; None where there is none.
+        metric: its name; see `config.schema.lower_is_better`.
+
+    """
+    return math.isfinite(value) and _goodness(value, metric) > _goodness(before, metric)
+
+
+def _goodness(value: Any, metric: str) -> float:
+    """Return a number that is larger the better a value is, -inf where there is no finite one."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return -math.inf
+    return -float(value) if lower_is_better(metric) else float(value)
 
 
 def metric_names(row: dict[str, Any]) -> list[str]:

@@ -1,51 +1,49 @@
 """The run directory: the whole record of a run, which only the same run may continue."""
 
-import fcntl
-import importlib.metadata
-import platform
-import shutil
-import subprocess
+import json
+import os
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import Any
-
-import yaml
-from etils import epath
+from typing import Any, NamedTuple
 
 from jaxtune.config.keys import flatten, keys_with
 from jaxtune.config.load import dump, validated
 from jaxtune.config.schema import Config
 from jaxtune.config.traits import Trait
-from jaxtune.core.errors import UserError, first_line, listed
-from jaxtune.core.files import read_json, write_json, write_text
-from jaxtune.tracking.metrics_log import FILE as METRICS
-from jaxtune.tracking.trackers import TRACKED
-
-LAYOUT = 1
-"""The version of what a run directory holds. Before 1 it was not noted, and rows of evaluations had
-no `phase`; such runs are continued, exported and reported as layout 0.
-"""
-CONFIG, ENVIRONMENT, REPORT = "config.yaml", "env.json", "report.html"
-SAMPLES, PREDICTIONS = "samples.jsonl", "predictions.jsonl"
-DATA_SUMMARY, VERIFICATION = "data.json", "verification.json"
-ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
-_RECORD = (CONFIG, ENVIRONMENT, METRICS, SAMPLES)
-_OWN = (
-    CONFIG, ENVIRONMENT, SAMPLES, ADAPTER, MODEL, REPORT, DATA_SUMMARY, VERIFICATION, PREDICTIONS,
-    METRICS, CHECKPOINTS, *TRACKED,
-)  # fmt: skip
-
-_PACKAGES = (
-    "jaxtune",
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "grain",
-    "transformers",
-    "tokenizers",
-    "numpy",
+from jaxtune.core.errors import UserError, listed
+from jaxtune.core.files import Replacement, remove_leftovers, write_json, write_text
+from jaxtune.core.locks import Lock, LockHeldError
+from jaxtune.tracking.ownership import (
+    CONFIG,
+    DATA_SUMMARY,
+    ENVIRONMENT,
+    MARKER,
+    OUTPUTS,
+    OWN,
+    RECORD,
+    check_claimed,
+    check_inputs,
+    check_unclaimed,
+    is_earlier_run,
+    made_in,
+    read_marker,
+    read_marker_quietly,
+    remove_checkpoints,
+    remove_run,
+    write_marker,
+    write_whole,
+)
+from jaxtune.tracking.record import (
+    COPIED,
+    LAYOUT,
+    check_layout,
+    checkpoint_directory,
+    environment,
+    environment_of,
+    read_config_file,
+    recall,
+    record_directory,
 )
 
 
@@ -54,50 +52,85 @@ class RunDirectory:
 
     Args:
         config: the resolved configuration; `config.run.dir` is the directory.
-        data: a digest of the tokens of each part.
+        data: a digest of the tokens of each part, and of the weights that the run begins from.
         day: the day the run began.
         fresh: remove what an earlier run left there.
+        warn: told what was lost, and where the file system has no locks.
+
+    Attributes:
+        id: the run's, which its checkpoints carry.
 
     Raises:
         UserError: the directory belongs to a run with another configuration, other data or a newer
-            layout, or is in use.
+            layout, holds what no run made, or is in use.
 
     """
 
     def __init__(
-        self, config: Config, data: dict[str, str], day: date, fresh: bool = False
+        self,
+        config: Config,
+        data: dict[str, str],
+        day: date,
+        fresh: bool = False,
+        warn: Callable[[str], None] = print,
     ) -> None:
-        self.path, self._elsewhere = Path(config.run.dir), _record(config)
+        self.path, self._place = Path(config.run.dir), checkpoint_directory(config)
+        self._elsewhere = record_directory(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
+            self._lock = Lock(self.path / ".lock")
         except OSError as error:
             raise UserError(f"run.dir: cannot create {self.path}: {error.strerror}.") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except LockHeldError as holder:
             raise UserError(
-                f"{self.path}: another process is training in this run directory. Set run.dir to "
-                "another one."
+                f"{self.path}: another process is training in this run directory ({holder}). Set "
+                "run.dir to another one."
             ) from None
-        try:
-            if fresh:
-                self._clear(config)
-            recall(config)
-            self._check(config, data)
-            write_text(self.path / CONFIG, dump(config))
-            write_json(
-                self.path / ENVIRONMENT,
-                {"layout": LAYOUT, **environment(), "day": str(day), "data": data},
+        if not self._lock.is_sure:
+            warn(
+                f"WARNING: the file system of {self.path} has no locks, so that a second process "
+                "which trains there would go unnoticed."
             )
+        try:
+            check_place(config, fresh)
+            self._marker = read_marker(self.path, "run") or {}
+            self._clean()
+            if fresh:
+                self._clear(warn)
+            recall(config)
+            self._marker = self._marker or read_marker(self.path, "run") or {}
+            self._check(config, data, warn)
+            self._claim(config, data, day)
         except BaseException:
             self.close()
             raise
 
+    @property
+    def id(self) -> str:
+        """Return the run's id."""
+        return self._marker["id"]
+
+    @property
+    def has_saved(self) -> bool:
+        """Return whether the run has completed a checkpoint."""
+        return bool(self._marker.get("saved"))
+
     def close(self) -> None:
         """Release the lock."""
         self._lock.close()
-        (self.path / ".lock").unlink(missing_ok=True)
+
+    def note_saved(self) -> None:
+        """Note that a checkpoint is complete: one that is missing later was lost."""
+        if not self.has_saved:
+            self._note(saved=True)
+
+    def before_checkpoint(self) -> None:
+        """Note what the checkpoint about to be written can rely on: those before it, and a copy of
+        the record beside it.
+        """
+        if _has_checkpoints(self._place):
+            self.note_saved()
+        self.keep_copy()
 
     def keep_copy(self) -> None:
         """Copy the record to where the checkpoints lie, if that is elsewhere, so that a new machine
@@ -106,157 +139,181 @@ class RunDirectory:
         if self._elsewhere is None:
             return
         self._elsewhere.mkdir(parents=True, exist_ok=True)
-        for name in _RECORD:
+        for name in COPIED:
             if (self.path / name).exists():
-                (self._elsewhere / name).write_bytes((self.path / name).read_bytes())
+                write_whole(self._elsewhere / name, (self.path / name).read_text(encoding="utf-8"))
 
-    def _clear(self, config: Config) -> None:
-        elsewhere = checkpoint_directory(config)
-        if elsewhere.exists():
-            elsewhere.rmtree()
-        for name in _OWN:
-            entry = self.path / name
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+    def replacement(self, name: str) -> Replacement:
+        """Return the leave to replace an output, `adapter` or `model`, by a new one."""
+        made = made_in(self.path, self._marker, name)
 
-    def _check(self, config: Config, data: dict[str, str]) -> None:
-        if not (self.path / CONFIG).exists():
-            return
-        now = flatten(config.model_dump(mode="json"))
-        there = flatten(read_config(self.path).model_dump(mode="json"))
-        fixed = [key for key in now if key not in keys_with(Trait.RESUMABLE)]
-        differing = [key for key in fixed if now[key] != there[key]]
-        advice = (
-            "Set run.dir to another directory, or start over with --fresh, which removes what "
-            f"{self.path} holds."
+        def note(files: list[str]) -> None:
+            others = self._marker.get("made", {})
+            self._note(made=others | {name: sorted({*made, *files})})
+
+        return Replacement(made, note)
+
+    def _note(self, **values: Any) -> None:
+        self._marker = write_marker(self.path, "run", self._marker | values)
+
+    def _clean(self) -> None:
+        """Remove what a killed process left under temporary names."""
+        for name in OWN:
+            remove_leftovers(self.path / name, made_in(self.path, self._marker, name))
+
+    def _clear(self, warn: Callable[[str], None]) -> None:
+        """Remove what an earlier run made, and say where something else stays."""
+        kept = [str(self.path / name) for name in remove_run(self.path, self._marker)]
+        if not remove_checkpoints(self._place):
+            kept.append(str(self._place))
+        if kept:
+            warn(f"{listed(kept)}: what the run did not make stays there.")
+        self._marker = {}
+
+    def _claim(self, config: Config, data: dict[str, str], day: date) -> None:
+        """Write whose the directory is, then what the run is."""
+        made = {name: made_in(self.path, self._marker, name) for name in OUTPUTS}
+        self._note(
+            made=made, day=str(day), data=data, config=config.model_dump(mode="json"),
+            saved=self.has_saved or _has_checkpoints(self._place),
+        )  # fmt: skip
+        write_text(self.path / CONFIG, dump(config))
+        write_json(
+            self.path / ENVIRONMENT,
+            {"layout": LAYOUT, **environment(), "day": str(day), "data": data},
         )
-        if differing:
-            changes = listed(f"{key} ({there[key]} there, {now[key]} now)" for key in differing)
-            raise UserError(
-                f"{self.path} holds a run with another configuration: {changes}. {advice}"
-            )
-        before = _read_environment(self.path).get("data", {})
-        if changed := [name for name in before if name in data and before[name] != data[name]]:
+        self._place.mkdir(parents=True, exist_ok=True)
+        write_marker(self._place, "checkpoints", {"id": self.id, "run": str(self.path.resolve())})
+
+    def _check(self, config: Config, data: dict[str, str], warn: Callable[[str], None]) -> None:
+        """Check that the run that is there, if any, is this one, and say what of it was lost."""
+        before = _settings(self.path, self._marker)
+        for name, is_whole in ((CONFIG, before.is_whole), (DATA_SUMMARY, None)):
+            path = self.path / name
+            if is_whole is None:
+                is_whole = not self._marker or not path.exists() or _is_json(path)
+            if not is_whole:
+                warn(f"WARNING: {path} was lost or is damaged; it is written anew.")
+        advice = (
+            "Set run.dir to another directory, or start over with --fresh, which removes what the "
+            f"run made in {self.path}."
+        )
+        if before.config is not None:
+            now = flatten(config.model_dump(mode="json"))
+            there = flatten(before.config.model_dump(mode="json"))
+            fixed = [key for key in now if key not in keys_with(Trait.RESUMABLE)]
+            if differing := [key for key in fixed if now[key] != there[key]]:
+                changes = listed(f"{key} ({there[key]} there, {now[key]} now)" for key in differing)
+                raise UserError(
+                    f"{self.path} holds a run with another configuration: {changes}. {advice}"
+                )
+        changed = [name for name in before.data if name in data and before.data[name] != data[name]]
+        if changed:
             raise UserError(
                 f"{self.path}: the contents of {listed(changed)} changed since this run began. "
                 f"{advice}"
             )
 
 
-def _record(config: Config) -> Any:
-    """Return where the record is copied to, beside checkpoints that lie elsewhere; None where they
-    lie in the run directory.
-    """
-    return checkpoint_directory(config) / "record" if config.checkpoint.dir else None
+class _Settings(NamedTuple):
+    """What a run directory says of its run.
 
-
-def recall(config: Config) -> None:
-    """Bring back the record of a run whose directory is gone, from beside its checkpoints."""
-    directory, elsewhere = Path(config.run.dir), _record(config)
-    if elsewhere is None or (directory / CONFIG).exists() or not elsewhere.exists():
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    for name in sorted(_RECORD, key=lambda name: name == CONFIG):  # last: it vouches for the rest
-        if (elsewhere / name).exists():
-            (directory / name).write_bytes((elsewhere / name).read_bytes())
-
-
-def checkpoint_directory(config: Config) -> Any:
-    """Return the directory of a run's checkpoints.
-
-    Raises:
-        UserError: in an object store whose library is not installed.
+    Attributes:
+        config: None where there is no run, or where all that would say it was lost.
+        data: digests by key.
+        is_whole: whether config.yaml can be read, or is not expected.
 
     """
-    if config.checkpoint.dir is None:
-        return epath.Path(Path(config.run.dir).resolve() / CHECKPOINTS)
-    if "://" not in config.checkpoint.dir:
-        return epath.Path(Path(config.checkpoint.dir).expanduser().resolve())
+
+    config: Config | None
+    data: dict[str, str]
+    is_whole: bool
+
+
+def _settings(directory: Path, marker: dict[str, Any]) -> _Settings:
+    """Return the settings of the run in a directory, from its marker and, where that lacks them,
+    from config.yaml and env.json.
+    """
+    config, is_whole = None, True
+    if marker.get("config") is not None:
+        config = validated(marker["config"], origin=str(directory / MARKER))
     try:
-        path = epath.Path(config.checkpoint.dir)
-        path.exists()
-    except (ImportError, KeyError, OSError) as error:
-        raise UserError(
-            f"checkpoint.dir: {config.checkpoint.dir} cannot be reached: {first_line(error)}. For "
-            "gs:// install gcsfs, for s3:// s3fs, and log in there."
-        ) from None
-    return path
+        there = read_config_file(directory)
+        config = config or there
+    except UserError:
+        is_whole = not marker and not (directory / CONFIG).exists()
+    data = marker.get("data") or environment_of(directory).get("data") or {}
+    return _Settings(config, data, is_whole)
 
 
-def read_config(directory: Path) -> Config:
-    """Return the configuration of a run directory.
+def check_place(config: Config, fresh: bool = False) -> None:
+    """Check, before anything loads, that a run may write where it would.
 
-    Raises:
-        UserError: there is none, or it is not one of this version.
-
-    """
-    path = directory / CONFIG
-    if not path.exists():
-        raise UserError(f"{directory} is not a run directory: it has no {CONFIG}.")
-    check_layout(directory)
-    return validated(yaml.safe_load(path.read_text(encoding="utf-8")), origin=str(path))
-
-
-def check_layout(directory: Path) -> None:
-    """Check that this version knows what a run directory holds.
+    Args:
+        config: the run.
+        fresh: whether it removes what an earlier run left there.
 
     Raises:
-        UserError: a newer version wrote it.
+        UserError: what it reads lies where it writes, something that no run made is in its way, or
+            a directory belongs to another run.
 
     """
-    environment = _read_environment(directory)
-    if (layout := environment.get("layout", 0)) > LAYOUT:
-        writer = environment.get("versions", {}).get("jaxtune")
+    directory, place = Path(config.run.dir), checkpoint_directory(config)
+    check_inputs(config, directory, place)
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise UserError(f"run.dir: {directory} is a file. Set run.dir to another directory.")
+    marker = read_marker(directory, "run")
+    if marker is None and not is_earlier_run(directory):
+        check_unclaimed(directory, OWN)
+    else:
+        if not fresh:
+            check_layout(directory)
+        check_claimed(directory, marker or {})
+    _check_checkpoints(config, directory, place, marker)
+
+
+def _check_checkpoints(
+    config: Config, directory: Path, place: Any, marker: dict[str, Any] | None
+) -> None:
+    """Check that the directory of the checkpoints is empty or this run's."""
+    if not place.exists():
+        return
+    if not place.is_dir():
+        raise UserError(f"{place} is a file, and checkpoints need a directory.")
+    there = read_marker(place, "checkpoints")
+    own = (marker or {}).get("id")
+    if there:
+        other = Path(str(there.get("run")))
+        if own is not None and there["id"] != own:
+            raise UserError(
+                f"{place} holds the checkpoints of another run ({other}). Set checkpoint.dir to "
+                "another directory."
+            )
+        is_copy = other.resolve() != directory.resolve() and (
+            (read_marker_quietly(other) or {}).get("id") == there["id"]
+        )
+        if config.checkpoint.dir is not None and is_copy:
+            raise UserError(
+                f"{place} holds the checkpoints of the run in {other}, of which {directory} is a "
+                "copy. Set checkpoint.dir to another directory."
+            )
+        return
+    is_known = there is not None or (place / RECORD / CONFIG).exists()
+    if is_known or config.checkpoint.dir is None or is_earlier_run(directory):
+        return
+    if names := sorted(entry.name for entry in place.iterdir()):
         raise UserError(
-            f"{directory} was written by jaxtune {writer} with layout {layout}; this is jaxtune "
-            f"{_version('jaxtune')}, which knows layouts up to {LAYOUT}. Upgrade jaxtune."
+            f"checkpoint.dir: {place} holds {listed(names, 3)}, which no run made there. Set "
+            "checkpoint.dir to another directory."
         )
 
 
-def is_run(path: str | Path) -> bool:
-    """Return whether `path` is a run directory."""
-    return (Path(path) / CONFIG).is_file()
+def _has_checkpoints(place: Any) -> bool:
+    return place.is_dir() and any(entry.name.isdigit() for entry in place.iterdir())
 
 
-def first_day(path: str | Path) -> date:
-    """Return the day a run began; today where it has not. Chat templates may print it, and a run
-    that is continued must see the same tokens.
-    """
+def _is_json(path: Path) -> bool:
     try:
-        return date.fromisoformat(_read_environment(Path(path))["day"])
-    except (UserError, KeyError, ValueError):
-        return date.today()
-
-
-def environment() -> dict[str, Any]:
-    """Return versions, devices and the working directory's git commit."""
-    import jax
-
-    git = (
-        subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        if shutil.which("git")
-        else None
-    )
-    devices = jax.devices()
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": {package: _version(package) for package in _PACKAGES},
-        "devices": {
-            "kind": devices[0].device_kind,
-            "count": len(devices),
-            "processes": jax.process_count(),
-        },
-        "git_commit": git.stdout.strip() or None if git else None,
-    }
-
-
-def _read_environment(directory: Path) -> dict[str, Any]:
-    path = directory / ENVIRONMENT
-    return read_json(path) if path.exists() else {}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        return bool(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False

@@ -17,8 +17,12 @@ from jaxtune.core.errors import UserError
 
 _PROJECT = "jaxtune"
 _TENSORBOARD, _IDENTITY = "tensorboard", "wandb-id"
-TRACKED = (_TENSORBOARD, _IDENTITY, "wandb")
-"""What trackers leave in a run directory."""
+TRACKER_FILES = (_IDENTITY,)
+TRACKER_FOLDERS = {
+    _TENSORBOARD: ("events.out.tfevents.*",),
+    "wandb": ("run-*", "offline-run-*", "latest-run", "debug*.log", "settings"),
+}
+"""What trackers leave in a run directory; of folders, patterns of what they hold."""
 
 
 class Tracker(Protocol):

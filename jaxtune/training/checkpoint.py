@@ -3,6 +3,7 @@ while training continues.
 """
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +11,15 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxtune.config.schema import Config, lower_is_better
+from jaxtune.config.schema import Config
 from jaxtune.core import distributed
 from jaxtune.core.errors import RunError, UserError, first_line, listed
-from jaxtune.tracking.run_directory import checkpoint_directory
+from jaxtune.tracking.metrics_log import is_better
+from jaxtune.tracking.ownership import write_whole
+from jaxtune.tracking.record import checkpoint_directory
 from jaxtune.training.state import TrainState
 
-_SIZES, _BEST, _BAD = "sizes", "best", "bad"
+_SIZES, _BEST, _BAD, _RUN = "sizes", "best", "bad", "run"
 
 
 class Checkpoints:
@@ -30,6 +33,7 @@ class Checkpoints:
         keep: how many to keep; older ones are removed once a newer one is complete.
         warn: called with what is wrong with a checkpoint that is skipped.
         before: called before a checkpoint is written.
+        run_id: the run's id, which every checkpoint carries; one of another run is refused.
 
     """
 
@@ -39,9 +43,11 @@ class Checkpoints:
         keep: int = 2,
         warn: Callable[[str], None] = print,
         before: Callable[[], None] | None = None,
+        run_id: str | None = None,
     ) -> None:
         import orbax.checkpoint as ocp
 
+        self._run_id = run_id
         self._ocp, self._warn, self._before, self.path = ocp, warn, before, epath.Path(directory)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(
@@ -67,7 +73,11 @@ class Checkpoints:
             if self._before:
                 self._before()
             self._note_sizes()
-            self._manager.save(step, args=self._ocp.args.StandardSave(_flatten(state)))
+            self._manager.save(
+                step,
+                args=self._ocp.args.StandardSave(_flatten(state)),
+                custom_metadata={_RUN: self._run_id} if self._run_id else None,
+            )
         except Exception as error:
             raise self._unwritten(error) from error
 
@@ -101,6 +111,7 @@ class Checkpoints:
         raise UserError(f"{self.path}: no checkpoint can be read. Start over with --fresh.")
 
     def _restored(self, step: int, like: TrainState) -> TrainState:
+        self._check_run(step)
         flat = _flatten(like)
         self._check_leaves(step, flat)
         abstract = {
@@ -111,6 +122,21 @@ class Checkpoints:
         leaves = [saved[name] for name in flat]
         restored = jax.tree.unflatten(jax.tree.structure(_without_key(like)), leaves[:-1])
         return restored._replace(key=jax.random.wrap_key_data(leaves[-1]))
+
+    def _check_run(self, step: int) -> None:
+        """Check that a checkpoint is of this run; those of earlier versions do not say whose.
+
+        Raises:
+            UserError: it is of another run.
+
+        """
+        metadata: Any = self._manager.metadata(step)
+        other = (metadata.custom_metadata or {}).get(_RUN)
+        if self._run_id is not None and other not in (None, self._run_id):
+            raise UserError(
+                f"{self.path / str(step)} is a checkpoint of another run. Move it away, or set "
+                "checkpoint.dir to another directory."
+            )
 
     def _check_leaves(self, step: int, flat: dict[str, Any]) -> None:
         """Check that a checkpoint has the leaves of this run.
@@ -177,7 +203,7 @@ class Checkpoints:
         for step in steps:
             note = folder / f"{step}.json"
             if not note.exists():
-                _write(note, json.dumps(_sizes(self.path / step)))
+                write_whole(note, json.dumps(_sizes(self.path / step)))
         for note in folder.iterdir():
             if note.name.removesuffix(".json") not in steps:
                 note.unlink(missing_ok=True)
@@ -215,22 +241,25 @@ class Best:
         directory: the directory of the run's checkpoints.
         metric: the metric to compare; see `config.schema.lower_is_better`.
         warn: see `Checkpoints`.
+        run_id: see `Checkpoints`.
 
     """
 
-    def __init__(self, directory: Any, metric: str, warn: Callable[[str], None]) -> None:
-        self.metric = metric
-        self._checkpoints = Checkpoints(epath.Path(directory) / _BEST, 1, warn)
+    def __init__(
+        self,
+        directory: Any,
+        metric: str,
+        warn: Callable[[str], None],
+        run_id: str | None = None,
+    ) -> None:
+        self.metric, self._warn = metric, warn
+        self._checkpoints = Checkpoints(epath.Path(directory) / _BEST, 1, warn, run_id=run_id)
+        self._check_metric()
 
     @property
     def value(self) -> float | None:
         """Return the metric of the best state, or None before the first."""
-        step = self._checkpoints.latest
-        return (
-            None
-            if step is None
-            else distributed.broadcast_from_main(lambda: json.loads(self._noted(step).read_text()))
-        )
+        return self._evaluation().get(self.metric)
 
     @property
     def step(self) -> int | None:
@@ -239,14 +268,13 @@ class Best:
 
     def offer(self, state: TrainState, metrics: dict[str, float]) -> None:
         """Keep this state if it is better than the best so far."""
-        value, before = metrics[self.metric], self.value
-        if before is not None and not (
-            value < before if lower_is_better(self.metric) else value > before
-        ):
+        if not is_better(metrics[self.metric], self.value, self.metric):
             return
         if distributed.is_main():
             self._noted(int(state.step)).parent.mkdir(parents=True, exist_ok=True)
-            _write(self._noted(int(state.step)), json.dumps(value))
+            # As JSON has it: what is not finite is no metric to compare.
+            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            write_whole(self._noted(int(state.step)), json.dumps(finite))
         self._checkpoints.save(state)
         self._checkpoints.wait()
 
@@ -257,6 +285,25 @@ class Best:
     def close(self) -> None:
         """Release the directory."""
         self._checkpoints.close()
+
+    def _evaluation(self) -> dict[str, float]:
+        """Return the metrics of the best state by name, {} before the first."""
+        step = self._checkpoints.latest
+        if step is None:
+            return {}
+        noted = distributed.broadcast_from_main(lambda: json.loads(self._noted(step).read_text()))
+        # A run of an earlier version noted the number alone, of the metric that it compares.
+        return noted if isinstance(noted, dict) else {self.metric: noted}
+
+    def _check_metric(self) -> None:
+        """Say so where the state that is kept was not measured by this metric: it is replaced by
+        the next one.
+        """
+        if self.step is not None and self.value is None:
+            self._warn(
+                f"WARNING: the best state so far (step {self.step}) has no {self.metric}, so that "
+                "the next evaluation counts as the best (checkpoint.best)."
+            )
 
     def _noted(self, step: int) -> Any:
         return self._checkpoints.path / "values" / f"{step}.json"
@@ -286,13 +333,6 @@ def _sizes(folder: Any) -> dict[str, int]:
             else:
                 sizes[str(entry)[len(str(folder)) + 1 :]] = entry.stat().length
     return sizes
-
-
-def _write(path: Any, text: str) -> None:
-    """Write a small file, whole or not at all."""
-    staging = path.parent / f".{path.name}.tmp"
-    staging.write_text(text)
-    staging.replace(path)
 
 
 def _without_key(state: TrainState) -> TrainState:

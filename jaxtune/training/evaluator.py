@@ -1,5 +1,7 @@
 """The objective over all evaluation rows."""
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 
@@ -16,11 +18,14 @@ class Evaluator:
     Args:
         setup: the run.
         schedule: the evaluation's batches.
+        check: called between batches; what it raises ends the evaluation.
 
     """
 
-    def __init__(self, setup: Setup, schedule: BatchSchedule) -> None:
-        self.setup, self.schedule = setup, schedule
+    def __init__(
+        self, setup: Setup, schedule: BatchSchedule, check: Callable[[], None] | None = None
+    ) -> None:
+        self.setup, self.schedule, self._check = setup, schedule, check
         self._step = eval_step(setup.spec)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
@@ -33,6 +38,11 @@ class Evaluator:
             batch = on_devices(self.schedule.batch(index, rows), 1, self.setup.mesh)
             batch = jax.tree.map(lambda part: part[0], batch)
             sums.append(self._step(params, self.setup.frozen, batch))
+            if self._check:
+                # One batch is computed while the next is prepared, so that little is left to wait
+                # for when a signal comes.
+                jax.block_until_ready(sums[-2:][0])
+                self._check()
         loss, weight, extra = jax.tree.map(
             lambda *parts: float(np.sum(np.asarray(parts, np.float64))), *jax.device_get(sums)
         )

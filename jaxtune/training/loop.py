@@ -11,17 +11,19 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtune.config.schema import Config
+from jaxtune.core import distributed
 from jaxtune.core.errors import Interrupted, RunError
 from jaxtune.core.hardware import Memory, peak_flops, release_freed_memory
 from jaxtune.data.batch import Batch
 from jaxtune.data.loader import DeviceBatch
-from jaxtune.tracking.metrics_log import DURING, MetricsLog, flops_per_token
+from jaxtune.tracking.metrics_log import DURING, MetricsLog, flops_per_token, phase_of
+from jaxtune.tracking.ownership import CONFIG
 from jaxtune.tracking.progress import Task, training_text
-from jaxtune.tracking.run_directory import CONFIG
 from jaxtune.training.batch_source import BatchSource
 from jaxtune.training.callbacks import Callback
 from jaxtune.training.checkpoint import Checkpoints
-from jaxtune.training.interrupt import StopRequest
+from jaxtune.training.interrupt import StopRequest, StopRequested
 from jaxtune.training.optimizer import learning_rate_schedule
 from jaxtune.training.profile import Profile
 from jaxtune.training.setup import Setup, count_parameters
@@ -182,6 +184,7 @@ def fit(
     task: Task,
     evaluate: Evaluate | None = None,
     callbacks: Sequence[Callback] = (),
+    stop: StopRequest | None = None,
 ) -> FitResult:
     """Train from `state` until the source ends, or until a callback says that it is enough.
 
@@ -195,20 +198,23 @@ def fit(
         evaluate: measures the state every `train.eval_every` steps; after the last one only where
             the best state is kept.
         callbacks: see every row and every evaluation, in this order.
+        stop: the request to stop that `evaluate` looks at while it measures.
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM came; the state is saved.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP came; the state is saved.
         RunError: a loss or gradient that is not finite.
 
     """
     config, total = setup.config, source.num_steps
     program_for, recorder = _CompiledStep(setup), Recorder(setup, source, log, task, callbacks)
-    done, stop_reason = int(state.step), None
-    pause = _Pause(done, recorder, checkpoints, evaluate)
+    done, stop = int(state.step), stop or StopRequest()
+    pause = _Pause(config, done, total, recorder, checkpoints, evaluate=evaluate, stop=stop)
     profile = Profile(config.run.dir, config.run.profile)
     try:
-        with StopRequest() as stop, Watchdog(config.run.watchdog) as watchdog, closing(profile):
-            while done != total and stop_reason is None:
+        with stop, Watchdog(config.run.watchdog) as watchdog, closing(profile):
+            watchdog.rest()
+            stop_reason = pause.make_up(state, done)
+            while done != total and stop_reason is None and pause.signalled is None:
                 if (loaded := source.batch(done, state)) is None:
                     break
                 program, peak = program_for(state, loaded.batch)
@@ -217,58 +223,120 @@ def fit(
                 profile.after(metrics)
                 done += 1
                 stop_reason = pause.record_previous(Pending.of(loaded, peak, metrics))
-                signalled = stop.after(done)
+                pause.signalled = stop.signalled()
                 watchdog.alive(f"step {done + 1}")
-                if done == total:
-                    break
-                evaluates = config.train.eval_every and done % config.train.eval_every == 0
-                saves = done % config.checkpoint.every == 0 or signalled
-                if evaluates or saves:
+                if done != total and pause.is_due(done):
                     watchdog.rest()
-                    reason = pause(state, done, evaluates=bool(evaluates), saves=bool(saves))
+                    reason = pause(state, done, is_last=False)
                     stop_reason = stop_reason or reason
                     watchdog.alive(f"step {done + 1}")
-                if signalled and stop_reason is None:
-                    checkpoints.wait()
-                    raise Interrupted(signalled, _how_to_go_on(setup, signalled, done, total))
             watchdog.rest()
-            reason = pause(state, done, evaluates=config.checkpoint.best is not None, saves=True)
+            reason = pause(state, done, is_last=True)
+            stop_reason = stop_reason or reason
+            if pause.signalled is not None and stop_reason is None:
+                checkpoints.wait()
+                text = _how_to_go_on(setup, pause.signalled, done, total)
+                raise Interrupted(pause.signalled, text)
     finally:
         for callback in callbacks:
             callback.on_end(done)
-    return FitResult(state, done, stop_reason or reason)
+    return FitResult(state, done, stop_reason)
 
 
 class _Pause:
-    """What is done between two steps, when the device has nothing to do: an evaluation, a
-    checkpoint.
+    """What is done between two steps, when the device has nothing to do: a checkpoint, an
+    evaluation.
+
+    The checkpoint comes first, and an evaluation ends at once when a signal asks the run to stop:
+    a machine that is taken back leaves half a minute. The run that goes on makes it up.
+
+    Attributes:
+        signalled: the signal that has asked the run to stop, if one has.
+
     """
 
     def __init__(
-        self, step: int, recorder: Recorder, checkpoints: Checkpoints, evaluate: Evaluate | None
+        self,
+        config: Config,
+        step: int,
+        total: int | None,
+        recorder: Recorder,
+        checkpoints: Checkpoints,
+        *,
+        evaluate: Evaluate | None,
+        stop: StopRequest,
     ) -> None:
+        self._config, self._total, self._stop = config, total, stop
         self._recorder, self._checkpoints, self._evaluate = recorder, checkpoints, evaluate
         self._pending: Pending | None = None
         self._saved = self._evaluated = step
+        self.signalled: int | None = None
 
     def record_previous(self, pending: Pending | None = None) -> str | None:
         """Record the step before this one; return why training shall end, if it shall."""
         previous, self._pending = self._pending, pending
         return self._recorder.record(previous) if previous else None
 
-    def __call__(self, state: TrainState, done: int, *, evaluates: bool, saves: bool) -> str | None:
-        """Evaluate, and save; return why training shall end, if it shall."""
+    def is_due(self, done: int) -> bool:
+        """Return whether there is anything to do after this step."""
+        return self._saves(done) or self._evaluates(done) or self.signalled is not None
+
+    def make_up(self, state: TrainState, done: int) -> str | None:
+        """Evaluate the state that a run goes on from, where the run that wrote it did not come to
+        that, or may not have kept it as the best; return why training shall end, if it shall.
+        """
+        is_last = done == self._total
+        if not ((self._evaluates(done) and not is_last) or self._evaluates_last(is_last)):
+            return None
+        log = self._recorder.log
+        if self._config.checkpoint.best is not None:
+            log.supersede(lambda row: phase_of(row) == DURING and row["step"] == done)
+        elif distributed.broadcast_from_main(lambda: log.has_evaluation(done)):
+            return None
+        return self._measure(state, done)
+
+    def __call__(self, state: TrainState, done: int, *, is_last: bool) -> str | None:
+        """Save, and evaluate; return why training shall end, if it shall."""
         stop_reason = self.record_previous()
-        if evaluates and self._evaluate and self._evaluated != done:
-            self._evaluated = done
-            reason = self._recorder.record_evaluation(state, done, self._evaluate(state))
-            stop_reason = stop_reason or reason
-        if (saves or stop_reason) and self._saved != done:
-            self._saved = done
-            self._recorder.log.sync()
-            self._checkpoints.save(state)
+        if self._saves(done) or is_last or stop_reason or self.signalled is not None:
+            self._save(state, done)
+        if self._evaluated != done and (
+            self._evaluates_last(is_last) or (self._evaluates(done) and not is_last)
+        ):
+            stop_reason = self._measure(state, done) or stop_reason
+            if self.signalled is not None or stop_reason:
+                self._save(state, done)
         self._recorder.restart_clock()
         return stop_reason
+
+    def _saves(self, done: int) -> bool:
+        return done % self._config.checkpoint.every == 0
+
+    def _evaluates(self, done: int) -> bool:
+        every = self._config.train.eval_every
+        return bool(self._evaluate and every and done and done % every == 0)
+
+    def _evaluates_last(self, is_last: bool) -> bool:
+        return is_last and self._evaluate is not None and self._config.checkpoint.best is not None
+
+    def _save(self, state: TrainState, done: int) -> None:
+        if self._saved == done:
+            return
+        self._saved = done
+        self._recorder.log.sync()
+        self._checkpoints.save(state)
+
+    def _measure(self, state: TrainState, done: int) -> str | None:
+        """Evaluate, unless a signal comes before it is done."""
+        if self.signalled is not None or self._evaluate is None:
+            return None
+        try:
+            metrics = self._evaluate(state)
+        except StopRequested:
+            self.signalled = self._stop.number
+            return None
+        self._evaluated = done
+        return self._recorder.record_evaluation(state, done, metrics)
 
 
 class _CompiledStep:

@@ -13,7 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtune.core.errors import RunError, UserError, listed
-from jaxtune.core.files import new_directory, new_file, refuse_existing, write_text
+from jaxtune.core.files import (
+    Replacement,
+    new_directory,
+    new_file,
+    refuse_existing,
+    write_text,
+)
 from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.models.families.from_hf import from_hf
 from jaxtune.weights.card import model_card
@@ -45,7 +51,7 @@ def convert_model(
     adapter: Adapter | None = None,
     tokenizer: Tokenizer | None = None,
     about: str = "",
-    replace: bool = False,
+    replace: Replacement | None = None,
 ) -> Comparison:
     """Write a model in another format; it is named `out` only if, read again, it is the same.
 
@@ -62,7 +68,7 @@ def convert_model(
         adapter: to be merged in float32.
         tokenizer: the one that goes with the model; by default the source's.
         about: more text for the model card.
-        replace: whether an existing directory `out` is replaced.
+        replace: whether and how an existing directory `out` is replaced.
 
     Raises:
         UserError: a format that has no place for this model, or `out` exists.
@@ -107,7 +113,7 @@ def convert_model(
 
 @contextmanager
 def _staging(
-    out: Path, model_format: ModelFormat, contents: ModelContents, replace: bool
+    out: Path, model_format: ModelFormat, contents: ModelContents, replace: Replacement | None
 ) -> Iterator[Path]:
     """Yield where to write: a directory, or for a format of one file a file."""
     if model_format.suffix and out.suffix == model_format.suffix:
@@ -126,14 +132,14 @@ def _logits_of(source: Source, adapter: Adapter | None, mesh: Mesh, texts: Texts
 
 
 def _check_arguments(
-    out: Path, model_format: ModelFormat, dtype: str | None, replace: bool
+    out: Path, model_format: ModelFormat, dtype: str | None, replace: Replacement | None
 ) -> None:
     if dtype is not None and dtype not in model_format.dtypes:
         raise UserError(
             f"The dtype {dtype!r} is not supported for {model_format.name}; supported are "
             f"{listed(model_format.dtypes)}."
         )
-    if not replace:
+    if replace is None:
         refuse_existing(out)
 
 

@@ -17,7 +17,7 @@ from jaxtune.adapters.inject import exportable
 from jaxtune.adapters.method import AdapterParam
 from jaxtune.core.distributed import fetch
 from jaxtune.core.errors import RunError
-from jaxtune.core.files import new_directory, write_text
+from jaxtune.core.files import Replacement, new_directory, write_text
 from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.kernels.quantized import QuantizedTensor
@@ -53,7 +53,7 @@ def export_adapter(
     dtype: str,
     compute: str,
     about: str = "",
-    replace: bool = False,
+    replace: Replacement | None = None,
 ) -> Comparison:
     """Write the adapter of `model` in PEFT's format; it is named `out` only if it computes the same
     logits when reloaded onto a fresh base.
@@ -68,7 +68,7 @@ def export_adapter(
         dtype: storage dtype of the trained model's base.
         compute: its compute dtype.
         about: more text for the model card.
-        replace: whether an existing `out` is replaced.
+        replace: whether and how an existing `out` is replaced.
 
     Raises:
         RunError: the reload does not compute the same; nothing is left at `out`.
@@ -109,7 +109,7 @@ def export_weights(
     to: str = "hf",
     dtype: str | None = None,
     about: str = "",
-    replace: bool = False,
+    replace: Replacement | None = None,
 ) -> Comparison:
     """Write all weights of `model`, rounded to the dtypes of the base; the directory is named `out`
     only if a reload computes the same logits.
@@ -123,7 +123,7 @@ def export_weights(
         to: the name of a format that holds a whole model.
         dtype: of the weights, instead of the base's.
         about: more text for the model card.
-        replace: whether an existing `out` is replaced.
+        replace: whether and how an existing `out` is replaced.
 
     Raises:
         UserError: a format that has no place for the model.

@@ -9,7 +9,7 @@ from jaxtune.config.schema import DataSection
 from jaxtune.core.errors import UserError
 from jaxtune.evaluation.evaluate import EvalOptions, Evaluation, evaluate
 from jaxtune.tracking.progress import Reporter
-from jaxtune.tracking.run_directory import is_run, read_config
+from jaxtune.tracking.record import is_run, read_config
 from jaxtune.weights.loaded import LoadedModel
 from jaxtune.workflows.load import Pair, open_model, open_with_base
 

@@ -12,21 +12,14 @@ from jaxtune.adapters.inject import exportable
 from jaxtune.config.schema import Config
 from jaxtune.core import distributed, runtime
 from jaxtune.core.errors import UserError
-from jaxtune.core.files import read_json, refuse_existing
+from jaxtune.core.files import Replacement, read_json, refuse_existing
 from jaxtune.core.mesh import make_mesh
 from jaxtune.data.prepare import Which
 from jaxtune.models.decoder import CausalLM
 from jaxtune.tracking.metrics_log import AFTER, BEFORE, phase_of, read_metrics
+from jaxtune.tracking.ownership import ADAPTER, DATA_SUMMARY, MODEL
 from jaxtune.tracking.progress import Reporter
-from jaxtune.tracking.run_directory import (
-    ADAPTER,
-    DATA_SUMMARY,
-    MODEL,
-    checkpoint_directory,
-    first_day,
-    is_run,
-    read_config,
-)
+from jaxtune.tracking.record import checkpoint_directory, first_day, is_run, read_config
 from jaxtune.training.checkpoint import Checkpoints
 from jaxtune.training.setup import Setup, build_setup
 from jaxtune.weights.convert import convert_model
@@ -169,7 +162,7 @@ def export_trained(
     *,
     to: str = "hf",
     dtype: str | None = None,
-    replace: bool = False,
+    replace: Replacement | None = None,
 ) -> Comparison:
     """Export a run's model: its adapter in PEFT's format, or its weights in the format `to`.
 
@@ -179,7 +172,7 @@ def export_trained(
         out: the directory to make.
         to: the name of a format that holds a whole model; for weights that trained.
         dtype: of these weights; the base's by default.
-        replace: whether an existing `out` is replaced.
+        replace: whether and how an existing `out` is replaced.
 
     Raises:
         RunError: the export does not compute what was trained.

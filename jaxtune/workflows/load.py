@@ -15,7 +15,8 @@ from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
 from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.models.decoder import CausalLM
-from jaxtune.tracking.run_directory import ADAPTER, MODEL, is_run, read_config
+from jaxtune.tracking.ownership import ADAPTER, MODEL
+from jaxtune.tracking.record import is_run, read_config
 from jaxtune.weights.load import load_model
 from jaxtune.weights.loaded import LoadedModel
 from jaxtune.weights.peft import Adapter, attach, open_adapter

@@ -15,7 +15,7 @@ from jaxtune.data.formats.conversation import Conversation
 from jaxtune.data.prepare import read_conversations
 from jaxtune.inference.engine import Engine
 from jaxtune.models.decoder import CausalLM
-from jaxtune.tracking.run_directory import SAMPLES
+from jaxtune.tracking.ownership import SAMPLES
 from jaxtune.training.callbacks import Callback
 from jaxtune.training.inputs import comparison
 from jaxtune.training.setup import Setup
@@ -40,17 +40,15 @@ class Samples(Callback):
 
     def __init__(self, setup: Setup, directory: Path, step: int) -> None:
         self._setup, self._path = setup, directory / SAMPLES
-        rows = distributed.broadcast_from_main(
-            lambda: read_jsonl(self._path) if self._path.exists() else None
-        )
-        self._is_continued = rows is not None
+        rows = distributed.broadcast_from_main(lambda: _read(self._path))
+        self.is_continued = rows is not None
         self._rows: list[Row] = rows or []
         for row in self._rows:
             row["during"] = [answer for answer in row.get("during", []) if answer["step"] <= step]
 
     def before(self, state: TrainState) -> None:
         """Record the answers before training; those that an earlier call wrote stand."""
-        if self._is_continued:
+        if self.is_continued:
             return
         self._rows = _choose_prompts(self._setup)
         self._record(self._setup.model(state), lambda row, text: row.update(before=text, during=[]))
@@ -61,7 +59,7 @@ class Samples(Callback):
             return
         self._record(
             self._setup.model(state),
-            lambda row, text: row["during"].append({"step": step, "text": text}),
+            lambda row, text: row.update(during=_added(row["during"], step, text)),
         )
 
     def after(self, model: CausalLM) -> None:
@@ -74,6 +72,21 @@ class Samples(Callback):
             add(row, text)
         if distributed.is_main():
             write_jsonl(self._path, self._rows)
+
+
+def _read(path: Path) -> list[Row] | None:
+    """Return the rows that an earlier call wrote; None where there are none, or not all of them."""
+    try:
+        rows = read_jsonl(path)
+        is_whole = all(isinstance(row["before"], str) and row["prompt"] for row in rows)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return rows if is_whole else None
+
+
+def _added(answers: list[Row], step: int, text: str) -> list[Row]:
+    """Return the answers during training with the one of this step."""
+    return [*(answer for answer in answers if answer["step"] != step), {"step": step, "text": text}]
 
 
 def _choose_prompts(setup: Setup) -> list[Row]:

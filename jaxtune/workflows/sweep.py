@@ -2,7 +2,6 @@
 was stopped can be continued.
 """
 
-import fcntl
 import math
 import shutil
 from collections.abc import Iterator
@@ -23,9 +22,11 @@ from jaxtune.config.traits import Trait
 from jaxtune.core import distributed, runtime
 from jaxtune.core.errors import Interrupted, RunError, UserError, listed
 from jaxtune.core.files import read_jsonl, write_jsonl, write_text
+from jaxtune.core.locks import Lock, LockHeldError
 from jaxtune.report.sweep import (
     BASE,
     NAME,
+    REPORT,
     STUDY,
     TRIALS,
     open_study,
@@ -34,8 +35,8 @@ from jaxtune.report.sweep import (
 )
 from jaxtune.tracking.metrics_log import BEFORE, metric_names, phase_of, read_metrics
 from jaxtune.tracking.metrics_log import FILE as METRICS
+from jaxtune.tracking.ownership import MARKER, SAMPLES, read_marker, write_marker
 from jaxtune.tracking.progress import Reporter
-from jaxtune.tracking.run_directory import SAMPLES
 from jaxtune.training.callbacks import Callback
 from jaxtune.training.state import TrainState
 from jaxtune.workflows.search_space import (
@@ -244,6 +245,7 @@ class _Search:
             rows = [row for row in read_metrics(other)[:1] if phase_of(row) == BEFORE]
             if rows and (other / SAMPLES).exists():
                 directory.mkdir(parents=True)
+                write_marker(directory, "run", {})
                 write_jsonl(
                     directory / METRICS, [{"measured_in": other.name} | row for row in rows]
                 )
@@ -266,12 +268,23 @@ class _ReportToStudy(Callback):
 
 
 def _refuse_another(directory: Path, base: Config, description: Sweep) -> None:
-    """Check that a directory does not hold another search.
+    """Check that a directory holds nothing, or this search.
 
     Raises:
-        UserError: it does.
+        UserError: it holds another one, or something that no search made is in the way.
 
     """
+    marker = read_marker(directory, "search")
+    # A search of an earlier version has no marker.
+    is_known = marker is not None or all((directory / name).exists() for name in (BASE, STUDY))
+    names = (NAME, BASE, STUDY, TRIALS, REPORT)
+    if not is_known and (others := [name for name in names if (directory / name).exists()]):
+        raise UserError(
+            f"{directory} is not a search's directory, and holds {listed(others)}, which a search "
+            "would overwrite. Set dir to another directory."
+        )
+    if marker is None:
+        write_marker(directory, "search", {})
     if not (directory / NAME).exists():
         return
     before = yaml.safe_load((directory / NAME).read_text(encoding="utf-8"))
@@ -297,7 +310,7 @@ def _record(directory: Path, base: Config, description: Sweep) -> None:
 
 def _remove(directory: Path) -> None:
     """Remove a search in which nothing was trained, so that its description can be corrected."""
-    for name in (NAME, BASE, STUDY):
+    for name in (NAME, BASE, STUDY, MARKER):
         (directory / name).unlink(missing_ok=True)
     shutil.rmtree(directory / TRIALS, ignore_errors=True)
 
@@ -311,9 +324,13 @@ def _locked(directory: Path) -> Iterator[None]:
 
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{directory}: another jaxtune sweep is at work there.") from None
+    try:
+        lock = Lock(directory / ".lock")
+    except LockHeldError as holder:
+        raise UserError(
+            f"{directory}: another jaxtune sweep is at work there ({holder})."
+        ) from None
+    try:
         yield
+    finally:
+        lock.close()

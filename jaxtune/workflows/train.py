@@ -12,33 +12,27 @@ import jax
 from jaxtune.config.load import dump
 from jaxtune.config.schema import Config
 from jaxtune.core import distributed, runtime
+from jaxtune.core.errors import UserError
 from jaxtune.core.files import write_json
 from jaxtune.data.inspect import length_histogram
 from jaxtune.models.decoder import CausalLM
 from jaxtune.objectives.objective import Objective
 from jaxtune.report.page import write_report
 from jaxtune.tracking.metrics_log import MetricsLog, NullMetricsLog, read_metrics
+from jaxtune.tracking.ownership import ADAPTER, DATA_SUMMARY, MODEL, REPORT, VERIFICATION
 from jaxtune.tracking.progress import Reporter
-from jaxtune.tracking.run_directory import (
-    ADAPTER,
-    DATA_SUMMARY,
-    MODEL,
-    REPORT,
-    VERIFICATION,
-    RunDirectory,
-    check_layout,
-    checkpoint_directory,
-    first_day,
-    recall,
-)
+from jaxtune.tracking.record import check_layout, checkpoint_directory, first_day, recall
+from jaxtune.tracking.run_directory import RunDirectory, check_place
 from jaxtune.tracking.trackers import Trackers, check_trackers
 from jaxtune.training.batch_source import ScheduledBatches
 from jaxtune.training.callbacks import Callback, EarlyStopping, KeepBest, SayEvaluation
 from jaxtune.training.checkpoint import Best, Checkpoints
-from jaxtune.training.loop import Evaluate, fit
+from jaxtune.training.interrupt import StopRequest
+from jaxtune.training.loop import fit
 from jaxtune.training.methods import adopt_adapter
 from jaxtune.training.setup import Setup, build_setup
 from jaxtune.training.state import TrainState
+from jaxtune.weights.digest import digest_weights
 from jaxtune.weights.verify import Comparison
 from jaxtune.workflows.export import export_trained, output_name
 from jaxtune.workflows.run_evaluation import Metrics, RunEvaluation
@@ -107,19 +101,33 @@ def run(
         distributed.assert_same("configuration", dump(config))
         distributed.assert_same("training or evaluation data", str(digests))
         distributed.barrier("agreed")
-        directory = RunDirectory(config, digests, day, fresh) if distributed.is_main() else None
+        directory = None
+        if distributed.is_main():
+            digests |= _digests_of_weights(setup)
+            directory = RunDirectory(config, digests, day, fresh, reporter.warn)
         distributed.barrier("run directory")
-        keep_copy = directory.keep_copy if directory else None
         try:
             with jax.set_mesh(setup.mesh):
-                return _run(setup, reporter, callbacks, metrics, keep_copy)
+                return _run(setup, reporter, callbacks, metrics, directory)
         finally:
             if directory:
                 directory.close()
 
 
+def _digests_of_weights(setup: Setup) -> dict[str, str]:
+    """Return digests of what the run begins from, by key; of a teacher only where it lies on
+    disk.
+    """
+    adapter, teacher = setup.config.adapter.start, setup.config.distill.teacher
+    paths = {"model.source": setup.source.path}
+    paths |= {"adapter.init": Path(adapter)} if adapter else {}
+    paths |= {"distill.teacher": Path(teacher)} if teacher else {}
+    return {key: digest_weights(path) for key, path in paths.items() if path.exists()}
+
+
 def _start_day(config: Config, fresh: bool) -> str:
-    """Return the day the run began, in ISO format."""
+    """Check where the run writes, before anything loads; return the day it began, in ISO format."""
+    check_place(config, fresh)
     if fresh:
         return str(date.today())
     recall(config)
@@ -132,31 +140,26 @@ def _run(
     reporter: Reporter,
     callbacks: Sequence[Callback],
     metrics: Metrics | None,
-    keep_copy: Callable[[], None] | None,
+    directory: RunDirectory | None,
 ) -> Run:
-    config, directory = setup.config, Path(setup.config.run.dir)
-    _write(write_json, directory / DATA_SUMMARY, _summarize_data(setup))
-    place = checkpoint_directory(config)
-    checkpoints = Checkpoints(place, config.checkpoint.keep, reporter.warn, keep_copy)
-    best = Best(place, config.checkpoint.best, reporter.warn) if config.checkpoint.best else None
+    config, path = setup.config, Path(setup.config.run.dir)
+    _write(write_json, path / DATA_SUMMARY, _summarize_data(setup))
+    checkpoints, best = _open_checkpoints(config, reporter, directory)
     is_new = checkpoints.latest is None
+    distributed.broadcast_from_main(lambda: _check_not_lost(directory, is_new, config))
     state = setup.initial() if is_new else checkpoints.restore(setup.state_layout)
-    setup.release()
-    if not is_new:
-        reporter.say(f"Going on after step {int(state.step)} of {setup.num_steps} ({directory})")
     log = (
-        MetricsLog(directory, int(state.step), Trackers(config, reporter.warn))
+        MetricsLog(path, int(state.step), Trackers(config, reporter.warn), reporter.warn)
         if distributed.is_main()
         else NullMetricsLog()
     )
     evaluation = RunEvaluation(setup, log, reporter, metrics)
+    samples = Samples(setup, path, int(state.step))
     try:
-        before = evaluation.before(state)
+        before = _record_start(setup, state, evaluation, samples, reporter)
         if before and is_new:
             for callback in callbacks:
                 callback.on_evaluation(0, before, state)
-        samples = Samples(setup, directory, int(state.step))
-        samples.before(state)
         built_in = [SayEvaluation(reporter.say), *([KeepBest(best)] if best else []), samples]
         state = _train(
             setup,
@@ -164,10 +167,12 @@ def _run(
             reporter,
             log=log,
             checkpoints=checkpoints,
-            evaluate=evaluation.during(),
+            evaluation=evaluation,
             callbacks=[*built_in, *callbacks],
         )
         checkpoints.wait()
+        if directory:
+            directory.note_saved()
         last_step = int(state.step)
         if best is not None and best.step not in (None, last_step):
             reporter.say(
@@ -184,12 +189,64 @@ def _run(
     model = setup.model(state)
     samples.after(model)
     del state  # the export loads the model again, and no longer needs the optimizer's moments
-    verification = _export(setup, model, reporter)
-    _write(write_report, [directory], directory / REPORT)
+    verification = _export(setup, model, reporter, directory)
+    _write(write_report, [path], path / REPORT)
     adapter, weights = (
-        directory / name if output_name(config) == name else None for name in (ADAPTER, MODEL)
+        path / name if output_name(config) == name else None for name in (ADAPTER, MODEL)
     )
-    return Run(directory, adapter, weights, before, after, verification)
+    return Run(path, adapter, weights, before, after, verification)
+
+
+def _open_checkpoints(
+    config: Config, reporter: Reporter, directory: RunDirectory | None
+) -> tuple[Checkpoints, Best | None]:
+    """Open the run's checkpoints, and the one of the best state where it is kept."""
+    place, keep = checkpoint_directory(config), config.checkpoint.keep
+    run_id = distributed.broadcast_from_main(lambda: directory.id if directory else None)
+    before = directory.before_checkpoint if directory else None
+    checkpoints = Checkpoints(place, keep, reporter.warn, before, run_id=run_id)
+    metric = config.checkpoint.best
+    return checkpoints, Best(place, metric, reporter.warn, run_id=run_id) if metric else None
+
+
+def _check_not_lost(directory: RunDirectory | None, is_new: bool, config: Config) -> None:
+    """Check that a run which has saved its state still has it.
+
+    Raises:
+        UserError: no checkpoint is there.
+
+    """
+    if directory is not None and is_new and directory.has_saved:
+        raise UserError(
+            f"{directory.path} holds a run whose checkpoints are not in "
+            f"{checkpoint_directory(config)}. Set checkpoint.dir to where they are, or start over "
+            "with --fresh."
+        )
+
+
+def _record_start(
+    setup: Setup,
+    state: TrainState,
+    evaluation: RunEvaluation,
+    samples: Samples,
+    reporter: Reporter,
+) -> dict[str, Any] | None:
+    """Record what the model computes and answers before training, also where a run that goes on
+    has lost that; return the metrics.
+    """
+    start, step = state, int(state.step)
+    if step > 0:
+        reporter.say(f"Going on after step {step} of {setup.num_steps} ({setup.config.run.dir})")
+        if evaluation.lacks_before() or not samples.is_continued:
+            reporter.warn(
+                "WARNING: what was measured before training is lost, or a part of it; it is "
+                "measured again."
+            )
+            start = setup.initial()
+    setup.release()
+    before = evaluation.before(start)
+    samples.before(start)
+    return before
 
 
 def _write(write: Callable[..., Any], *arguments: Any) -> None:
@@ -205,7 +262,7 @@ def _train(
     *,
     log: MetricsLog,
     checkpoints: Checkpoints,
-    evaluate: Evaluate | None,
+    evaluation: RunEvaluation,
     callbacks: Sequence[Callback],
 ) -> TrainState:
     """Train to the end, or until a callback says that it is enough."""
@@ -215,6 +272,7 @@ def _train(
         callbacks, stop_reason = [*callbacks, stopping], stopping.reason()
     if stop_reason is None:
         source = ScheduledBatches(setup.schedule, setup.micro_batches, setup.mesh)
+        stop = StopRequest()
         with reporter.task("Training", setup.num_steps, int(state.step)) as task:
             result = fit(
                 setup,
@@ -223,8 +281,9 @@ def _train(
                 log=log,
                 checkpoints=checkpoints,
                 task=task,
-                evaluate=evaluate,
+                evaluate=evaluation.during(stop.check),
                 callbacks=callbacks,
+                stop=stop,
             )
         state, stop_reason = result.state, result.stopped_by
     if stop_reason is not None:
@@ -232,14 +291,17 @@ def _train(
     return state
 
 
-def _export(setup: Setup, model: CausalLM, reporter: Reporter) -> Comparison:
+def _export(
+    setup: Setup, model: CausalLM, reporter: Reporter, directory: RunDirectory | None
+) -> Comparison:
     """Export the trained model into the run's directory, with what it was compared on."""
-    directory, name = Path(setup.config.run.dir), output_name(setup.config)
+    path, name = Path(setup.config.run.dir), output_name(setup.config)
     what, pronoun = ("weights", "them") if name == MODEL else ("adapter", "it")
     reporter.say(f"Exporting the {what}, reloading {pronoun} and comparing logits")
-    with distributed.main_only_path(directory / name) as out:
-        comparison = export_trained(setup, model, out, replace=True)
-    _write(write_json, directory / VERIFICATION, comparison.as_dict())
+    replace = directory.replacement(name) if directory else None
+    with distributed.main_only_path(path / name) as out:
+        comparison = export_trained(setup, model, out, replace=replace)
+    _write(write_json, path / VERIFICATION, comparison.as_dict())
     return comparison
 
 

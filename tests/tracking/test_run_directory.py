@@ -10,7 +10,8 @@ from jaxtune.config.load import dump, load_config
 from jaxtune.core.errors import UserError
 from jaxtune.report.page import write_report
 from jaxtune.tracking.metrics_log import evals_since_best, phase_of
-from jaxtune.tracking.run_directory import LAYOUT, RunDirectory, read_config
+from jaxtune.tracking.record import LAYOUT, read_config
+from jaxtune.tracking.run_directory import RunDirectory
 
 TRAIN = {"split": "train", "step": 1, "epoch": 1.0, "loss": 2.0, "grad_norm": 1.0}
 TRAIN |= {"learning_rate": 1e-3, "tokens_per_second": 9.0}

@@ -15,7 +15,7 @@ from jaxtune.objectives.objective import Objective, Sums
 from jaxtune.objectives.sft import sft
 from jaxtune.tracking.metrics_log import DURING, MetricsLog, phase_of, read_metrics
 from jaxtune.tracking.progress import Reporter
-from jaxtune.tracking.run_directory import checkpoint_directory
+from jaxtune.tracking.record import checkpoint_directory
 from jaxtune.training import setup
 from jaxtune.training.batch_source import ScheduledBatches, to_devices
 from jaxtune.training.callbacks import Callback

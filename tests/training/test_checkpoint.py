@@ -19,7 +19,7 @@ from jaxtune.config.load import load_config
 from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
 from jaxtune.tracking.metrics_log import read_metrics
-from jaxtune.tracking.run_directory import read_config
+from jaxtune.tracking.record import read_config
 from jaxtune.training import setup
 from jaxtune.training.checkpoint import steps_saved
 from jaxtune.training.watchdog import Watchdog

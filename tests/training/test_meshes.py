@@ -22,7 +22,7 @@ from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import AXES, make_mesh
 from jaxtune.tracking.metrics_log import MetricsLog, read_metrics
 from jaxtune.tracking.progress import Reporter
-from jaxtune.tracking.run_directory import checkpoint_directory
+from jaxtune.tracking.record import checkpoint_directory
 from jaxtune.training.batch_source import ScheduledBatches
 from jaxtune.training.checkpoint import Checkpoints
 from jaxtune.training.loop import fit

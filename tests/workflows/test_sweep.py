@@ -19,7 +19,7 @@ from jaxtune.core.mesh import make_mesh
 from jaxtune.report.sweep import importance
 from jaxtune.tracking.metrics_log import read_metrics
 from jaxtune.tracking.progress import Reporter
-from jaxtune.tracking.run_directory import read_config
+from jaxtune.tracking.record import read_config
 from jaxtune.training import setup
 from jaxtune.workflows import sweep
 from jaxtune.workflows.search_space import build_space, resolve_values

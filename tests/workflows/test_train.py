@@ -17,7 +17,8 @@ import pytest
 from jaxtune.config.schema import DataSection
 from jaxtune.data.prepare import prepare
 from jaxtune.tracking.metrics_log import read_metrics
-from jaxtune.tracking.run_directory import RunDirectory, read_config
+from jaxtune.tracking.record import read_config
+from jaxtune.tracking.run_directory import RunDirectory
 from jaxtune.training.checkpoint import steps_saved
 from jaxtune.weights.peft import open_adapter
 from tests.support import tools
