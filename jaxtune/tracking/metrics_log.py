@@ -130,7 +130,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 def _lines(path: Path) -> list[str]:
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = path.read_bytes().decode("utf-8", errors="replace")
     return [line for line in text.split("\n") if line.strip()]
 
 

@@ -67,7 +67,7 @@ def read_marker(directory: Any, kind: Kind) -> dict[str, Any] | None:
     return values
 
 
-def read_marker_quietly(directory: Path) -> dict[str, Any] | None:
+def read_marker_quietly(directory: Any) -> dict[str, Any] | None:
     """Return what the marker of a run's directory says; None where that is none."""
     try:
         return read_marker(directory, "run")

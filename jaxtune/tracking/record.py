@@ -117,7 +117,7 @@ def load_run(path: Path | None, overrides: list[str] | None = None) -> Config:
     return placed(config, path.parent) if is_untouched else config
 
 
-def read_config_file(directory: Path) -> Config:
+def read_config_file(directory: Any) -> Config:
     """Return what config.yaml of a run directory says, as it says it.
 
     Raises:
@@ -136,7 +136,7 @@ def read_config_file(directory: Path) -> Config:
     return validated(tree, origin=str(path))
 
 
-def check_layout(directory: Path) -> None:
+def check_layout(directory: Any) -> None:
     """Check that this version knows what a run directory holds.
 
     Raises:
@@ -154,19 +154,20 @@ def check_layout(directory: Path) -> None:
         )
 
 
-def is_run(path: str | Path) -> bool:
+def is_run(path: Any) -> bool:
     """Return whether `path` is a run directory."""
-    directory = Path(path)
+    directory = epath.Path(path)
     return (directory / CONFIG).is_file() or bool(read_marker_quietly(directory))
 
 
-def first_day(path: str | Path) -> date:
+def first_day(path: Any) -> date:
     """Return the day a run began; today where it has not. Chat templates may print it, and a run
     that is continued must see the same tokens.
     """
-    marker = read_marker_quietly(Path(path)) or {}
+    directory = epath.Path(path)
+    marker = read_marker_quietly(directory) or {}
     try:
-        return date.fromisoformat(marker.get("day") or environment_of(Path(path))["day"])
+        return date.fromisoformat(marker.get("day") or environment_of(directory)["day"])
     except (KeyError, TypeError, ValueError):
         return date.today()
 
@@ -194,7 +195,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def environment_of(directory: Path) -> dict[str, Any]:
+def environment_of(directory: Any) -> dict[str, Any]:
     """Return what env.json says, {} where it is gone or damaged."""
     try:
         values = json.loads((directory / ENVIRONMENT).read_text(encoding="utf-8"))
@@ -215,6 +216,15 @@ def record_directory(config: Config) -> Any:
     lie in the run directory.
     """
     return checkpoint_directory(config) / RECORD if config.checkpoint.dir else None
+
+
+def record_of(config: Config) -> Any:
+    """Return where the run's record lies: its directory, or, where that is gone, beside its
+    checkpoints.
+    """
+    directory, elsewhere = Path(config.run.dir), record_directory(config)
+    is_gone = elsewhere is not None and not is_run(directory) and elsewhere.exists()
+    return elsewhere if is_gone else directory
 
 
 def recall(config: Config) -> None:

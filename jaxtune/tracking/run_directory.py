@@ -12,7 +12,7 @@ from jaxtune.config.load import dump, validated
 from jaxtune.config.schema import Config
 from jaxtune.config.traits import Trait
 from jaxtune.core.errors import UserError, listed
-from jaxtune.core.files import Replacement, remove_leftovers, write_json, write_text
+from jaxtune.core.files import Replacement, remove_leftovers, remove_made, write_json, write_text
 from jaxtune.core.locks import Lock, LockHeldError
 from jaxtune.tracking.ownership import (
     CONFIG,
@@ -44,7 +44,10 @@ from jaxtune.tracking.record import (
     read_config_file,
     recall,
     record_directory,
+    record_of,
 )
+
+_LOCK = ".lock"
 
 
 class RunDirectory:
@@ -76,9 +79,10 @@ class RunDirectory:
     ) -> None:
         self.path, self._place = Path(config.run.dir), checkpoint_directory(config)
         self._elsewhere = record_directory(config)
+        is_new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = Lock(self.path / ".lock")
+            self._lock = Lock(self.path / _LOCK)
         except OSError as error:
             raise UserError(f"run.dir: cannot create {self.path}: {error.strerror}.") from None
         except LockHeldError as holder:
@@ -97,11 +101,15 @@ class RunDirectory:
             self._clean()
             if fresh:
                 self._clear(warn)
-            recall(config)
-            self._marker = self._marker or read_marker(self.path, "run") or {}
-            self._check(config, data, warn)
+            else:
+                there = record_of(config)
+                self._marker = read_marker_quietly(there) or {}
+                self._check(there, config, data, warn)
+                recall(config)
             self._claim(config, data, day)
         except BaseException:
+            if is_new:
+                remove_made(self.path, [_LOCK])
             self.close()
             raise
 
@@ -168,7 +176,7 @@ class RunDirectory:
             kept.append(str(self._place))
         if kept:
             warn(f"{listed(kept)}: what the run did not make stays there.")
-        self._marker = {}
+        self._marker = write_marker(self.path, "run", {})
 
     def _claim(self, config: Config, data: dict[str, str], day: date) -> None:
         """Write whose the directory is, then what the run is."""
@@ -185,11 +193,13 @@ class RunDirectory:
         self._place.mkdir(parents=True, exist_ok=True)
         write_marker(self._place, "checkpoints", {"id": self.id, "run": str(self.path.resolve())})
 
-    def _check(self, config: Config, data: dict[str, str], warn: Callable[[str], None]) -> None:
+    def _check(
+        self, there: Any, config: Config, data: dict[str, str], warn: Callable[[str], None]
+    ) -> None:
         """Check that the run that is there, if any, is this one, and say what of it was lost."""
-        before = _settings(self.path, self._marker)
+        before = _settings(there, self._marker)
         for name, is_whole in ((CONFIG, before.is_whole), (DATA_SUMMARY, None)):
-            path = self.path / name
+            path = there / name
             if is_whole is None:
                 is_whole = not self._marker or not path.exists() or _is_json(path)
             if not is_whole:
@@ -200,12 +210,14 @@ class RunDirectory:
         )
         if before.config is not None:
             now = flatten(config.model_dump(mode="json"))
-            there = flatten(before.config.model_dump(mode="json"))
+            earlier = flatten(before.config.model_dump(mode="json"))
             fixed = [key for key in now if key not in keys_with(Trait.RESUMABLE)]
-            if differing := [key for key in fixed if now[key] != there[key]]:
-                changes = listed(f"{key} ({there[key]} there, {now[key]} now)" for key in differing)
+            if differing := [key for key in fixed if now[key] != earlier[key]]:
+                changes = listed(
+                    f"{key} ({earlier[key]} there, {now[key]} now)" for key in differing
+                )
                 raise UserError(
-                    f"{self.path} holds a run with another configuration: {changes}. {advice}"
+                    f"{there} holds a run with another configuration: {changes}. {advice}"
                 )
         changed = [name for name in before.data if name in data and before.data[name] != data[name]]
         if changed:
@@ -230,7 +242,7 @@ class _Settings(NamedTuple):
     is_whole: bool
 
 
-def _settings(directory: Path, marker: dict[str, Any]) -> _Settings:
+def _settings(directory: Any, marker: dict[str, Any]) -> _Settings:
     """Return the settings of the run in a directory, from its marker and, where that lacks them,
     from config.yaml and env.json.
     """
@@ -289,13 +301,14 @@ def _check_checkpoints(
                 f"{place} holds the checkpoints of another run ({other}). Set checkpoint.dir to "
                 "another directory."
             )
-        is_copy = other.resolve() != directory.resolve() and (
+        is_elsewhere = other.resolve() != directory.resolve() and (
             (read_marker_quietly(other) or {}).get("id") == there["id"]
         )
-        if config.checkpoint.dir is not None and is_copy:
+        if config.checkpoint.dir is not None and is_elsewhere:
+            copy = "" if own is None else f", of which {directory} is a copy"
             raise UserError(
-                f"{place} holds the checkpoints of the run in {other}, of which {directory} is a "
-                "copy. Set checkpoint.dir to another directory."
+                f"{place} holds the checkpoints of the run in {other}{copy}. Set checkpoint.dir to "
+                f"another directory, or go on there: run.dir={other}."
             )
         return
     is_known = there is not None or (place / RECORD / CONFIG).exists()
@@ -312,7 +325,7 @@ def _has_checkpoints(place: Any) -> bool:
     return place.is_dir() and any(entry.name.isdigit() for entry in place.iterdir())
 
 
-def _is_json(path: Path) -> bool:
+def _is_json(path: Any) -> bool:
     try:
         return bool(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):

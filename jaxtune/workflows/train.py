@@ -21,7 +21,7 @@ from jaxtune.report.page import write_report
 from jaxtune.tracking.metrics_log import MetricsLog, NullMetricsLog, read_metrics
 from jaxtune.tracking.ownership import ADAPTER, DATA_SUMMARY, MODEL, REPORT, VERIFICATION
 from jaxtune.tracking.progress import Reporter
-from jaxtune.tracking.record import check_layout, checkpoint_directory, first_day, recall
+from jaxtune.tracking.record import check_layout, checkpoint_directory, first_day, record_of
 from jaxtune.tracking.run_directory import RunDirectory, check_place
 from jaxtune.tracking.trackers import Trackers, check_trackers
 from jaxtune.training.batch_source import ScheduledBatches
@@ -130,9 +130,9 @@ def _start_day(config: Config, fresh: bool) -> str:
     check_place(config, fresh)
     if fresh:
         return str(date.today())
-    recall(config)
-    check_layout(Path(config.run.dir))
-    return str(first_day(config.run.dir))
+    record = record_of(config)
+    check_layout(record)
+    return str(first_day(record))
 
 
 def _run(

@@ -191,11 +191,15 @@ def test_checkpoints_elsewhere_bring_the_record_to_a_new_machine(
     other = config(
         tmp_path / "other", chat_model, rows, checkpoint__dir=tmp_path / "bucket", adapter__rank=8
     )
+    with pytest.raises(UserError, match=r"holds the checkpoints of the run in .*/run\. Set"):
+        jaxtune.train(other, quiet=True)
+    (tmp_path / "run").rename(tmp_path / "gone")
     with pytest.raises(
         UserError,
         match=r"holds a run with another configuration: .*adapter.rank \(4 there, 8 now\)",
     ):
         jaxtune.train(other, quiet=True)
+    assert not (tmp_path / "other").exists()
     with pytest.raises(UserError, match=r"gs://nowhere/x cannot be reached: .*gcsfs"):
         jaxtune.train(
             config(tmp_path / "cloud", chat_model, rows, checkpoint__dir="gs://nowhere/x"),
