@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.core.errors import Interrupted, UserError, describe_os_error, status
+from jaxtune.core.errors import Interrupted, UserError, describe_os_error, listed, status
 
 HEARTBEAT = 20
 _FAILURE, _SHOWN = "jaxtune/failure", "jaxtune/shown"
@@ -91,6 +91,8 @@ def explicit_cluster(address: str, total: int, number: int) -> Cluster:
     """
     if ":" not in address:
         raise UserError(f"--coordinator {address}: give host:port, such as {address}:8476.")
+    if total < 1:
+        raise UserError(f"--processes {total}: there is at least one.")
     if not 0 <= number < total:
         raise UserError(
             f"--process {number}: with {total} processes they are numbered 0 to {total - 1}."
@@ -233,6 +235,26 @@ def assert_same(what: str, value: str) -> None:
     if broadcast_from_main(lambda: value) != value:
         raise UserError(
             f"Process {_index()} has another {what} than process 0. All must read the same files."
+        )
+
+
+def assert_same_values(what: str, values: Mapping[str, Any]) -> None:
+    """Check that all processes have the same values, which JSON can hold, by name.
+
+    Raises:
+        UserError: this process has other ones than the main process; with their names.
+
+    """
+    main = broadcast_from_main(lambda: dict(values))
+    differing = [
+        f"{name} ({main.get(name)} there, {values.get(name)} here)"
+        for name in sorted({*main, *values})
+        if main.get(name) != values.get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"Process {_index()} has another {what} than process 0: {listed(differing)}. Give all "
+            "processes the same command."
         )
 
 

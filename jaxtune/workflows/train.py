@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from jaxtune.config.keys import flatten
 from jaxtune.config.load import dump
 from jaxtune.config.schema import Config
 from jaxtune.core import distributed, runtime
@@ -93,6 +94,9 @@ def run(
     runtime.start()
     with distributed.fail_together():
         check_trackers(config)
+        distributed.assert_same_values(
+            "command", {**flatten(config.model_dump(mode="json")), "--fresh": fresh}
+        )
         config = adopt_adapter(config)
         day = date.fromisoformat(distributed.broadcast_from_main(lambda: _start_day(config, fresh)))
         setup = build_setup(config, reporter, day, objective)

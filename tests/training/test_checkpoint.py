@@ -3,7 +3,9 @@ step that hangs.
 """
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -16,12 +18,14 @@ import yaml
 
 import jaxtune
 from jaxtune.config.load import load_config
-from jaxtune.core.errors import UserError
+from jaxtune.core.errors import Interrupted, UserError
+from jaxtune.core.files import read_jsonl
 from jaxtune.core.mesh import make_mesh
 from jaxtune.tracking.metrics_log import read_metrics
 from jaxtune.tracking.record import read_config
 from jaxtune.training import setup
 from jaxtune.training.checkpoint import steps_saved
+from jaxtune.training.interrupt import StopRequest
 from jaxtune.training.watchdog import Watchdog
 from tests.support import tools
 from tests.support.cases import thinned
@@ -240,6 +244,19 @@ def test_the_state_with_the_best_evaluation_is_kept_and_exported(
     assert jaxtune.evaluate(str(result.dir), held_out)["loss"] == pytest.approx(
         on_the_way[best], rel=1e-4
     )
+    del further["checkpoint__best"]
+    again = jaxtune.train(config(tmp_path / "run", chat_model, rows, **further), quiet=True)
+    assert again.after["loss"] == pytest.approx(on_the_way[9], rel=1e-4)
+    assert jaxtune.evaluate(str(again.dir), held_out)["loss"] == pytest.approx(
+        again.after["loss"], rel=1e-5
+    )
+    assert [row["loss"] for row in again.metrics if row.get("phase") == "after"] == [
+        again.after["loss"]
+    ]
+    card = (again.dir / "adapter" / "README.md").read_text()
+    assert f"{again.after['loss']:.4f}" in card
+    assert f"{result.after['loss']:.4f}" not in card
+    further["checkpoint__best"] = "loss"
     for keys, message in (
         ({"checkpoint__best": "loss"}, "checkpoint.best needs evaluations"),
         ({**further, "checkpoint__best": "margin"}, "checkpoint.best=margin is for preferences"),
@@ -251,6 +268,57 @@ def test_the_state_with_the_best_evaluation_is_kept_and_exported(
     ):
         with pytest.raises(UserError, match=message):
             config(tmp_path / "run", chat_model, rows, **keys)
+
+
+def test_a_signal_during_an_evaluation_saves_and_what_is_lost_is_made_again(
+    chat_model, rows, tmp_path, monkeypatch, capsys
+):
+    """The signal comes in the second evaluation; then files are damaged as a crash may."""
+    further = {
+        "data__eval": rows, "train__eval_every": 3, "checkpoint__every": 1000,
+        "checkpoint__best": "loss", "train__samples": 2,
+    }  # fmt: skip
+    whole = jaxtune.train(config(tmp_path / "whole", chat_model, rows, **further), quiet=True)
+
+    class Signalled(StopRequest):
+        def check(self):
+            if any(row["step"] == 6 for row in read_metrics(tmp_path / "cut")):
+                os.kill(os.getpid(), signal.SIGTERM)
+            super().check()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxtune.workflows.train.StopRequest", Signalled)
+        with pytest.raises(Interrupted, match="SIGTERM: stopped after step 6 of 9; it is saved"):
+            jaxtune.train(config(tmp_path / "cut", chat_model, rows, **further), quiet=True)
+    here = read_config(tmp_path / "cut")
+    assert steps_saved(here) == [6]
+    evaluated = [row["step"] for row in read_metrics(tmp_path / "cut") if row["split"] == "eval"]
+    assert evaluated == [0, 3]
+    lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut" / "metrics.jsonl").write_text("".join(lines[1:]))  # the one before training
+    (tmp_path / "cut" / "samples.jsonl").write_bytes(bytes(500))
+    (tmp_path / "cut" / "config.yaml").unlink()
+    (tmp_path / "cut" / "data.json").write_text("{")
+    done = jaxtune.train(here)
+    said = capsys.readouterr().err
+    for lost in ("config.yaml was lost", "data.json was lost", "what was measured before training"):
+        assert lost in said
+    evaluations = [
+        {row["step"]: row["loss"] for row in run.metrics if row["split"] == "eval"}
+        for run in (whole, done)
+    ]
+    assert evaluations[0] == evaluations[1]
+    assert trained(done.dir) == trained(whole.dir)
+    samples = [
+        [(row["before"], row["after"]) for row in read_jsonl(run.dir / "samples.jsonl")]
+        for run in (whole, done)
+    ]
+    assert samples[0] == samples[1]
+    files = [run.dir / "adapter" / "adapter_model.safetensors" for run in (whole, done)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    shutil.rmtree(tmp_path / "cut" / "checkpoints")
+    with pytest.raises(UserError, match=r"holds a run whose checkpoints are not in .*checkpoints"):
+        jaxtune.train(here, quiet=True)
 
 
 def test_a_step_that_hangs_is_noticed_and_others_are_not():

@@ -120,7 +120,9 @@ def test_killed_three_times_it_ends_bit_identical(chat_model, rows, tmp_path):
     assert whole[1] == killed[1], kills
 
 
-@pytest.mark.parametrize("number", thinned([signal.SIGINT, signal.SIGTERM], signal.SIGTERM))
+@pytest.mark.parametrize(
+    "number", thinned([signal.SIGINT, signal.SIGTERM, signal.SIGHUP], signal.SIGHUP)
+)
 def test_a_signal_saves_and_says_how_to_go_on(number, chat_model, rows, tmp_path):
     keys = {"train__steps": 300, "checkpoint__every": 1000}
     process = start(tmp_path / "run", chat_model, rows, **keys)
@@ -196,6 +198,8 @@ def test_a_second_start_trains_nothing_again_and_another_config_is_refused(
     files = {
         "config.yaml",
         "env.json",
+        "run.json",
+        ".lock",
         "metrics.jsonl",
         "checkpoints",
         "adapter",
@@ -212,7 +216,9 @@ def test_a_second_start_trains_nothing_again_and_another_config_is_refused(
     assert len(samples) == 5
     assert all({"prompt", "wanted", "before", "after"} <= sample.keys() for sample in samples)
     RunDirectory(read_config(tmp_path / "run"), {}, date(2026, 1, 1), fresh=True).close()
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "env.json"}
+    left = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*")}
+    markers = {"run.json", "checkpoints", "checkpoints/run.json", ".lock"}
+    assert left == {"config.yaml", "env.json"} | markers
 
 
 @pytest.mark.slow
