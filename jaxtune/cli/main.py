@@ -88,11 +88,12 @@ def _restart_with_huge_pages() -> None:
     ):
         return
     settings = ":".join(part for part in (tunables, f"{_HUGE_PAGES}=1") if part)
-    os.execve(
-        sys.executable,
-        [sys.executable, *sys.orig_argv[1:]],
-        os.environ | {"GLIBC_TUNABLES": settings},
-    )
+    with contextlib.suppress(OSError):  # it goes on in small pages
+        os.execve(
+            sys.executable,
+            [sys.executable, *sys.orig_argv[1:]],
+            os.environ | {"GLIBC_TUNABLES": settings},
+        )
 
 
 def _run(options: argparse.Namespace) -> int:

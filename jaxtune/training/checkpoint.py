@@ -4,6 +4,7 @@ while training continues.
 
 import json
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -331,8 +332,13 @@ def _sizes(folder: Any) -> dict[str, int]:
             if entry.is_dir():
                 left.append(entry)
             else:
-                sizes[str(entry)[len(str(folder)) + 1 :]] = entry.stat().length
+                sizes[str(entry)[len(str(folder)) + 1 :]] = _size(entry)
     return sizes
+
+
+def _size(entry: Any) -> int:
+    """Return the bytes of a file; on disk without asking for its owner, who may have no name."""
+    return entry.stat().length if "://" in str(entry) else os.stat(entry).st_size
 
 
 def _without_key(state: TrainState) -> TrainState:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from etils import epath
 
 import jaxtune
 from jaxtune.config.load import load_config
@@ -23,7 +24,7 @@ from jaxtune.core.files import read_jsonl
 from jaxtune.core.mesh import make_mesh
 from jaxtune.tracking.metrics_log import read_metrics
 from jaxtune.tracking.record import read_config
-from jaxtune.training import setup
+from jaxtune.training import checkpoint, setup
 from jaxtune.training.checkpoint import steps_saved
 from jaxtune.training.interrupt import StopRequest
 from jaxtune.training.watchdog import Watchdog
@@ -319,6 +320,17 @@ def test_a_signal_during_an_evaluation_saves_and_what_is_lost_is_made_again(
     shutil.rmtree(tmp_path / "cut" / "checkpoints")
     with pytest.raises(UserError, match=r"holds a run whose checkpoints are not in .*checkpoints"):
         jaxtune.train(here, quiet=True)
+
+
+def test_sizes_are_noted_of_files_whose_owner_has_no_name(tmp_path, monkeypatch):
+    """As in a container that is given the number of a user."""
+
+    def unknown(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    (tmp_path / "part").write_text("12345")
+    assert checkpoint._sizes(epath.Path(tmp_path)) == {"part": 5}
 
 
 def test_a_step_that_hangs_is_noticed_and_others_are_not():
