@@ -51,11 +51,13 @@ class MetricsLog:
             )
         self._file = self.path.open("a", encoding="utf-8")
 
-    def has_evaluation(self, step: int) -> bool:
-        """Return whether there is a row of an evaluation during training at this step."""
-        return any(
-            phase_of(row) == DURING and row["step"] == step for row in read_metrics(self._directory)
-        )
+    def evaluation_at(self, step: int) -> dict[str, Any] | None:
+        """Return the row of the evaluation during training at this step; None where there is
+        none.
+        """
+        rows = read_metrics(self._directory)
+        during = (row for row in rows if phase_of(row) == DURING and row["step"] == step)
+        return next(during, None)
 
     def supersede(self, is_superseded: Callable[[dict[str, Any]], bool]) -> None:
         """Set aside the rows for which `is_superseded` is true."""

@@ -17,7 +17,7 @@ from jaxtune.core.errors import Interrupted, RunError
 from jaxtune.core.hardware import Memory, peak_flops, release_freed_memory
 from jaxtune.data.batch import Batch
 from jaxtune.data.loader import DeviceBatch
-from jaxtune.tracking.metrics_log import DURING, MetricsLog, flops_per_token, phase_of
+from jaxtune.tracking.metrics_log import DURING, MetricsLog, flops_per_token
 from jaxtune.tracking.ownership import CONFIG
 from jaxtune.tracking.progress import Task, training_text
 from jaxtune.training.batch_source import BatchSource
@@ -283,17 +283,14 @@ class _Pause:
 
     def make_up(self, state: TrainState, done: int) -> str | None:
         """Evaluate the state that a run goes on from, where the run that wrote it did not come to
-        that, or may not have kept it as the best; return why training shall end, if it shall.
+        that; return why training shall end, if it shall.
         """
         is_last = done == self._total
-        if not ((self._evaluates(done) and not is_last) or self._evaluates_last(is_last)):
+        if not (self._evaluates_last(is_last) or (self._evaluates(done) and not is_last)):
             return None
         log = self._recorder.log
-        if self._config.checkpoint.best is not None:
-            log.supersede(lambda row: phase_of(row) == DURING and row["step"] == done)
-        elif distributed.broadcast_from_main(lambda: log.has_evaluation(done)):
-            return None
-        return self._measure(state, done)
+        is_logged = distributed.broadcast_from_main(lambda: log.evaluation_at(done) is not None)
+        return None if is_logged else self._measure(state, done)
 
     def __call__(self, state: TrainState, done: int, *, is_last: bool) -> str | None:
         """Save, and evaluate; return why training shall end, if it shall."""

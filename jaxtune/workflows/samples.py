@@ -53,6 +53,10 @@ class Samples(Callback):
         self._rows = _choose_prompts(self._setup)
         self._record(self._setup.model(state), lambda row, text: row.update(before=text, during=[]))
 
+    def has_answers_of(self, step: int) -> bool:
+        """Return whether answers during training are recorded of this step."""
+        return any(answer["step"] == step for row in self._rows for answer in row["during"])
+
     def on_evaluation(self, step: int, metrics: dict[str, Any], state: TrainState) -> None:
         """Record the answers after this step, unless it is the last."""
         if not self._setup.config.train.samples or step == self._setup.num_steps:

@@ -19,7 +19,7 @@ from jaxtune.data.inspect import length_histogram
 from jaxtune.models.decoder import CausalLM
 from jaxtune.objectives.objective import Objective
 from jaxtune.report.page import write_report
-from jaxtune.tracking.metrics_log import MetricsLog, NullMetricsLog, read_metrics
+from jaxtune.tracking.metrics_log import MetricsLog, NullMetricsLog, metric_names, read_metrics
 from jaxtune.tracking.ownership import ADAPTER, DATA_SUMMARY, MODEL, REPORT, VERIFICATION
 from jaxtune.tracking.progress import Reporter
 from jaxtune.tracking.record import check_layout, checkpoint_directory, first_day, record_of
@@ -164,6 +164,7 @@ def _run(
         if before and is_new:
             for callback in callbacks:
                 callback.on_evaluation(0, before, state)
+        _repeat_callbacks(log, best, samples, state)
         built_in = [SayEvaluation(reporter.say), *([KeepBest(best)] if best else []), samples]
         state = _train(
             setup,
@@ -211,6 +212,22 @@ def _open_checkpoints(
     checkpoints = Checkpoints(place, keep, reporter.warn, before, run_id=run_id)
     metric = config.checkpoint.best
     return checkpoints, Best(place, metric, reporter.warn, run_id=run_id) if metric else None
+
+
+def _repeat_callbacks(
+    log: MetricsLog, best: Best | None, samples: Samples, state: TrainState
+) -> None:
+    """Do once more what follows an evaluation of the state that a run goes on from: a run that was
+    killed may have logged the evaluation and not come to that.
+    """
+    step = int(state.step)
+    row = distributed.broadcast_from_main(lambda: log.evaluation_at(step))
+    if row is None:
+        return
+    if best is not None and row.get(best.metric) is not None:
+        best.offer(state, {name: row[name] for name in metric_names(row)})
+    if not samples.has_answers_of(step):
+        samples.on_evaluation(step, row, state)
 
 
 def _check_not_lost(directory: RunDirectory | None, is_new: bool, config: Config) -> None:
