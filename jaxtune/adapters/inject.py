@@ -34,11 +34,20 @@ def module_names(path: tuple[Any, ...], config: ModelConfig) -> tuple[str, ...]:
     return tuple(name.removesuffix(".weight") for name in names_of((*path, "weight"), config)[1])
 
 
-def inject(model: CausalLM, config: AdapterConfig, seed: int, mesh: Mesh) -> None:
+def inject(
+    model: CausalLM, config: AdapterConfig, seed: int, mesh: Mesh, *, all_targets: bool = True
+) -> None:
     """Put an adapter on the layers of `model` that `config` names, in place.
 
     A layer's draw depends on the seed, its path and its number, not on which other layers have an
     adapter.
+
+    Args:
+        model: the base.
+        config: the adapter.
+        seed: of the draws.
+        mesh: where the leaves go.
+        all_targets: whether each target must match a module; PEFT asks for one that does.
 
     Raises:
         UserError: a target that matches nothing, with the candidates, or one that cannot be
@@ -47,7 +56,7 @@ def inject(model: CausalLM, config: AdapterConfig, seed: int, mesh: Mesh) -> Non
     """
     method = method_named(config.method)
     _untie(model, config)
-    for path, adapted_layers in _targets(model, config).items():
+    for path, adapted_layers in _targets(model, config, all_targets).items():
         base, site = _at(model, path), _site(model, path, adapted_layers, seed)
         if not isinstance(base, method.wraps):
             raise UserError(
@@ -109,7 +118,9 @@ def _is_of_adapter(_: Any, variable: Any) -> bool:
     return isinstance(variable, AdapterParam | AdapterConstant)
 
 
-def _targets(model: CausalLM, config: AdapterConfig) -> dict[tuple[Any, ...], tuple[bool, ...]]:
+def _targets(
+    model: CausalLM, config: AdapterConfig, all_targets: bool
+) -> dict[tuple[Any, ...], tuple[bool, ...]]:
     """Return the paths of the layers that get an adapter, and which of a stack do."""
     candidates = {
         path: module_names(path, model.config)
@@ -118,7 +129,7 @@ def _targets(model: CausalLM, config: AdapterConfig) -> dict[tuple[Any, ...], tu
     }
     everything = [name for names in candidates.values() for name in names]
     targets = (config.targets,) if isinstance(config.targets, str) else config.targets
-    for target in targets:
+    for target in targets if all_targets else ():
         pattern = target if isinstance(config.targets, str) else (target,)
         if config.targets != ALL_LINEAR and not any(matches(pattern, name) for name in everything):
             known = sorted({name.rpartition(".")[2] for name in everything})
@@ -134,7 +145,7 @@ def _targets(model: CausalLM, config: AdapterConfig) -> dict[tuple[Any, ...], tu
     if not hits:
         raise UserError(
             f"adapter.targets: no module is left to adapt of {listed(targets)} after the choice "
-            "of layers."
+            "of layers and exclusions."
         )
     return hits
 

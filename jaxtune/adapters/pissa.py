@@ -117,15 +117,7 @@ class PiSSA(LoRA):
 
     def exportable(self, config: LoRAConfig) -> LoRAConfig:
         """See AdapterMethod: twice the ranks with the same scales."""
-        factor = 2.0**0.5 if config.rslora else 2.0
-        ordinary = LoRAConfig(**vars(config))
-        return replace(
-            ordinary,
-            rank=2 * config.rank,
-            alpha=factor * config.alpha,
-            ranks=tuple((name, 2 * rank) for name, rank in config.ranks),
-            alphas=tuple((name, factor * alpha) for name, alpha in config.alphas),
-        )
+        return LoRAConfig(**vars(config)).doubled()
 
 
 def _principal(rank: int, layer: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
