@@ -1,6 +1,7 @@
 """Which layers get an adapter, and putting it there."""
 
 import zlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -104,12 +105,37 @@ def exportable(model: CausalLM) -> CausalLM:
     if model.adapter is None:
         return model
     config = method_named(model.adapter.method).exportable(model.adapter)
+    return _rewritten(model, config, lambda layer: layer.exportable())
+
+
+def portable(model: CausalLM) -> CausalLM:
+    """Return an exportable model with an adapter that programs other than PEFT read in the same
+    way, where its method knows one; it computes the same but for rounding.
+    """
+    if model.adapter is None:
+        return model
+    modules = tuple(
+        name
+        for path, layer in adapted(model).items()
+        for name, hit in zip(module_names(path, model.config), layer.adapted, strict=True)
+        if hit
+    )
+    config = method_named(model.adapter.method).portable(model.adapter, modules)
+    return _rewritten(model, config, lambda layer: layer.portable(config))
+
+
+def _rewritten(
+    model: CausalLM, config: AdapterConfig, change: Callable[[AdaptedLayer], AdaptedLayer]
+) -> CausalLM:
+    """Return the model with each adapted layer changed, or the model itself where `config` is its
+    own.
+    """
     if config is model.adapter:
         return model
     graph, state = nnx.split(model)
     model = nnx.merge(graph, state)
     for path, layer in adapted(model).items():
-        _replace(model, path, layer.exportable())
+        _replace(model, path, change(layer))
     model.adapter = config
     return model
 
@@ -218,7 +244,8 @@ def _train_whole(model: CausalLM, config: AdapterConfig) -> None:
                 )
             if True in saved or of_adapted or (leaf == "bias" and config.bias == "all"):
                 axes = variable.get_metadata()["axes"]
-                setattr(module, leaf, AdapterParam(variable[...].astype(jnp.float32), axes=axes))
+                value = variable[...].astype(jnp.float32)
+                setattr(module, leaf, AdapterParam(value, axes=axes, lora_plus=len(axes) == 1))
 
 
 def _add_token_rows(model: CausalLM, config: AdapterConfig, method: AdapterMethod) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxtune.adapters.config import PeftKey
+from jaxtune.adapters.config import AdapterConfig, PeftKey
 from jaxtune.adapters.lora_config import PEFT_KEYS, LoRAConfig, fields_of_peft
 from jaxtune.adapters.method import (
     AdaptedLayer,
@@ -24,6 +24,7 @@ from jaxtune.adapters.method import (
 from jaxtune.adapters.products import adapted_product, low_rank
 from jaxtune.adapters.starts import started_factors
 from jaxtune.config.schema import AdapterSection
+from jaxtune.core.distributed import fetch
 from jaxtune.models.layers import Dropout, Embedding, Linear, matmul
 from jaxtune.models.remat import PROJECTION, named
 
@@ -87,6 +88,26 @@ class _LowRankLayer(AdaptedLayer):
         sizes = {"rank": self.spec.ranks[number], "vocab": vocab_size}
         return tuple(slice(sizes.get(axis)) for axis in axes)
 
+    def _portable(
+        self, config: LoRAConfig, a: jax.Array, b: jax.Array
+    ) -> tuple[LoRASpec, np.ndarray, np.ndarray]:
+        """Return `(spec, A, B)` of one rank and one scale, the rest of each layer's scale in B."""
+        rank, scale = config.rank, config.scale_of("")
+        down, up = fetch((a, b))
+        shares = np.asarray([own / scale for own in self.spec.scales], np.float32)
+        up = up * shares.reshape(*up.shape[:-2], 1, 1)
+        ranks = tuple(rank if own else 0 for own in self.spec.ranks)
+        scales = tuple(scale if own else 0.0 for own in self.spec.ranks)
+        spec = replace(self.spec, ranks=ranks, scales=scales)
+        return spec, _padded(down, -2, rank), _padded(up, -1, rank)
+
+
+def _padded(factor: np.ndarray, axis: int, rank: int) -> np.ndarray:
+    """Return a factor with zeros up to the rank on its axis."""
+    widths = [(0, 0)] * factor.ndim
+    widths[axis] = (0, rank - factor.shape[axis])
+    return np.pad(factor, widths)
+
 
 class LoRALinear(_LowRankLayer, Linear):
     """y = x W^T (+ b) + scale (x A^T) B^T      (eq. 3); A [r, in], B [out, r], float32.
@@ -117,6 +138,11 @@ class LoRALinear(_LowRankLayer, Linear):
         dropped = self._dropped(x, dropout)
         y = self._plain(x) if dropped is x and self._fused else self._composed(x, dropped)
         return named(y if self.bias is None else y + self.bias[...].astype(y.dtype), PROJECTION)
+
+    def portable(self, config: LoRAConfig) -> "LoRALinear":
+        """See AdaptedLayer."""
+        spec, a, b = self._portable(config, self.lora_A[...], self.lora_B[...])
+        return LoRALinear(self, spec, jnp.asarray(a), jnp.asarray(b))
 
     def _plain(self, x: Float[Array, "*batch in"]) -> Any:
         axes = self.weight.get_metadata()["axes"]
@@ -184,6 +210,14 @@ class LoRAEmbedding(_LowRankLayer, Embedding):
         return super().__call__(tokens, dtype) + matmul(
             low, self.lora_embedding_B[...] * self.scale[...]
         )
+
+    def portable(self, config: LoRAConfig) -> "LoRAEmbedding":
+        """See AdaptedLayer."""
+        spec, a, b = self._portable(config, self.lora_embedding_A[...], self.lora_embedding_B[...])
+        layer = LoRAEmbedding(self, spec, jax.random.key(0))
+        layer.lora_embedding_A.set_value(jnp.asarray(a))
+        layer.lora_embedding_B.set_value(jnp.asarray(b))
+        return layer
 
 
 class LoRA(AdapterMethod[LoRAConfig]):
@@ -303,6 +337,10 @@ class LoRA(AdapterMethod[LoRAConfig]):
         factors = {"lora_A": np.concatenate([a, a0]), "lora_B": np.concatenate([b, -b0], axis=1)}
         rest = weight.astype(np.float32) - np.float32(scale) * (b0 @ a0)
         return dict(tensors) | factors | {"weight": rest}
+
+    def portable(self, config: LoRAConfig, modules: tuple[str, ...]) -> AdapterConfig:
+        """See AdapterMethod."""
+        return config.portable(modules)
 
     def completed(self, config: LoRAConfig) -> LoRAConfig:
         """See AdapterMethod."""

@@ -97,6 +97,22 @@ class LoRAConfig(AdapterConfig):
         alpha = _by_pattern(self.alphas, name, self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
+    def portable(self, modules: tuple[str, ...]) -> Self:
+        """Return the adapter with one rank and one scale on all of these modules.
+
+        That is r and alpha as they are where every reader finds them so, else the largest rank and
+        the scale 1, which factors must follow.
+        """
+        ranks = {self.rank_of(name) for name in modules}
+        scales = {self.scale_of(name) for name in modules}
+        rank, scale = max(ranks), max(scales)
+        if len(ranks) > 1 or len(scales) > 1 or self.rslora:
+            alpha = float(rank)
+        else:
+            alpha = self.alpha if scale == self.alpha / rank else scale * rank
+        plain = replace(self, rank=rank, alpha=alpha, rslora=False, ranks=(), alphas=())
+        return self if plain == self else plain
+
     def to_peft(self) -> dict[str, Any]:
         """Return the keys of `adapter_config.json`."""
         return {

@@ -85,6 +85,12 @@ class AdaptedLayer(nnx.Module):
         """Return the layer in a form that PEFT's files can express."""
         return self
 
+    def portable(self, config: Any) -> "AdaptedLayer":
+        """Return the layer with the numbers of a configuration that `AdapterMethod.portable` gave,
+        computing the same.
+        """
+        return self
+
 
 @dataclass(frozen=True)
 class Site:
@@ -229,6 +235,17 @@ class AdapterMethod(ABC, Generic[ConfigT]):
 
     def exportable(self, config: ConfigT) -> AdapterConfig:
         """Return the configuration of layers made exportable (see `AdaptedLayer.exportable`)."""
+        return config
+
+    def portable(self, config: ConfigT, modules: tuple[str, ...]) -> AdapterConfig:
+        """Return a configuration that programs other than PEFT read in the same way, for layers
+        made portable (see `AdaptedLayer.portable`); the same where there is none, or need be none.
+
+        Args:
+            config: an exportable adapter.
+            modules: Hugging Face's names of the modules that are adapted.
+
+        """
         return config
 
 

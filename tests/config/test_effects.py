@@ -251,7 +251,7 @@ def test_targets_in_another_order_than_the_adapters_are_the_same(chat_model, tmp
     for names in ("[q_proj, v_proj, down_proj]", "[v_proj, down_proj, q_proj]"):
         adopt_adapter(load_config(overrides=[start, f"adapter.targets={names}"]))
     other = load_config(overrides=[start, "adapter.targets=[q_proj, v_proj]"])
-    with pytest.raises(UserError, match=r"adapter\.targets = .*, and adapter\.init has .*down_proj"):
+    with pytest.raises(UserError, match=r"adapter\.targets = .*adapter\.init has .*down_proj"):
         adopt_adapter(other)
 
 
