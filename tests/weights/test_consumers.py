@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 
 from jaxtune.adapters.dora import DoRAConfig
 from jaxtune.adapters.ia3 import IA3Config
-from jaxtune.adapters.inject import inject, partition_trainable
-from jaxtune.adapters.lora import LoRAConfig
+from jaxtune.adapters.inject import adapted, inject, partition_trainable
+from jaxtune.adapters.lora import LoRAConfig, LoRALinear
 from jaxtune.adapters.pissa import PiSSAConfig
 from jaxtune.weights.consumers import consumers
 from jaxtune.weights.export import export_adapter
@@ -49,6 +49,11 @@ def trained(base, config, mesh):
     ):
         value = leaf.get_value()
         leaf.set_value(value + 0.1 * jax.random.normal(jax.random.key(number), value.shape))
+    for layer in adapted(model).values():
+        if isinstance(layer, LoRALinear):  # training leaves the padding of a stack zero
+            for leaf, axis in ((layer.lora_A, -2), (layer.lora_B, -1)):
+                inside = layer.spec.within(leaf.shape, axis)
+                leaf.set_value(leaf[...] * inside.astype(leaf.dtype))
     return model
 
 
