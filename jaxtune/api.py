@@ -192,6 +192,7 @@ def export(
     *,
     dtype: str | None = None,
     push: str | None = None,
+    exact: bool = False,
 ) -> Path:
     """Export what a run trained, verified; see `weights.export` and `weights.convert`.
 
@@ -203,6 +204,9 @@ def export(
         dtype: of merged weights: float32, bfloat16, float16, for gguf also q8_0; the base's by
             default.
         push: a repository of the hub to upload it to.
+        exact: of an adapter, to keep each module's scale and rank as trained, which PEFT reads but
+            vLLM and llama.cpp do not; by default it has one rank and one scale, and computes the
+            same.
 
     Returns:
         `out`.
@@ -213,7 +217,7 @@ def export(
         RunError: the export does not compute what was trained.
 
     """
-    return export_run(run_dir, out, to, dtype=dtype, push=push).path
+    return export_run(run_dir, out, to, dtype=dtype, push=push, exact=exact).path
 
 
 def convert(

@@ -329,7 +329,7 @@ OPTIONS = {
         "--top-p",
         "model",
     ],
-    "export": ["--dtype", "--json", "--out", "--push", "--to", "run_directory"],
+    "export": ["--dtype", "--exact", "--json", "--out", "--push", "--to", "run_directory"],
     "convert": ["--adapter", "--dtype", "--json", "--push", "--to", "model", "out"],
     "report": ["--out", "runs"],
     "sweep": ["--json", "config", "sweep"],

@@ -2,12 +2,45 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, Field
 
 ALL_LINEAR = "all-linear"
 
 Names = tuple[str, ...] | str
 """Names of modules, or a regular expression for a whole name."""
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+    return pattern
+
+
+Expression = Annotated[str, AfterValidator(_compiles)]
+ModuleNames = Annotated[Expression | list[str], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class PeftKey:
+    """What a key of `adapter_config.json` may hold.
+
+    Attributes:
+        type: as pydantic takes it, with its range.
+        words: the same for a person.
+        required: whether it must be there; else null stands for a key that is not.
+
+    """
+
+    type: Any
+    words: str
+    required: bool = False
+
+
+UNCHECKED = PeftKey(Any, "anything")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +94,9 @@ class AdapterConfig:
         return named and (self.layers is None or self._layer(name) in self.layers)
 
     def _layer(self, name: str) -> int | None:
+        # The first number of a name is the layer's; an expert's comes after it.
         patterns = self.layers_pattern or (r"[^.]*",)
-        numbers = (re.match(rf".*\.{pattern}\.(\d+)\.", name) for pattern in patterns)
+        numbers = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in patterns)
         return next((int(number[1]) for number in numbers if number), None)
 
     def is_saved(self, name: str) -> bool:

@@ -27,15 +27,20 @@ class DoRALinear(LoRALinear):
 
     A row's own length is no part of the gradient, as in section 4.3 and in PEFT. The lengths begin
     as those of W.
+
+    A row of zeros has no direction: W + scale B A has to have one before it has a length. There B
+    begins with a one, which the length of zero hides, so that PEFT can divide by it too.
     """
 
     _fused = False
 
     def __init__(self, base: Linear, spec: LoRASpec, a: jax.Array, b: jax.Array) -> None:
-        super().__init__(base, spec, a, b)
         lengths = jnp.linalg.norm(base.weight[...].astype(jnp.float32), axis=-1)
+        first = jax.lax.broadcasted_iota(jnp.int32, b.shape, b.ndim - 1) == 0
+        directed = (lengths[..., None] == 0) & first & spec.within(b.shape, -1)
+        super().__init__(base, spec, a, jnp.where(directed, 1.0, b))
         axes = base.weight.get_metadata()["axes"]
-        self.lora_magnitude_vector = AdapterParam(lengths, axes=axes[:1])
+        self.lora_magnitude_vector = AdapterParam(lengths, axes=axes[:1], lora_plus=True)
 
     def _composed(self, x: Float[Array, "*batch in"], dropped: Float[Array, "*batch in"]) -> Any:
         y, update = self.times_weight(x), self._update(dropped, x)
@@ -51,15 +56,18 @@ class DoRALinear(LoRALinear):
         return hidden, wide * self._stretch().astype(x.dtype)[:, None]
 
     def _stretch(self) -> Float[Array, " out"]:
-        """Return by how much each row is stretched; 1 where the layer has no adapter."""
+        """Return by how much each row is stretched; 1 where the layer has no adapter, and where a
+        row is zero, which no length can stretch.
+        """
         scale = self.scale[...]
         update = scale * jnp.matmul(
             self.lora_B[...], self.lora_A[...], precision=jax.lax.Precision.HIGHEST
         )
         length = jnp.linalg.norm(self.weight[...].astype(jnp.float32) + update, axis=-1)
-        return jnp.where(
-            scale != 0, self.lora_magnitude_vector[...] / jax.lax.stop_gradient(length), 1.0
-        )
+        length = jax.lax.stop_gradient(length)
+        stretched = (scale != 0) & (length > 0)
+        lengths = self.lora_magnitude_vector[...] / jnp.where(stretched, length, 1.0)
+        return jnp.where(stretched, lengths, 1.0)
 
 
 class DoRA(LoRA):
@@ -93,9 +101,14 @@ class DoRA(LoRA):
 
         def stretched(block: np.ndarray, rows: slice) -> np.ndarray:
             block = update(block, rows)
-            return block * (lengths[rows] / np.linalg.norm(block, axis=1))[:, None]
+            norms = np.linalg.norm(block, axis=1)
+            return block * (lengths[rows] / np.where(norms > 0, norms, 1.0))[:, None]
 
         return {"weight": stretched}
+
+    def portable(self, config: LoRAConfig, modules: tuple[str, ...]) -> LoRAConfig:
+        """See AdapterMethod: PEFT alone reads DoRA, and reads scales and ranks as they are."""
+        return config
 
     def reads(self, raw: Mapping[str, Any]) -> bool:
         """See AdapterMethod."""

@@ -12,8 +12,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxtune.adapters.config import (
+    UNCHECKED,
     AdapterConfig,
+    Expression,
     Names,
+    PeftKey,
     matches,
     names_from_peft,
     names_to_peft,
@@ -116,7 +119,13 @@ class IA3(AdapterMethod[IA3Config]):
     peft_type = "IA3"
     config = IA3Config
     leaves: ClassVar[Mapping[str, str]] = {"ia3_l": "ia3_l"}
-    peft_keys = frozenset(("feedforward_modules", "fan_in_fan_out", "init_ia3_weights"))
+    peft_keys: ClassVar[Mapping[str, PeftKey]] = {
+        "feedforward_modules": PeftKey(
+            Expression | list[str], "a list of module names or a regular expression", required=True
+        ),
+        "fan_in_fan_out": UNCHECKED,
+        "init_ia3_weights": UNCHECKED,
+    }
 
     def wrap(self, base: Any, site: Site, config: IA3Config) -> AdaptedLayer:
         """See AdapterMethod."""
@@ -150,13 +159,7 @@ class IA3(AdapterMethod[IA3Config]):
 
     def from_peft(self, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         """See AdapterMethod."""
-        modules = raw.get("feedforward_modules")
-        if not isinstance(modules, list | str):
-            raise UserError(
-                f"{where}: feedforward_modules must be a list of module names or a regular "
-                f"expression, not {modules!r}."
-            )
-        return {"feedforward": names_from_peft(modules)}
+        return {"feedforward": names_from_peft(raw["feedforward_modules"])}
 
     def to_peft(self, config: IA3Config) -> dict[str, Any]:
         """See AdapterMethod."""

@@ -1,6 +1,7 @@
 """Which layers get an adapter, and putting it there."""
 
 import zlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -34,11 +35,20 @@ def module_names(path: tuple[Any, ...], config: ModelConfig) -> tuple[str, ...]:
     return tuple(name.removesuffix(".weight") for name in names_of((*path, "weight"), config)[1])
 
 
-def inject(model: CausalLM, config: AdapterConfig, seed: int, mesh: Mesh) -> None:
+def inject(
+    model: CausalLM, config: AdapterConfig, seed: int, mesh: Mesh, *, all_targets: bool = True
+) -> None:
     """Put an adapter on the layers of `model` that `config` names, in place.
 
     A layer's draw depends on the seed, its path and its number, not on which other layers have an
     adapter.
+
+    Args:
+        model: the base.
+        config: the adapter.
+        seed: of the draws.
+        mesh: where the leaves go.
+        all_targets: whether each target must match a module; PEFT asks for one that does.
 
     Raises:
         UserError: a target that matches nothing, with the candidates, or one that cannot be
@@ -47,7 +57,7 @@ def inject(model: CausalLM, config: AdapterConfig, seed: int, mesh: Mesh) -> Non
     """
     method = method_named(config.method)
     _untie(model, config)
-    for path, adapted_layers in _targets(model, config).items():
+    for path, adapted_layers in _targets(model, config, all_targets).items():
         base, site = _at(model, path), _site(model, path, adapted_layers, seed)
         if not isinstance(base, method.wraps):
             raise UserError(
@@ -95,12 +105,37 @@ def exportable(model: CausalLM) -> CausalLM:
     if model.adapter is None:
         return model
     config = method_named(model.adapter.method).exportable(model.adapter)
+    return _rewritten(model, config, lambda layer: layer.exportable())
+
+
+def portable(model: CausalLM) -> CausalLM:
+    """Return an exportable model with an adapter that programs other than PEFT read in the same
+    way, where its method knows one; it computes the same but for rounding.
+    """
+    if model.adapter is None:
+        return model
+    modules = tuple(
+        name
+        for path, layer in adapted(model).items()
+        for name, hit in zip(module_names(path, model.config), layer.adapted, strict=True)
+        if hit
+    )
+    config = method_named(model.adapter.method).portable(model.adapter, modules)
+    return _rewritten(model, config, lambda layer: layer.portable(config))
+
+
+def _rewritten(
+    model: CausalLM, config: AdapterConfig, change: Callable[[AdaptedLayer], AdaptedLayer]
+) -> CausalLM:
+    """Return the model with each adapted layer changed, or the model itself where `config` is its
+    own.
+    """
     if config is model.adapter:
         return model
     graph, state = nnx.split(model)
     model = nnx.merge(graph, state)
     for path, layer in adapted(model).items():
-        _replace(model, path, layer.exportable())
+        _replace(model, path, change(layer))
     model.adapter = config
     return model
 
@@ -109,7 +144,9 @@ def _is_of_adapter(_: Any, variable: Any) -> bool:
     return isinstance(variable, AdapterParam | AdapterConstant)
 
 
-def _targets(model: CausalLM, config: AdapterConfig) -> dict[tuple[Any, ...], tuple[bool, ...]]:
+def _targets(
+    model: CausalLM, config: AdapterConfig, all_targets: bool
+) -> dict[tuple[Any, ...], tuple[bool, ...]]:
     """Return the paths of the layers that get an adapter, and which of a stack do."""
     candidates = {
         path: module_names(path, model.config)
@@ -118,7 +155,7 @@ def _targets(model: CausalLM, config: AdapterConfig) -> dict[tuple[Any, ...], tu
     }
     everything = [name for names in candidates.values() for name in names]
     targets = (config.targets,) if isinstance(config.targets, str) else config.targets
-    for target in targets:
+    for target in targets if all_targets else ():
         pattern = target if isinstance(config.targets, str) else (target,)
         if config.targets != ALL_LINEAR and not any(matches(pattern, name) for name in everything):
             known = sorted({name.rpartition(".")[2] for name in everything})
@@ -134,7 +171,7 @@ def _targets(model: CausalLM, config: AdapterConfig) -> dict[tuple[Any, ...], tu
     if not hits:
         raise UserError(
             f"adapter.targets: no module is left to adapt of {listed(targets)} after the choice "
-            "of layers."
+            "of layers and exclusions."
         )
     return hits
 
@@ -207,7 +244,8 @@ def _train_whole(model: CausalLM, config: AdapterConfig) -> None:
                 )
             if True in saved or of_adapted or (leaf == "bias" and config.bias == "all"):
                 axes = variable.get_metadata()["axes"]
-                setattr(module, leaf, AdapterParam(variable[...].astype(jnp.float32), axes=axes))
+                value = variable[...].astype(jnp.float32)
+                setattr(module, leaf, AdapterParam(value, axes=axes, lora_plus=len(axes) == 1))
 
 
 def _add_token_rows(model: CausalLM, config: AdapterConfig, method: AdapterMethod) -> None:

@@ -1,17 +1,17 @@
 """LoRA: a layer whose frozen weight has a trainable update of rank r beside it (Hu et al. 2021)."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxtune.adapters.config import AdapterConfig, names_from_peft, names_to_peft
+from jaxtune.adapters.config import AdapterConfig, PeftKey
+from jaxtune.adapters.lora_config import PEFT_KEYS, LoRAConfig, fields_of_peft
 from jaxtune.adapters.method import (
     AdaptedLayer,
     AdapterConstant,
@@ -22,57 +22,11 @@ from jaxtune.adapters.method import (
     register,
 )
 from jaxtune.adapters.products import adapted_product, low_rank
+from jaxtune.adapters.starts import started_factors
 from jaxtune.config.schema import AdapterSection
-from jaxtune.core.errors import UserError
+from jaxtune.core.distributed import fetch
 from jaxtune.models.layers import Dropout, Embedding, Linear, matmul
 from jaxtune.models.remat import PROJECTION, named
-
-Number = TypeVar("Number", int, float)
-
-
-@dataclass(frozen=True)
-class LoRAConfig(AdapterConfig):
-    """A low-rank adapter.
-
-    Attributes:
-        rank: r, rows of A and columns of B.
-        alpha: the update is scaled by alpha / r, or by alpha / sqrt(r) with `rslora` (Kalajdzievski
-            2023).
-        dropout: rate on the adapter's input in training.
-        rslora: see alpha.
-        ranks, alphas: `(end of a name or regular expression, value)` where rank or alpha differ;
-            the first that fits counts.
-
-    """
-
-    method: ClassVar[str] = "lora"
-
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-    rslora: bool = False
-    ranks: tuple[tuple[str, int], ...] = ()
-    alphas: tuple[tuple[str, float], ...] = ()
-
-    def with_dropout(self, rate: float) -> "LoRAConfig":
-        """Return the same adapter with this dropout in training."""
-        return replace(self, dropout=rate)
-
-    def rank_of(self, name: str) -> int:
-        """Return the rank on the module of this name."""
-        return _by_pattern(self.ranks, name, self.rank)
-
-    def scale_of(self, name: str) -> float:
-        """Return what B A is multiplied with on the module of this name."""
-        rank = self.rank_of(name)
-        alpha = _by_pattern(self.alphas, name, self.alpha)
-        return alpha / (math.sqrt(rank) if self.rslora else rank)
-
-
-def _by_pattern(patterns: tuple[tuple[str, Number], ...], name: str, otherwise: Number) -> Number:
-    return next(
-        (value for key, value in patterns if re.match(rf"(.*\.)?({key})$", name)), otherwise
-    )
 
 
 class LoRAScale(AdapterConstant):
@@ -134,6 +88,26 @@ class _LowRankLayer(AdaptedLayer):
         sizes = {"rank": self.spec.ranks[number], "vocab": vocab_size}
         return tuple(slice(sizes.get(axis)) for axis in axes)
 
+    def _portable(
+        self, config: LoRAConfig, a: jax.Array, b: jax.Array
+    ) -> tuple[LoRASpec, np.ndarray, np.ndarray]:
+        """Return `(spec, A, B)` of one rank and one scale, the rest of each layer's scale in B."""
+        rank, scale = config.rank, config.scale_of("")
+        down, up = fetch((a, b))
+        shares = np.asarray([own / scale for own in self.spec.scales], np.float32)
+        up = up * shares.reshape(*up.shape[:-2], 1, 1)
+        ranks = tuple(rank if own else 0 for own in self.spec.ranks)
+        scales = tuple(scale if own else 0.0 for own in self.spec.ranks)
+        spec = replace(self.spec, ranks=ranks, scales=scales)
+        return spec, _padded(down, -2, rank), _padded(up, -1, rank)
+
+
+def _padded(factor: np.ndarray, axis: int, rank: int) -> np.ndarray:
+    """Return a factor with zeros up to the rank on its axis."""
+    widths = [(0, 0)] * factor.ndim
+    widths[axis] = (0, rank - factor.shape[axis])
+    return np.pad(factor, widths)
+
 
 class LoRALinear(_LowRankLayer, Linear):
     """y = x W^T (+ b) + scale (x A^T) B^T      (eq. 3); A [r, in], B [out, r], float32.
@@ -164,6 +138,11 @@ class LoRALinear(_LowRankLayer, Linear):
         dropped = self._dropped(x, dropout)
         y = self._plain(x) if dropped is x and self._fused else self._composed(x, dropped)
         return named(y if self.bias is None else y + self.bias[...].astype(y.dtype), PROJECTION)
+
+    def portable(self, config: LoRAConfig) -> "LoRALinear":
+        """See AdaptedLayer."""
+        spec, a, b = self._portable(config, self.lora_A[...], self.lora_B[...])
+        return LoRALinear(self, spec, jnp.asarray(a), jnp.asarray(b))
 
     def _plain(self, x: Float[Array, "*batch in"]) -> Any:
         axes = self.weight.get_metadata()["axes"]
@@ -232,6 +211,14 @@ class LoRAEmbedding(_LowRankLayer, Embedding):
             low, self.lora_embedding_B[...] * self.scale[...]
         )
 
+    def portable(self, config: LoRAConfig) -> "LoRAEmbedding":
+        """See AdaptedLayer."""
+        spec, a, b = self._portable(config, self.lora_embedding_A[...], self.lora_embedding_B[...])
+        layer = LoRAEmbedding(self, spec, jax.random.key(0))
+        layer.lora_embedding_A.set_value(jnp.asarray(a))
+        layer.lora_embedding_B.set_value(jnp.asarray(b))
+        return layer
+
 
 class LoRA(AdapterMethod[LoRAConfig]):
     """Low-rank updates of linear layers and of the embedding."""
@@ -251,12 +238,7 @@ class LoRA(AdapterMethod[LoRAConfig]):
         ("rank", "alpha", "dropout", "rslora", "layers", "rank_pattern", "alpha_pattern", "bias",
          "train_tokens")
     )  # fmt: skip
-    peft_keys = frozenset(
-        ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "layers_to_transform",
-         "layers_pattern", "rank_pattern", "alpha_pattern", "bias", "ensure_weight_tying",
-         "init_lora_weights", "megatron_core", "loftq_config", "qalora_group_size", "corda_config",
-         "eva_config")
-    )  # fmt: skip
+    peft_keys: ClassVar[Mapping[str, PeftKey]] = PEFT_KEYS
     low_rank = True
     token_rows = True
 
@@ -325,43 +307,44 @@ class LoRA(AdapterMethod[LoRAConfig]):
 
     def from_peft(self, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         """See AdapterMethod."""
-        if "r" not in raw or "lora_alpha" not in raw:
-            raise UserError(f"{where}: r or lora_alpha is missing.")
-        if (bias := raw.get("bias") or "none") not in ("none", "all", "lora_only"):
-            raise UserError(
-                f"{where}: bias {bias!r} is not supported; supported are none, all and lora_only."
-            )
-        layers, pattern = raw.get("layers_to_transform"), raw.get("layers_pattern")
-        if isinstance(pattern, str):
-            pattern = [pattern] if pattern else []
-        return {
-            "rank": raw["r"],
-            "alpha": float(raw["lora_alpha"]),
-            "dropout": float(raw.get("lora_dropout") or 0.0),
-            "rslora": bool(raw.get("use_rslora")),
-            "layers": (layers,) if isinstance(layers, int) else (tuple(layers or ()) or None),
-            "layers_pattern": names_from_peft(pattern),
-            "ranks": tuple((raw.get("rank_pattern") or {}).items()),
-            "alphas": tuple((raw.get("alpha_pattern") or {}).items()),
-            "bias": bias,
-        }
+        return fields_of_peft(raw, where)
 
     def to_peft(self, config: LoRAConfig) -> dict[str, Any]:
         """See AdapterMethod."""
-        return {
-            "r": config.rank,
-            "lora_alpha": config.alpha,
-            "lora_dropout": config.dropout,
-            "use_rslora": config.rslora,
-            "use_dora": False,
-            "layers_to_transform": names_to_peft(config.layers),
-            "layers_pattern": names_to_peft(config.layers_pattern),
-            "rank_pattern": dict(config.ranks),
-            "alpha_pattern": dict(config.alphas),
-            "bias": config.bias,
-            "fan_in_fan_out": False,
-            "init_lora_weights": True,
-        }
+        return config.to_peft()
+
+    def shape_in_file(self, config: LoRAConfig, module: str, leaf: str) -> dict[int, int]:
+        """See AdapterMethod: the rank."""
+        axes = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
+        share = 1 if config.start is None else 2
+        return {axes[leaf]: config.rank_of(module) // share} if leaf in axes else {}
+
+    def needs_base(self, config: LoRAConfig) -> bool:
+        """See AdapterMethod."""
+        return config.start is not None
+
+    def complete(
+        self,
+        config: LoRAConfig,
+        module: str,
+        tensors: Mapping[str, np.ndarray],
+        weight: np.ndarray,
+    ) -> dict[str, np.ndarray]:
+        """See AdapterMethod: [A; A0] and [B, -B0] of the start."""
+        a, b = tensors["lora_A"].astype(np.float32), tensors["lora_B"].astype(np.float32)
+        scale = config.scale_of(module)
+        a0, b0 = started_factors(str(config.start), weight, len(a), scale)
+        factors = {"lora_A": np.concatenate([a, a0]), "lora_B": np.concatenate([b, -b0], axis=1)}
+        rest = weight.astype(np.float32) - np.float32(scale) * (b0 @ a0)
+        return dict(tensors) | factors | {"weight": rest}
+
+    def portable(self, config: LoRAConfig, modules: tuple[str, ...]) -> AdapterConfig:
+        """See AdapterMethod."""
+        return config.portable(modules)
+
+    def completed(self, config: LoRAConfig) -> LoRAConfig:
+        """See AdapterMethod."""
+        return replace(config, start=None)
 
 
 register(LoRA())

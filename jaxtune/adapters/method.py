@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxtune.adapters.config import AdapterConfig
+from jaxtune.adapters.config import AdapterConfig, PeftKey
 from jaxtune.config.schema import AdapterSection
 from jaxtune.core.errors import UserError, listed
 from jaxtune.models.layers import Embedding, Linear
@@ -85,6 +85,12 @@ class AdaptedLayer(nnx.Module):
         """Return the layer in a form that PEFT's files can express."""
         return self
 
+    def portable(self, config: Any) -> "AdaptedLayer":
+        """Return the layer with the numbers of a configuration that `AdapterMethod.portable` gave,
+        computing the same.
+        """
+        return self
+
 
 @dataclass(frozen=True)
 class Site:
@@ -119,8 +125,8 @@ class AdapterMethod(ABC, Generic[ConfigT]):
             name in the layer. A tensor that several modules share has no place.
         wraps: kinds of layers it can lie on.
         keys: keys of the section `adapter` that mean something to it, beside `COMMON_KEYS`.
-        peft_keys: keys of `adapter_config.json` that it reads, or that change nothing; any other
-            key is refused unless its value is null, false, 0 or empty.
+        peft_keys: keys of `adapter_config.json` that it reads, or that change nothing, and what
+            they may hold; any other key is refused unless its value is null, false, 0 or empty.
         low_rank: whether what was found for LoRA holds: LoRA+ and the automatic learning rate.
         token_rows: whether PEFT can have rows of single tokens beside it; see `adapters.tokens`.
         starts: the method that it is another beginning of, if it is one.
@@ -135,7 +141,7 @@ class AdapterMethod(ABC, Generic[ConfigT]):
     leaves: ClassVar[Mapping[str, str]]
     wraps: ClassVar[tuple[type[Linear | Embedding], ...]] = (Linear,)
     keys: ClassVar[frozenset[str]] = frozenset()
-    peft_keys: ClassVar[frozenset[str]] = frozenset()
+    peft_keys: ClassVar[Mapping[str, PeftKey]] = {}
     low_rank: ClassVar[bool] = False
     token_rows: ClassVar[bool] = False
     starts: ClassVar[str | None] = None
@@ -198,8 +204,48 @@ class AdapterMethod(ABC, Generic[ConfigT]):
         """Return the inverse of `from_peft`."""
         return {}
 
+    def shape_in_file(self, config: ConfigT, module: str, leaf: str) -> dict[int, int]:
+        """Return the sizes, by axis, that the configuration gives a module's tensor in PEFT's
+        file.
+        """
+        return {}
+
+    def needs_base(self, config: ConfigT) -> bool:
+        """Return whether an adapter on disk is whole only with the weights of its base."""
+        return False
+
+    def complete(
+        self, config: ConfigT, module: str, tensors: Mapping[str, np.ndarray], weight: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Return a module's tensors, by the names of the leaves, with what they lack, and as
+        `weight` the base's weight as PEFT has it beside them.
+
+        Args:
+            config: the adapter, which `needs_base`.
+            module: Hugging Face's name of the module.
+            tensors: the module's tensors in PEFT's file.
+            weight: of the base, [out, in].
+
+        """
+        return dict(tensors) | {"weight": weight}
+
+    def completed(self, config: ConfigT) -> AdapterConfig:
+        """Return the configuration of an adapter that lacks nothing any more."""
+        return config
+
     def exportable(self, config: ConfigT) -> AdapterConfig:
         """Return the configuration of layers made exportable (see `AdaptedLayer.exportable`)."""
+        return config
+
+    def portable(self, config: ConfigT, modules: tuple[str, ...]) -> AdapterConfig:
+        """Return a configuration that programs other than PEFT read in the same way, for layers
+        made portable (see `AdaptedLayer.portable`); the same where there is none, or need be none.
+
+        Args:
+            config: an exportable adapter.
+            modules: Hugging Face's names of the modules that are adapted.
+
+        """
         return config
 
 

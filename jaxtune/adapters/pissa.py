@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from jaxtune.adapters.lora import LoRA, LoRAConfig, LoRALinear, LoRASpec
@@ -19,6 +20,7 @@ from jaxtune.adapters.method import AdaptedLayer, AdapterConstant, Site, registe
 from jaxtune.adapters.products import low_rank
 from jaxtune.config.schema import AdapterSection
 from jaxtune.core.distributed import fetch
+from jaxtune.core.errors import UserError
 from jaxtune.models.layers import Dropout, Linear, matmul
 
 _OVERSAMPLING, _ITERATIONS = 32, 8
@@ -101,6 +103,7 @@ class PiSSA(LoRA):
         self, base: Linear, site: Site, spec: LoRASpec
     ) -> tuple[jax.Array, jax.Array]:
         """See LoRA."""
+        self._check_ranks(base, site, spec)
         stack, weights = base.weight.shape[:-2], base.weight[...].astype(jnp.float32)
         scales = spec.scale(stack)[...].reshape(-1)
         layers = weights.reshape(-1, *weights.shape[-2:]), scales
@@ -109,7 +112,26 @@ class PiSSA(LoRA):
             for factor in jax.lax.map(partial(_principal, max(spec.ranks)), layers)
         )
         a = jnp.where(spec.within(a.shape, -2), a, 0.0)
-        return a, jnp.where(spec.within(b.shape, -1), b, 0.0)
+        b = jnp.where(spec.within(b.shape, -1), b, 0.0)
+        if not isinstance(a, Tracer):  # which has no numbers to look at
+            _check_start(b, site, spec)
+        return a, b
+
+    def _check_ranks(self, base: Linear, site: Site, spec: LoRASpec) -> None:
+        """Check that each matrix has as many singular values as its rank.
+
+        Raises:
+            UserError: one has fewer.
+
+        """
+        smaller = min(base.weight.shape[-2:])
+        for module, rank in zip(site.modules, spec.ranks, strict=True):
+            if rank > smaller:
+                raise UserError(
+                    f"adapter.init=pissa: {module} has {smaller} singular values, fewer than its "
+                    f"rank {rank}. Lower adapter.rank, give it a rank of its own "
+                    f"(adapter.rank_pattern), or leave it out (adapter.exclude)."
+                )
 
     def reads(self, raw: Any) -> bool:
         """See AdapterMethod: what is written is an ordinary adapter."""
@@ -117,15 +139,24 @@ class PiSSA(LoRA):
 
     def exportable(self, config: LoRAConfig) -> LoRAConfig:
         """See AdapterMethod: twice the ranks with the same scales."""
-        factor = 2.0**0.5 if config.rslora else 2.0
-        ordinary = LoRAConfig(**vars(config))
-        return replace(
-            ordinary,
-            rank=2 * config.rank,
-            alpha=factor * config.alpha,
-            ranks=tuple((name, 2 * rank) for name, rank in config.ranks),
-            alphas=tuple((name, factor * alpha) for name, alpha in config.alphas),
-        )
+        return LoRAConfig(**vars(config)).doubled()
+
+
+def _check_start(b: jax.Array, site: Site, spec: LoRASpec) -> None:
+    """Check that each matrix has a principal part to start from.
+
+    Raises:
+        UserError: one is zero, or holds NaN or infinity.
+
+    """
+    sizes = fetch(jnp.abs(b).max(axis=(-2, -1))).reshape(-1)
+    for module, rank, size in zip(site.modules, spec.ranks, sizes, strict=True):
+        if rank and not (np.isfinite(size) and size > 0):
+            kind = "is zero" if size == 0 else "holds NaN or infinity"
+            raise UserError(
+                f"adapter.init=pissa: the weight of {module} {kind}, so it has no principal part "
+                "to start from. Leave it out (adapter.exclude), or remove adapter.init."
+            )
 
 
 def _principal(rank: int, layer: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -3,18 +3,28 @@ rest of the matrix stays as it is. They lie beside any method that has `token_ro
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
+from pydantic import AfterValidator
 
-from jaxtune.adapters.config import AdapterConfig, matches
+from jaxtune.adapters.config import AdapterConfig, PeftKey, matches
 from jaxtune.adapters.method import AdaptedLayer, AdapterMethod, AdapterParam, RowMap, Site
-from jaxtune.core.errors import UserError
+from jaxtune.config.types import Index
 from jaxtune.models.layers import Dropout, Embedding, Linear
+
+
+def _distinct(ids: list[int]) -> list[int]:
+    if len(set(ids)) < len(ids):
+        raise ValueError("a token comes twice")
+    return ids
+
+
+TokenIds = Annotated[list[Index], AfterValidator(_distinct)]
 
 
 class _TokenLayer(AdaptedLayer):
@@ -78,7 +88,11 @@ class TokenRows(AdapterMethod[AdapterConfig]):
         "trainable_tokens_delta": "token_adapter.trainable_tokens_delta"
     }
     wraps = (Linear, Embedding)
-    peft_keys = frozenset(("trainable_token_indices",))
+    peft_keys: ClassVar[Mapping[str, PeftKey]] = {
+        "trainable_token_indices": PeftKey(
+            TokenIds | dict[str, TokenIds], "a list of different token ids, or such a list a module"
+        )
+    }
     keeps_ties = True
 
     def wrap(self, base: Any, site: Site, config: AdapterConfig) -> AdaptedLayer:
@@ -109,13 +123,6 @@ class TokenRows(AdapterMethod[AdapterConfig]):
         """See AdapterMethod."""
         indices = raw.get("trainable_token_indices") or {}
         rows = indices if isinstance(indices, dict) else {"embed_tokens": indices}
-        if not all(
-            isinstance(ids, list) and all(isinstance(token, int) for token in ids)
-            for ids in rows.values()
-        ):
-            raise UserError(
-                f"{where}: trainable_token_indices must be lists of token ids, not {indices!r}."
-            )
         return {"tokens": tuple((name, tuple(ids)) for name, ids in rows.items())}
 
     def to_peft(self, config: AdapterConfig) -> dict[str, Any]:

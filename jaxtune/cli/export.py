@@ -1,6 +1,7 @@
 """Export what a run trained, verified: the export appears only if a reload computes the same.
 
 jaxtune export RUN --to peft --out DIR               the adapter
+jaxtune export RUN --to peft --exact --out DIR       with scales and ranks as trained
 jaxtune export RUN --to hf --out DIR                 the base with the adapter merged
 jaxtune export RUN --to gguf --out model.gguf --dtype q8_0
 """
@@ -20,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="the directory to make, for gguf also a file"
     )
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="with --to peft: keep each module's scale and rank as trained, which PEFT reads but "
+        "vLLM and llama.cpp do not (default: one rank and one scale that compute the same)",
+    )
     add_writing(parser)
 
 
@@ -35,6 +42,7 @@ def run(options: argparse.Namespace) -> None:
         options.to,
         dtype=options.dtype,
         push=options.push,
+        exact=options.exact,
         reporter=Reporter(),
     )
     print_export(result, options.to, options.json)

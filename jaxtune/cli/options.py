@@ -162,7 +162,11 @@ def print_export(result: "ExportResult", to: str, json_path: str | None) -> None
             f"{result.path}: verified over {comparison.tokens} tokens; read again it differs by "
             f"{comparison.reload_difference:.1e}, {checked}"
         )
-    write_json(json_path, {"out": str(result.path), **comparison.as_dict()})
+        for consumer in result.consumers:
+            print(f"  {consumer}")
+    readers = [consumer.as_dict() for consumer in result.consumers]
+    listed_readers = {"consumers": readers} if readers else {}
+    write_json(json_path, {"out": str(result.path), **comparison.as_dict(), **listed_readers})
 
 
 def write_json(path: str | None, value: Any) -> None:

@@ -205,7 +205,9 @@ class OptimizerSection(Section):
     such as {embed_tokens: 1e-5}.
     """
     lora_plus: Positive | None = None
-    """Ratio of the learning rate of B to that of A (LoRA+); the paper proposes 16."""
+    """Ratio of the learning rate of B to that of A (LoRA+); the paper proposes 16. As in PEFT it
+    holds for vectors too: DoRA's lengths, biases and norms.
+    """
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """After the warmup: a cosine or a line to zero, constant, or constant with a linear decay over
     the last fifth.

@@ -60,7 +60,9 @@ def trained_model(
 
     def adapt(model: CausalLM) -> None:
         adapter_config = _adapter_config(config.adapter, layers, model, source)
-        inject(model, adapter_config, config.train.seed, mesh)
+        # The targets of an adapter to start from are PEFT's to judge; see `weights.peft.attach`.
+        strict = config.adapter.start is None
+        inject(model, adapter_config, config.train.seed, mesh, all_targets=strict)
 
     if adapter is not None and not shapes:
         attach(model, adapter, mesh, config.adapter.dropout)
@@ -153,7 +155,7 @@ def adopt_adapter(config: Config) -> Config:
         numbers = _section_of(open_adapter(config.adapter.start).config)
         for key, value in numbers.items():
             given = getattr(config.adapter, key)
-            if key in config.adapter.model_fields_set and given != value:
+            if key in config.adapter.model_fields_set and not _is_same(given, value):
                 raise UserError(
                     f"adapter.{key} = {given}, and adapter.init has {value}. Remove "
                     f"adapter.{key}, or set it to that."
@@ -163,6 +165,13 @@ def adopt_adapter(config: Config) -> Config:
     if config.adapter.method != "none":
         _refuse_unused_keys(config, method_of(config.adapter))
     return config
+
+
+def _is_same(given: Any, value: Any) -> bool:
+    """Return whether two values of a key say the same; a list of names or numbers has no order."""
+    if isinstance(given, list) and isinstance(value, list):
+        return set(given) == set(value)
+    return given == value
 
 
 def _section_of(adapter: AdapterConfig) -> dict[str, Any]:

@@ -230,7 +230,7 @@ def _muon(momentum: float, eps: float) -> optax.GradientTransformation:
 
 def _factors(config: OptimizerSection, leaves: list[Leaf]) -> list[float]:
     """Return what each leaf's rate is multiplied by: `rates`, else `lora_plus` for B (Hayou et al.
-    2024), else 1.
+    2024) and, as in PEFT, for vectors (DoRA's lengths, biases, norms), else 1.
     """
     assert config.learning_rate != "auto"
     for pattern in config.rates:

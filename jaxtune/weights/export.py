@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxtune.adapters.inject import exportable
+from jaxtune.adapters.inject import exportable, portable
 from jaxtune.adapters.method import AdapterParam
 from jaxtune.core.distributed import fetch
 from jaxtune.core.errors import RunError
@@ -52,6 +52,7 @@ def export_adapter(
     *,
     dtype: str,
     compute: str,
+    exact: bool = True,
     about: str = "",
     replace: Replacement | None = None,
 ) -> Comparison:
@@ -67,6 +68,8 @@ def export_adapter(
         mesh: where the fresh base goes.
         dtype: storage dtype of the trained model's base.
         compute: its compute dtype.
+        exact: with scales and ranks as trained; else as every program reads them (see
+            `adapters.inject.portable`).
         about: more text for the model card.
         replace: whether and how an existing `out` is replaced.
 
@@ -75,6 +78,8 @@ def export_adapter(
 
     """
     model = exportable(model)
+    if not exact:
+        model = _portable(model, texts)
     trained = logits(model, texts)
     with new_directory(out, replace=replace) as staging:
         write_adapter(staging, model, source.name)
@@ -97,6 +102,23 @@ def export_adapter(
         card = model_card(PEFT, source, comparison, about, is_merged=False)
         write_text(staging / "README.md", card)
     return comparison
+
+
+def _portable(model: CausalLM, texts: Texts) -> CausalLM:
+    """Return the model with a portable adapter, which computes the same in float32.
+
+    Raises:
+        RunError: it does not.
+
+    """
+    changed = portable(model)
+    if changed is model:
+        return model
+    compute = model.compute_dtype
+    model.compute_dtype = changed.compute_dtype = jnp.dtype(jnp.float32)
+    check_logits(logits(model, texts), logits(changed, texts), "The portable adapter")
+    model.compute_dtype = changed.compute_dtype = compute
+    return changed
 
 
 def export_weights(

@@ -6,17 +6,22 @@ other names. Exports read the same table backwards.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from jaxtune.core.distributed import fetch
 from jaxtune.core.errors import UserError, listed
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.kernels.quantized import QuantizedTensor
 from jaxtune.models.names import names_of
-from jaxtune.weights.tensors import Tensors
+from jaxtune.weights.tensors import Index, LazyTensor, Tensors
 
+_OF_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 # Buffers in old checkpoints that follow from the configuration.
 _DERIVED = (".rotary_emb.inv_freq", ".self_attn.rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
@@ -55,6 +60,30 @@ def leaf_mappings(state: nnx.State, config: ModelConfig) -> list[LeafMapping]:
         stack, names = names_of(path, config)
         table.append(LeafMapping(path, tuple(leaf.shape[len(stack) :]), stack, names))
     return table
+
+
+def model_tensors(state: nnx.State, config: ModelConfig) -> Tensors:
+    """Return a model's parameters by Hugging Face's names, in float32, unread and without padding.
+
+    Args:
+        state: the parameters.
+        config: the model's architecture.
+
+    """
+    tensors: Tensors = {}
+    leaves = [variable.get_value() for _, variable in nnx.to_flat_state(state)]
+    for row, leaf in zip(leaf_mappings(state, config), leaves, strict=True):
+        for number, name in enumerate(row.names):
+            place = np.unravel_index(number, row.stack) if row.stack else ()
+            size = config.vocab_size if name in _OF_VOCABULARY else row.shape[0]
+            read = partial(_read, leaf, (*place, slice(size)))
+            quantized = isinstance(leaf, QuantizedTensor)
+            tensors[name] = LazyTensor((size, *row.shape[1:]), np.dtype("float32"), read, quantized)
+    return tensors
+
+
+def _read(leaf: jax.Array, place: tuple[Any, ...], index: Index) -> np.ndarray:
+    return fetch(leaf[place].astype(jnp.float32)[index])
 
 
 def check_tensors(table: list[LeafMapping], tensors: Tensors, where: str, tied_head: bool) -> None:

@@ -26,6 +26,7 @@ def merged(
         dtype: of the result's matrices that the adapter changes; the base's by default.
 
     """
+    adapter = adapter.on(base)
     tied = HEAD not in base
     out = dict(base) | ({HEAD: base[EMBEDDING]} if tied else {})
     changed = adapter.whole_tensors()

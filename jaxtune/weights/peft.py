@@ -3,6 +3,7 @@ written strictly.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,35 +14,35 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxtune.adapters.config import ALL_LINEAR, AdapterConfig, names_from_peft, names_to_peft
-from jaxtune.adapters.inject import adapted, inject, module_names
+from jaxtune.adapters.config import ALL_LINEAR, AdapterConfig
+from jaxtune.adapters.inject import EMBEDDING, HEAD, adapted, inject, module_names
 from jaxtune.adapters.method import (
     AdaptedLayer,
     AdapterMethod,
     AdapterParam,
-    all_methods,
     method_named,
 )
 from jaxtune.adapters.tokens import TOKEN_ROWS
 from jaxtune.core.distributed import fetch
 from jaxtune.core.errors import UserError, listed
-from jaxtune.core.files import read_json, write_json
+from jaxtune.core.files import write_json
 from jaxtune.core.sharding import sharding
 from jaxtune.models.decoder import CausalLM
-from jaxtune.weights.mapping import leaf_mappings
+from jaxtune.weights import torch_files
+from jaxtune.weights.adapter_config import adapter_config_json, read_adapter_config
+from jaxtune.weights.mapping import model_tensors
 from jaxtune.weights.safetensors_files import open_file
-from jaxtune.weights.tensors import LazyTensor, Tensors
+from jaxtune.weights.tensors import Index, LazyTensor, Tensors, in_memory
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+TORCH = "adapter_model.bin"
 PREFIX = "base_model.model."
 COPY = ".base_layer"
+_MATRICES = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
 
-# Keys of adapter_config.json that are read of every method, or that change nothing.
-_PEFT_KEYS = {
-    "target_modules", "exclude_modules", "modules_to_save", "auto_mapping", "runtime_config",
-    "base_model_name_or_path", "inference_mode", "task_type", "peft_type", "peft_version",
-    "revision",
-}  # fmt: skip
+# PEFT reads a tensor under its name in the file and in its model, where the adapter has a name.
+_ADAPTER_NAME = re.compile(r"\.default(\.weight)?$")
+_MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,14 @@ class Adapter:
 
     Attributes:
         path: its directory.
+        file: with its tensors.
         config: its method's numbers, its targets and the like.
         tensors: under PEFT's names, unread.
 
     """
 
     path: Path
+    file: Path
     config: AdapterConfig
     tensors: Tensors
 
@@ -84,6 +87,39 @@ class Adapter:
                 layer = AdapterLayer(method, module, {})
                 layers.setdefault((method.name, module), layer).leaves[leaf] = tensor.all()
         yield from layers.values()
+
+    def on(self, base: Tensors) -> "Adapter":
+        """Return the adapter with what its file lacks, made from the weights of its base.
+
+        Args:
+            base: by Hugging Face's names; without a head where that is tied to the embedding.
+
+        Raises:
+            UserError: a module on which that cannot be made.
+
+        """
+        method = method_named(self.config.method)
+        if not method.needs_base(self.config):
+            return self
+        tensors = dict(self.tensors)
+        for layer in self.layers():
+            if layer.method is not method:
+                continue
+            weight = base.get(f"{layer.module}.weight")
+            if weight is None or weight.quantized or "lora_A" not in layer.leaves:
+                raise UserError(
+                    f"{self.path / CONFIG}: init_lora_weights: the start of {layer.module} cannot "
+                    "be taken out of a base that is quantized, of an embedding or of a tied head. "
+                    "Convert the adapter in PEFT: model.save_pretrained(DIR, "
+                    "path_initial_model_for_weight_conversion=START)."
+                )
+            whole = method.complete(self.config, layer.module, layer.leaves, weight.all())
+            copy, rest = f"{PREFIX}{layer.module}{COPY}.weight", whole.pop("weight")
+            if copy in tensors and np.allclose(tensors[copy].all(), rest, atol=1e-4):
+                del tensors[copy]
+            for leaf, values in whole.items():
+                tensors[f"{PREFIX}{layer.module}.{method.leaves[leaf]}"] = in_memory(values)
+        return replace(self, config=method.completed(self.config), tensors=tensors)
 
     def whole_tensors(self) -> Tensors:
         """Return the tensors that stand in place of the base's, by Hugging Face's names: modules
@@ -119,49 +155,82 @@ def open_adapter(directory: str | Path) -> Adapter:
     """Open the adapter in a directory, its tensors unread.
 
     Raises:
-        UserError: no adapter there, another kind of adapter, or an option that is not implemented.
+        UserError: no adapter there, another kind of adapter, an option that is not implemented, or
+            tensors that disagree with the configuration.
 
     """
     path = Path(directory).expanduser()
-    if not (path / CONFIG).exists() or not (path / WEIGHTS).exists():
-        raise UserError(f"{directory} is not a PEFT adapter: it needs {CONFIG} and {WEIGHTS}.")
-    raw, where = read_json(path / CONFIG), path / CONFIG
-    method = _method_of(raw, where)
-    known = _PEFT_KEYS | method.peft_keys
-    known |= TOKEN_ROWS.peft_keys if method.token_rows else frozenset()
-    unused = (None, False, 0, [], {})
-    if unknown := [key for key, value in raw.items() if key not in known and value not in unused]:
-        raise UserError(f"{where}: options that jaxtune does not implement: {listed(unknown)}.")
-    return Adapter(path, _config(method, raw, where), open_file(path / WEIGHTS))
-
-
-def _method_of(raw: dict[str, Any], where: Path) -> AdapterMethod[Any]:
-    kind, methods = raw.get("peft_type"), all_methods().values()
-    method = next((each for each in methods if each.peft_type == kind and each.reads(raw)), None)
-    if method is None:
-        kinds = dict.fromkeys(method.peft_type for method in methods)
+    weights = next((path / name for name in (WEIGHTS, TORCH) if (path / name).is_file()), None)
+    if not (path / CONFIG).is_file() or weights is None:
         raise UserError(
-            f"{where}: peft_type {kind!r} is not supported; supported: {listed(kinds)}."
+            f"{directory} is not a PEFT adapter: it needs {CONFIG} and {WEIGHTS} (or {TORCH})."
         )
-    return method
+    config, raw = read_adapter_config(path / CONFIG)
+    opened = (open_file if weights.suffix == ".safetensors" else torch_files.open_file)(weights)
+    tensors: dict[str, LazyTensor] = {}
+    for name, tensor in opened.items():
+        plain = _ADAPTER_NAME.sub(r"\1", name)
+        if plain.endswith(f"{_MAGNITUDE}.weight"):
+            plain = plain.removesuffix(".weight")
+        if plain in tensors:
+            raise UserError(f"{weights} holds {plain} twice, once as {name}.")
+        tensors[plain] = _finite(tensor, name, weights)
+    if raw.get("ensure_weight_tying"):
+        config = _with_tied_head(config, tensors)
+    adapter = Adapter(path, weights, config, tensors)
+    _check_sizes(adapter)
+    return adapter
 
 
-def _config(method: AdapterMethod[Any], raw: dict[str, Any], where: Path) -> AdapterConfig:
-    targets = raw.get("target_modules")
-    if not targets or not isinstance(targets, list | str):
-        raise UserError(
-            f"{where}: target_modules must be a list of module names, a regular expression or "
-            f"'{ALL_LINEAR}', not {targets!r}."
-        )
-    fields = method.from_peft(raw, str(where))
-    if method.token_rows:
-        fields |= TOKEN_ROWS.from_peft(raw, str(where))
-    return method.config(
-        targets=names_from_peft(targets),
-        excluded=names_from_peft(raw.get("exclude_modules")),
-        saved=tuple(names_from_peft(raw.get("modules_to_save"))),
-        **fields,
-    )
+def _finite(tensor: LazyTensor, name: str, file: Path) -> LazyTensor:
+    """Return the tensor, read with a check that its numbers are finite."""
+
+    def read(index: Index) -> np.ndarray:
+        values = tensor.read(index)
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"{file}: {name} holds NaN or infinity: the training that wrote it diverged, or "
+                "the file is damaged. Use an earlier checkpoint."
+            )
+        return values
+
+    return LazyTensor(tensor.shape, tensor.dtype, read, tensor.quantized)
+
+
+def _with_tied_head(config: AdapterConfig, tensors: Tensors) -> AdapterConfig:
+    """Return the adapter with what `ensure_weight_tying` put on a head that was tied to an adapted
+    embedding: PEFT writes the head's tensors too, but not its name.
+    """
+    if f"{PREFIX}{HEAD}.weight" in tensors and not config.is_saved(HEAD):
+        return replace(config, saved=(*config.saved, HEAD))
+    adapts = f"{PREFIX}{HEAD}.lora_A.weight" in tensors
+    if not adapts or config.is_target(HEAD, in_block=False):
+        return config
+    targets = config.targets
+    wider = f"(?:{targets})|{HEAD}" if isinstance(targets, str) else (*targets, HEAD)
+    return replace(config, targets=wider)
+
+
+def _check_sizes(adapter: Adapter) -> None:
+    """Check the sizes that the configuration gives against the file's, before anything is made of
+    that size.
+
+    Raises:
+        UserError: the first tensor that disagrees.
+
+    """
+    for name, tensor in adapter.tensors.items():
+        if (owner := _owner(adapter.config, name)) is None:
+            continue
+        method, module, leaf = owner
+        sizes = method.shape_in_file(adapter.config, module, leaf)
+        shape = dict(enumerate(tensor.shape))
+        if any(shape.get(axis) != size for axis, size in sizes.items()):
+            raise UserError(
+                f"{adapter.file}: tensors of the wrong shape: {name} {list(tensor.shape)}, where "
+                f"{CONFIG} gives {module} the rank {next(iter(sizes.values()))} (r, rank_pattern). "
+                "The files do not belong together, or one of them was edited."
+            )
 
 
 def attach(model: CausalLM, adapter: Adapter, mesh: Mesh, dropout: float = 0.0) -> None:
@@ -177,19 +246,34 @@ def attach(model: CausalLM, adapter: Adapter, mesh: Mesh, dropout: float = 0.0) 
         UserError: missing, unexpected or misshapen keys, by name.
 
     """
-    base = nnx.state(model, nnx.Param)  # before the adapter hides some of it
-    inject(model, adapter.config.with_dropout(dropout), 0, mesh)
+    base = model_tensors(nnx.state(model, nnx.Param), model.config)
+    adapter = adapter.on(base)
+    copies = _check(adapter, _shapes(model, adapter.config, mesh), base)
+    config = adapter.config.with_dropout(dropout)
+    inject(model, config, 0, mesh, all_targets=False)
     by_variable: dict[int, list[Entry]] = {}
     for entry in entries(model):
         by_variable.setdefault(id(entry.variable), []).append(entry)
-    shapes = {entry.name: entry.shape for group in by_variable.values() for entry in group}
-    copies = _check(adapter, shapes, model, base)
     model.adapter = replace(model.adapter, copies=copies)
     for group in by_variable.values():
         variable = group[0].variable
         value = _filled(group, adapter.tensors)
         place = sharding(mesh, variable.get_metadata()["axes"], value.shape)
         variable.set_value(jax.device_put(value, place))
+
+
+def _shapes(model: CausalLM, config: AdapterConfig, mesh: Mesh) -> dict[str, tuple[int, ...]]:
+    """Return what tensors the file of an adapter on this model has, without making any."""
+    graph, state = nnx.split(model)
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def trace(state: nnx.State) -> None:
+        adapted_model = nnx.merge(graph, state)
+        inject(adapted_model, config, 0, mesh, all_targets=False)
+        shapes.update((entry.name, entry.shape) for entry in entries(adapted_model))
+
+    jax.eval_shape(trace, state)
+    return shapes
 
 
 def _filled(group: list["Entry"], tensors: Tensors) -> np.ndarray:
@@ -225,22 +309,7 @@ def write_adapter(directory: Path, model: CausalLM, base_name: str) -> None:
     config = model.adapter
     if config.targets == ALL_LINEAR:
         config = replace(config, targets=tuple({str(path[-1]) for path in adapted(model)}))
-    write_json(directory / CONFIG, _json(config, base_name))
-
-
-def _json(config: AdapterConfig, base_name: str) -> dict[str, Any]:
-    method = method_named(config.method)
-    return {
-        "peft_type": method.peft_type,
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        **method.to_peft(config),
-        "target_modules": names_to_peft(config.targets),
-        **({"exclude_modules": names_to_peft(config.excluded)} if config.excluded else {}),
-        "modules_to_save": names_to_peft(config.saved),
-        **(TOKEN_ROWS.to_peft(config) if method.token_rows else {}),
-        "inference_mode": True,
-    }
+    write_json(directory / CONFIG, adapter_config_json(config, base_name))
 
 
 @dataclass(frozen=True)
@@ -281,28 +350,21 @@ def entries(model: CausalLM) -> Iterator[Entry]:
                 yield Entry(f"{PREFIX}{name}.{end}", variable, at)
 
 
-def _check(
-    adapter: Adapter, shapes: dict[str, tuple[int, ...]], model: CausalLM, base: nnx.State
-) -> tuple[str, ...]:
+def _check(adapter: Adapter, shapes: dict[str, tuple[int, ...]], base: Tensors) -> tuple[str, ...]:
     """Check that every tensor of the adapter is there with its shape, and no other but copies of
     the base, and return the names of these.
     """
     tensors, problems, copies = adapter.tensors, [], []
-    where = {
-        name: leaf
-        for leaf, mapping in zip(_leaves(base), leaf_mappings(base, model.config), strict=True)
-        for name in mapping.names
-    }
-    where.setdefault("lm_head.weight", where["model.embed_tokens.weight"])
+    embedding, head = _MATRICES
+    matrices = {embedding: base[embedding], head: base.get(head, base[embedding])}
     for name in [name for name in tensors if name not in shapes]:
         plain = name.removeprefix(PREFIX).replace(COPY, "")
-        leaf = where.get(plain)
-        if leaf is not None and plain in ("model.embed_tokens.weight", "lm_head.weight"):
-            leaf = leaf[: model.config.vocab_size]
-            if not _is_equal(tensors[name], leaf):
+        if plain in matrices:
+            if not _is_equal(tensors[name], matrices[plain]):
                 raise UserError(
-                    f"{adapter.path / WEIGHTS}: {name} differs from the base's {plain}. The "
-                    "adapter was trained on another base, or with more tokens; give that base."
+                    f"{adapter.file}: {name} {list(tensors[name].shape)} differs from the base's "
+                    f"{plain} {list(matrices[plain].shape)}. The adapter was trained on another "
+                    "base, or with more or fewer tokens; give that base."
                 )
             copies.append(name)
     if missing := [name for name in shapes if name not in tensors]:
@@ -318,20 +380,15 @@ def _check(
         problems.append(f"of the wrong shape: {listed(wrong)}")
     if problems:
         raise UserError(
-            f"{adapter.path / WEIGHTS}: the adapter does not fit this model. Tensors "
-            f"{'; '.join(problems)}."
+            f"{adapter.file}: the adapter does not fit this model. Tensors {'; '.join(problems)}."
         )
     return tuple(copies)
 
 
-def _is_equal(tensor: LazyTensor, leaf: jax.Array) -> bool:
-    if tensor.shape != leaf.shape:
+def _is_equal(tensor: LazyTensor, matrix: LazyTensor) -> bool:
+    if tensor.shape != matrix.shape:
         return False
-    return not (tensor.all().astype(np.float32) != fetch(leaf).astype(np.float32)).any()
-
-
-def _leaves(state: nnx.State) -> list[jax.Array]:
-    return [variable.get_value() for _, variable in nnx.to_flat_state(state)]
+    return not (tensor.all().astype(np.float32) != matrix.all()).any()
 
 
 def _base_tensor(model: CausalLM, name: str) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtune.adapters.inject import EMBEDDING, HEAD
 from jaxtune.core.errors import UserError, listed
 from jaxtune.core.tokenizer import Tokenizer
-from jaxtune.weights.peft import COPY, PREFIX, Adapter
+from jaxtune.weights.peft import CONFIG, COPY, PREFIX, Adapter
 from jaxtune.weights.source import OverriddenSource, Source
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
 from jaxtune.weights.tokenizer_files import load_tokenizer
@@ -92,20 +92,33 @@ def add_tokens(source: Source, tokens: Sequence[str]) -> Source:
 def resize_for_adapter(source: Source, adapter: Adapter | None) -> Source:
     """Return the source with the rows and the tokenizer that an adapter was trained with, where
     these are more than its own.
+
+    Raises:
+        UserError: the adapter has rows for tokens that neither the base nor its tokenizer has.
+
     """
     if adapter is None:
         return source
     size = source.config_json()["vocab_size"]
-    ends = [1 + max(ids) for _, ids in adapter.config.tokens if ids]
     whole = {
         name.removeprefix(PREFIX).replace(COPY, ""): tensor
         for name, tensor in adapter.tensors.items()
     }
     whole = {name: tensor for name, tensor in whole.items() if name in _MATRICES}
-    new_size = max([size, *ends, *(tensor.shape[0] for tensor in whole.values())])
-    if new_size == size and not adapter.config.tokens:
+    rows = max([size, *(tensor.shape[0] for tensor in whole.values())])
+    ids = {token for _, ids in adapter.config.tokens for token in ids}
+    new_size = max([rows, *(token + 1 for token in ids)])
+    if new_size == size and not ids:
         return source
-    new_ids, tokenizer = tuple(range(size, new_size)), load_tokenizer(adapter.path)
+    tokenizer = load_tokenizer(adapter.path)
+    known = rows if tokenizer is None else max(rows, 1 + max(tokenizer.get_vocab().values()))
+    if new_size > max(known, rows + len(ids)):
+        raise UserError(
+            f"{adapter.path / CONFIG}: trainable_token_indices: there is no token {new_size - 1}; "
+            f"the base has the tokens 0 to {size - 1}, and the adapter's tokenizer "
+            f"{'none beyond' if known <= size else f'up to {known - 1}'}."
+        )
+    new_ids = tuple(range(size, new_size))
     return _resize(source, new_size, new_ids, tokenizer, trained_rows=size, whole=whole)
 
 

@@ -3,6 +3,7 @@ came to be.
 """
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -16,12 +17,14 @@ from jaxtune.core.files import Replacement, read_json, refuse_existing
 from jaxtune.core.mesh import make_mesh
 from jaxtune.data.prepare import Which
 from jaxtune.models.decoder import CausalLM
+from jaxtune.models.families.from_hf import from_hf
 from jaxtune.tracking.metrics_log import AFTER, BEFORE, phase_of, read_metrics
 from jaxtune.tracking.ownership import ADAPTER, DATA_SUMMARY, MODEL
 from jaxtune.tracking.progress import Reporter
 from jaxtune.tracking.record import checkpoint_directory, first_day, is_run, read_config
 from jaxtune.training.checkpoint import Checkpoints
 from jaxtune.training.setup import Setup, build_setup
+from jaxtune.weights.consumers import Consumer, consumers
 from jaxtune.weights.convert import convert_model
 from jaxtune.weights.export import export_adapter, export_weights
 from jaxtune.weights.formats.registry import get_format
@@ -47,6 +50,7 @@ def export_run(
     *,
     dtype: str | None = None,
     push: str | None = None,
+    exact: bool = False,
     reporter: Reporter | None = None,
 ) -> ExportResult:
     """Export a run, verified: its adapter, its base with the adapter merged, or the weights that
@@ -60,27 +64,49 @@ def export_run(
         to: the name of a format of `weights.formats`.
         dtype: of merged weights; the base's by default.
         push: a repository of the hub to upload it to.
+        exact: whether an adapter keeps scales and ranks as trained, which not every program reads.
         reporter: where progress is shown.
 
     Raises:
-        UserError: not a run, no checkpoint yet, `out` exists, or a format that has no place for the
-            model.
+        UserError: not a run, no checkpoint yet, `out` exists, a format that has no place for the
+            model, or `exact` where no adapter is written.
         RunError: the export does not compute what was trained.
 
     """
     if out is None:
         raise UserError("export: say where to with out=DIR (--out DIR).")
-    get_format(to)
+    if exact and not get_format(to).keeps_adapter:
+        raise UserError(f"export: exact is for --to peft; --to {to} merges the adapter.")
     reporter, path = reporter or Reporter(quiet=True), Path(out)
     with distributed.main_only_path(path) as target:
-        comparison = _export(Path(run_dir), target, to, dtype, reporter)
+        export = _Export(Path(run_dir), target, to, dtype, exact)
+        comparison = _export(export, reporter)
+    readers = _consumers(export.directory, path) if get_format(to).keeps_adapter else ()
     upload_export(path, push, reporter)
-    return ExportResult(path, comparison)
+    return ExportResult(path, comparison, readers)
 
 
-def _export(
-    directory: Path, out: Path, to: str, dtype: str | None, reporter: Reporter
-) -> Comparison:
+def _consumers(directory: Path, adapter: Path) -> tuple[Consumer, ...]:
+    if not distributed.is_main():
+        return ()
+    source = resolve(read_config(directory).model.source)
+    base = from_hf(source.config_json(), str(source.config_path))
+    return consumers(open_adapter(adapter), tied=base.tie_embeddings)
+
+
+@dataclass(frozen=True)
+class _Export:
+    """What `export_run` was asked for; see there."""
+
+    directory: Path
+    out: Path
+    to: str
+    dtype: str | None
+    exact: bool
+
+
+def _export(export: _Export, reporter: Reporter) -> Comparison:
+    directory, out, to, dtype = export.directory, export.out, export.to, export.dtype
     runtime.start()
     if not is_run(directory):
         raise UserError(f"{directory} is not a run directory: it has no config.yaml.")
@@ -93,14 +119,13 @@ def _export(
         source, card = resolve(str(directory / MODEL)), describe_run(config, directory)
         return convert_model(out, source, to, make_mesh(), dtype=dtype, about=card)
     if (directory / ADAPTER).is_dir():
-        return _export_finished(config, directory, out, to, dtype)
-    return _export_checkpoint(config, directory, out, to, dtype, reporter=reporter)
+        return _export_finished(config, export)
+    return _export_checkpoint(config, export, reporter)
 
 
-def _export_finished(
-    config: Config, directory: Path, out: Path, to: str, dtype: str | None
-) -> Comparison:
+def _export_finished(config: Config, export: _Export) -> Comparison:
     """Export the adapter of a run's directory, or merge it."""
+    directory, out, to, dtype = export.directory, export.out, export.to, export.dtype
     adapter, mesh = open_adapter(directory / ADAPTER), make_mesh()
     source = resize_for_adapter(resolve(config.model.source), adapter)
     tokenizer, card = tokenizer_for(source, adapter), describe_run(config, directory)
@@ -114,19 +139,27 @@ def _export_finished(
     attach(model, adapter, mesh)
     texts = sample_texts(tokenizer, model.config.vocab_size)
     return export_adapter(
-        out, model, source, tokenizer, texts, mesh, dtype=dtype, compute=compute, about=card
+        out,
+        model,
+        source,
+        tokenizer,
+        texts,
+        mesh,
+        dtype=dtype,
+        compute=compute,
+        exact=export.exact,
+        about=card,
     )
 
 
-def _export_checkpoint(
-    config: Config, directory: Path, out: Path, to: str, dtype: str | None, *, reporter: Reporter
-) -> Comparison:
+def _export_checkpoint(config: Config, export: _Export, reporter: Reporter) -> Comparison:
     """Export the newest checkpoint of a run that has not finished.
 
     Raises:
         UserError: the run has no checkpoint.
 
     """
+    directory, out, to, dtype = export.directory, export.out, export.to, export.dtype
     setup = build_setup(config, reporter, first_day(directory))
     checkpoints = Checkpoints(checkpoint_directory(config), config.checkpoint.keep, reporter.say)
     try:
@@ -140,7 +173,7 @@ def _export_checkpoint(
         checkpoints.close()
     with jax.set_mesh(setup.mesh):
         if get_format(to).keeps_adapter or config.adapter.method == "none":
-            return export_trained(setup, model, out, to=to, dtype=dtype)
+            return export_trained(setup, model, out, to=to, dtype=dtype, exact=export.exact)
         with tempfile.TemporaryDirectory() as scratch:
             write_adapter(Path(scratch), exportable(model), setup.source.name)
             return convert_model(
@@ -162,6 +195,7 @@ def export_trained(
     *,
     to: str = "hf",
     dtype: str | None = None,
+    exact: bool = True,
     replace: Replacement | None = None,
 ) -> Comparison:
     """Export a run's model: its adapter in PEFT's format, or its weights in the format `to`.
@@ -172,6 +206,8 @@ def export_trained(
         out: the directory to make.
         to: the name of a format that holds a whole model; for weights that trained.
         dtype: of these weights; the base's by default.
+        exact: of an adapter; see `weights.export.export_adapter`. The adapter in a run's own
+            directory is exact.
         replace: whether and how an existing `out` is replaced.
 
     Raises:
@@ -204,6 +240,7 @@ def export_trained(
         setup.mesh,
         dtype=config.model.dtype,
         compute=config.model.compute_dtype,
+        exact=exact,
         about=card,
         replace=replace,
     )

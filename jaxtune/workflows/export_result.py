@@ -7,6 +7,7 @@ from jaxtune.core import distributed
 from jaxtune.core.errors import UserError
 from jaxtune.tracking.progress import Reporter
 from jaxtune.weights import hub
+from jaxtune.weights.consumers import Consumer
 from jaxtune.weights.verify import Comparison
 
 
@@ -17,11 +18,13 @@ class ExportResult:
     Attributes:
         path: the file or directory that was written.
         comparison: what it was compared on, and how far it differs.
+        consumers: which programs read an adapter as it was trained; empty for a whole model.
 
     """
 
     path: Path
     comparison: Comparison
+    consumers: tuple[Consumer, ...] = ()
 
 
 def upload_export(path: Path, repository: str | None, reporter: Reporter) -> None:

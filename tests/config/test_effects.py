@@ -244,6 +244,17 @@ def test_an_adapter_to_start_from_brings_its_numbers_and_contradicting_ones_are_
         adopt_adapter(contradicting)
 
 
+def test_targets_in_another_order_than_the_adapters_are_the_same(chat_model, tmp_path, one_device):
+    targets = ("q_proj", "v_proj", "down_proj")
+    write_adapter(tmp_path, with_adapter(chat_model, one_device, targets=targets), "base")
+    start = f"adapter.init={tmp_path}"
+    for names in ("[q_proj, v_proj, down_proj]", "[v_proj, down_proj, q_proj]"):
+        adopt_adapter(load_config(overrides=[start, f"adapter.targets={names}"]))
+    other = load_config(overrides=[start, "adapter.targets=[q_proj, v_proj]"])
+    with pytest.raises(UserError, match=r"adapter\.targets = .*adapter\.init has .*down_proj"):
+        adopt_adapter(other)
+
+
 def test_resolved_configuration_reads_back_the_same(tmp_path):
     config = load_config(
         overrides=[
