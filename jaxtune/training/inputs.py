@@ -20,7 +20,13 @@ from jaxtune.objectives.registry import build_objective
 from jaxtune.tracking.progress import Reporter
 from jaxtune.weights.peft import Adapter, open_adapter
 from jaxtune.weights.source import Source, resolve
-from jaxtune.weights.vocabulary import ResizedSource, add_tokens, resize_for_adapter, tokenizer_for
+from jaxtune.weights.vocabulary import (
+    ResizedSource,
+    add_tokens,
+    resize_for_adapter,
+    stop_ids_for,
+    tokenizer_for,
+)
 
 _NAMES = {"train": "Training", "eval": "Evaluation"}
 
@@ -34,6 +40,7 @@ class Inputs:
         adapter: the adapter to start from, if any.
         teacher: the teacher's origin, if there is a teacher.
         tokenizer: the model's tokenizer.
+        stop_ids: tokens that end an answer: the model's, and those that end the answers trained on.
         schedule: every batch of the run.
         eval_schedule: the evaluation's batches, None where there is no evaluation data.
 
@@ -43,6 +50,7 @@ class Inputs:
     adapter: Adapter | None
     teacher: Source | None
     tokenizer: Tokenizer
+    stop_ids: list[int]
     schedule: BatchSchedule
     eval_schedule: BatchSchedule | None
 
@@ -101,7 +109,9 @@ def read_inputs(config: Config, reporter: Reporter, day: date | None = None) -> 
         )
     _give_template(tokenizer, schedule.examples)
     teacher = _teacher(config, tokenizer)
-    inputs = Inputs(source, adapter, teacher, tokenizer, schedule, eval_schedule)
+    ends = schedule.examples.stop_ids(tokenizer)
+    stop_ids = sorted({*stop_ids_for(source, adapter), *ends})
+    inputs = Inputs(source, adapter, teacher, tokenizer, stop_ids, schedule, eval_schedule)
     largest = [[part.examples.largest_token] for part in inputs.schedules.values()]
     _model_config(source).check_tokens(largest)
     return inputs

@@ -1,16 +1,32 @@
 """A tokenizer's files in Hugging Face's format, beside a model's weights."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxtune.core.errors import UserError
+from jaxtune.core.files import read_json, write_json
 from jaxtune.core.tokenizer import Tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+TEMPLATES = "additional_chat_templates"
+_CONFIG = "tokenizer_config.json"
+# Names of transformers 5 for a tokenizer that has no class of its own.
+_UNNAMED = ("TokenizersBackend", "PreTrainedTokenizerBase")
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """Return the files in a directory that its tokenizer is read from, chat templates among
+    them.
+    """
+    files = (directory / name for name in TOKENIZER_FILES)
+    templates = sorted((directory / TEMPLATES).glob("*.jinja"))
+    return [file for file in (*files, *templates) if file.is_file()]
 
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:
@@ -33,10 +49,62 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
 
 
 def save_tokenizer(directory: Path, files: Sequence[Path], tokenizer: Tokenizer | None) -> None:
-    """Copy the source's own files byte by byte; where it has none, save the tokenizer as
-    transformers does.
+    """Write a tokenizer with its chat templates.
+
+    Its own files are copied byte by byte; where there are none, or training changed the tokenizer
+    since it was read from them, it is saved as transformers does. What of `tokenizer_config.json`
+    only transformers 5 would understand is said in the words of 4, which both read.
+
+    Args:
+        directory: where to.
+        files: what it was read from.
+        tokenizer: None where there is none.
+
     """
     for file in files:
-        shutil.copyfile(file, directory / file.name)
-    if not files and tokenizer is not None:
+        folder = directory / TEMPLATES if file.parent.name == TEMPLATES else directory
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / file.name)
+    if tokenizer is not None and not (files and _reads_as(directory, tokenizer)):
+        shutil.rmtree(directory / TEMPLATES, ignore_errors=True)
+        for name in TOKENIZER_FILES:
+            (directory / name).unlink(missing_ok=True)
         tokenizer.save_pretrained(directory)
+    _write_common_dialect(directory)
+
+
+def _reads_as(directory: Path, tokenizer: Tokenizer) -> bool:
+    try:
+        copy = load_tokenizer(directory)
+    except UserError:  # of files that need a config.json beside them
+        return False
+    return copy is not None and is_same(copy, tokenizer)
+
+
+def is_same(first: Tokenizer, second: Tokenizer) -> bool:
+    """Return whether two tokenizers have the same tokens, special tokens and chat templates."""
+    return _content(first) == _content(second)
+
+
+def _content(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what makes two tokenizers the same, which is not how they pad and truncate."""
+    raw = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {
+        "backend": raw | {"truncation": None, "padding": None},
+        "templates": tokenizer.chat_template,
+        "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+    }
+
+
+def _write_common_dialect(directory: Path) -> None:
+    path = directory / _CONFIG
+    raw = read_json(path) if path.exists() else None
+    if not isinstance(raw, dict):
+        return
+    content = dict(raw)
+    if raw.get("tokenizer_class") in _UNNAMED and (directory / "tokenizer.json").exists():
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(raw.get("extra_special_tokens"), list):
+        content["additional_special_tokens"] = content.pop("extra_special_tokens")
+    if content != raw:
+        write_json(path, content)

@@ -12,10 +12,15 @@ import numpy as np
 from jaxtune.adapters.inject import EMBEDDING, HEAD
 from jaxtune.core.errors import UserError, listed
 from jaxtune.core.tokenizer import Tokenizer
+from jaxtune.weights.generation_config import (
+    GENERATION_CONFIG,
+    read_generation_config,
+    token_ids,
+)
 from jaxtune.weights.peft import COPY, PREFIX, Adapter
 from jaxtune.weights.source import OverriddenSource, Source
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
-from jaxtune.weights.tokenizer_files import load_tokenizer
+from jaxtune.weights.tokenizer_files import load_tokenizer, tokenizer_files
 
 _MATRICES = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
 
@@ -114,6 +119,24 @@ def tokenizer_for(source: Source, adapter: Adapter | None) -> Tokenizer | None:
     where the adapter has none.
     """
     return (load_tokenizer(adapter.path) if adapter else None) or source.tokenizer()
+
+
+def tokenizer_files_for(source: Source, adapter: Adapter | None) -> list[Path]:
+    """Return the files that `tokenizer_for` reads."""
+    files = tokenizer_files(adapter.path) if adapter and load_tokenizer(adapter.path) else []
+    return files or source.tokenizer_files()
+
+
+def stop_ids_for(source: Source, adapter: Adapter | None) -> list[int]:
+    """Return the tokens at which answers end: the source's, and those that an adapter's own
+    `generation_config.json` names.
+
+    Raises:
+        UserError: the file names something else.
+
+    """
+    named = read_generation_config(adapter.path) if adapter else {}
+    return sorted({*source.stop_ids(), *token_ids(named, "eos_token_id", GENERATION_CONFIG)})
 
 
 def _resize(

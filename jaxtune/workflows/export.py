@@ -38,6 +38,7 @@ from jaxtune.weights.source import resolve
 from jaxtune.weights.verify import TEXT, Comparison, pad_texts, sample_texts
 from jaxtune.weights.vocabulary import resize_for_adapter, tokenizer_for
 from jaxtune.workflows.export_result import ExportResult, upload_export
+from jaxtune.workflows.load import stop_ids_of
 
 _VERIFY_ROWS, _VERIFY_TOKENS = 4, 128
 
@@ -98,7 +99,10 @@ def _export(
         )
     if (directory / MODEL).is_dir():
         source, card = resolve(str(directory / MODEL)), describe_run(config, directory)
-        return convert_model(out, source, to, make_mesh(), dtype=dtype, about=card)
+        stop_ids = stop_ids_of(source, None, source.tokenizer())
+        return convert_model(
+            out, source, to, make_mesh(), dtype=dtype, stop_ids=stop_ids, about=card
+        )
     if (directory / ADAPTER).is_dir():
         return _export_finished(config, directory, out, to, dtype)
     return _export_checkpoint(config, directory, out, to, dtype, reporter=reporter)
@@ -111,9 +115,18 @@ def _export_finished(
     adapter, mesh = open_adapter(directory / ADAPTER), make_mesh()
     source = resize_for_adapter(resolve(config.model.source), adapter)
     tokenizer, card = tokenizer_for(source, adapter), describe_run(config, directory)
+    stop_ids = stop_ids_of(source, adapter, tokenizer)
     if not get_format(to).keeps_adapter:
         return convert_model(
-            out, source, to, mesh, dtype=dtype, adapter=adapter, tokenizer=tokenizer, about=card
+            out,
+            source,
+            to,
+            mesh,
+            dtype=dtype,
+            adapter=adapter,
+            tokenizer=tokenizer,
+            stop_ids=stop_ids,
+            about=card,
         )
     refuse_existing(out)
     dtype, compute = config.model.dtype, config.model.compute_dtype
@@ -121,7 +134,16 @@ def _export_finished(
     attach(model, adapter, mesh)
     texts = sample_texts(tokenizer, model.config.vocab_size)
     return export_adapter(
-        out, model, source, tokenizer, texts, mesh, dtype=dtype, compute=compute, about=card
+        out,
+        model,
+        source,
+        tokenizer,
+        texts,
+        mesh,
+        dtype=dtype,
+        compute=compute,
+        stop_ids=stop_ids,
+        about=card,
     )
 
 
@@ -158,6 +180,7 @@ def _export_checkpoint(
                 dtype=dtype,
                 adapter=open_adapter(scratch),
                 tokenizer=setup.tokenizer,
+                stop_ids=setup.stop_ids,
                 about=describe_run(config, directory),
             )
 
@@ -196,6 +219,7 @@ def export_trained(
             setup.mesh,
             to=to,
             dtype=dtype,
+            stop_ids=setup.stop_ids,
             about=card,
             replace=replace,
         )
@@ -211,6 +235,7 @@ def export_trained(
         setup.mesh,
         dtype=config.model.dtype,
         compute=config.model.compute_dtype,
+        stop_ids=setup.stop_ids,
         about=card,
         replace=replace,
     )

@@ -19,7 +19,7 @@ from jaxtune.weights.formats.format import ModelContents, ModelFormat
 from jaxtune.weights.interleave import half_split, interleaved
 from jaxtune.weights.source import Source
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
-from jaxtune.weights.tokenizer_files import load_tokenizer, save_tokenizer
+from jaxtune.weights.tokenizer_files import load_tokenizer
 
 PARAMS = "params.json"
 _PART = "consolidated.*.pth"
@@ -108,7 +108,7 @@ class MetaFormat(ModelFormat):
             )
         finally:
             scratch.unlink(missing_ok=True)
-        save_tokenizer(path, contents.source.tokenizer_files(), contents.tokenizer)
+        contents.write_companions(path)
 
 
 FORMAT = MetaFormat()
