@@ -16,6 +16,8 @@ from typing import Any
 from jaxtune.core.dtypes import DTYPES
 from jaxtune.core.files import read_json, write_json
 from jaxtune.core.tokenizer import Tokenizer
+from jaxtune.models.families.config_types import check_config
+from jaxtune.weights.dialects import in_both_dialects
 from jaxtune.weights.generation_config import write_generation_config
 from jaxtune.weights.source import Source
 from jaxtune.weights.tensors import Tensors
@@ -162,7 +164,9 @@ class DirectoryFormat(ModelFormat):
         """See ModelFormat."""
         tensors = self.round_trip(contents)
         self.write_weights(path, tensors)
-        write_json(path / "config.json", with_dtype(contents.config_json, tensors))
+        write_json(
+            path / "config.json", in_both_dialects(contents.config_json, main_dtype(tensors))
+        )
         contents.write_companions(path)
 
 
@@ -177,17 +181,18 @@ class ModelDirectory(Source):
 
     def config_json(self) -> dict[str, Any]:
         """See Source."""
-        return read_json(self.config_path)
+        raw = read_json(self.config_path)
+        check_config(raw, str(self.config_path))
+        return raw
 
     def tokenizer(self) -> Tokenizer | None:
         """See Source."""
         return load_tokenizer(self.path)
 
 
-def with_dtype(config_json: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
-    """Return `config.json` with the dtype that most of the tensors' numbers have."""
+def main_dtype(tensors: Tensors) -> str:
+    """Return the dtype that most of the tensors' numbers have."""
     sizes: dict[str, int] = {}
     for tensor in tensors.values():
         sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + math.prod(tensor.shape)
-    key = "torch_dtype" if "torch_dtype" in config_json else "dtype"
-    return config_json | {key: max(sizes, key=lambda name: sizes[name])}
+    return max(sizes, key=lambda name: sizes[name])
