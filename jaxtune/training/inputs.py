@@ -23,6 +23,7 @@ from jaxtune.weights.source import Source, resolve
 from jaxtune.weights.vocabulary import (
     ResizedSource,
     add_tokens,
+    cut_rows,
     resize_for_adapter,
     stop_ids_for,
     tokenizer_for,
@@ -122,7 +123,8 @@ def _model_config(source: Source) -> ModelConfig:
 
 
 def _teacher(config: Config, tokenizer: Tokenizer) -> Source | None:
-    """Open the teacher's origin.
+    """Open the teacher's origin; where it has more or fewer rows of embeddings than the model, only
+    those that name a token.
 
     Raises:
         UserError: its tokens are not the model's.
@@ -139,12 +141,14 @@ def _teacher(config: Config, tokenizer: Tokenizer) -> Source | None:
         )
     size = _model_config(source).vocab_size
     model_size = _model_config(resolve(config.model.source)).vocab_size
-    if size != model_size:
+    if size == model_size:
+        return source
+    if teacher_tokenizer is None:
         raise UserError(
-            f"distill.teacher: {source.name} has {size} rows of tokens, the model {model_size}. "
-            "Take a teacher with as many."
+            f"distill.teacher: {source.name} has {size} rows of tokens and no tokenizer that says "
+            f"what they mean, the model has {model_size}. Put its tokenizer files beside it."
         )
-    return source
+    return cut_rows(source, 1 + max(teacher_tokenizer.get_vocab().values()))
 
 
 def report_data(schedules: dict[str, BatchSchedule], reporter: Reporter) -> None:

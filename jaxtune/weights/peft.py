@@ -30,6 +30,7 @@ from jaxtune.core.sharding import sharding
 from jaxtune.models.decoder import CausalLM
 from jaxtune.weights.mapping import leaf_mappings
 from jaxtune.weights.safetensors_files import open_file
+from jaxtune.weights.source import is_hub_id
 from jaxtune.weights.tensors import LazyTensor, Tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -230,10 +231,12 @@ def write_adapter(directory: Path, model: CausalLM, base_name: str) -> None:
 
 def _json(config: AdapterConfig, base_name: str) -> dict[str, Any]:
     method = method_named(config.method)
+    name, _, revision = base_name.partition("@") if is_hub_id(base_name) else (base_name, "", "")
     return {
         "peft_type": method.peft_type,
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
+        "base_model_name_or_path": name,
+        **({"revision": revision} if revision else {}),
         **method.to_peft(config),
         "target_modules": names_to_peft(config.targets),
         **({"exclude_modules": names_to_peft(config.excluded)} if config.excluded else {}),

@@ -36,6 +36,16 @@ class Source(ABC):
         return self.name.rpartition("/")[2]
 
     @property
+    def repository(self) -> tuple[str, str | None] | None:
+        """Return the id of the hub's repository and the revision that was asked for; None for a
+        model on disk.
+        """
+        if not is_hub_id(self.name):
+            return None
+        name, _, revision = self.name.partition("@")
+        return name, revision or None
+
+    @property
     @abstractmethod
     def config_path(self) -> Path:
         """Return the file that describes the architecture, for messages."""

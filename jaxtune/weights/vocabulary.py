@@ -4,7 +4,7 @@ the mean of the trained rows.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +112,33 @@ def resize_for_adapter(source: Source, adapter: Adapter | None) -> Source:
         return source
     new_ids, tokenizer = tuple(range(size, new_size)), load_tokenizer(adapter.path)
     return _resize(source, new_size, new_ids, tokenizer, trained_rows=size, whole=whole)
+
+
+def cut_rows(source: Source, size: int) -> Source:
+    """Return the source with only the first `size` rows of its embedding and head, or with all
+    where it has no more; the rest is padding that names no token.
+    """
+    raw, tensors = source.config_json(), source.tensors()
+    if raw["vocab_size"] <= size:
+        return source
+    cut = {
+        name: LazyTensor(
+            (size, *tensors[name].shape[1:]),
+            tensors[name].dtype,
+            partial(_first_rows, tensors[name], size),
+            tensors[name].quantized,
+            tensors[name].file,
+        )
+        for name in _MATRICES
+        if name in tensors
+    }
+    return OverriddenSource(
+        source.name, source.path, source, raw | {"vocab_size": size}, tensors | cut
+    )
+
+
+def _first_rows(tensor: LazyTensor, size: int, index: Index) -> np.ndarray:
+    return tensor.read((slice(*index[0].indices(size)), *index[1:]))
 
 
 def tokenizer_for(source: Source, adapter: Adapter | None) -> Tokenizer | None:

@@ -1,0 +1,95 @@
+"""The tokenizer and the chat templates that were trained with are in every export."""
+
+import shutil
+
+import pytest
+from transformers import AutoTokenizer
+
+import jaxtune
+from jaxtune.weights.generation_config import read_generation_config
+from jaxtune.weights.source import resolve
+from jaxtune.weights.tokenizer_files import load_tokenizer, save_tokenizer, tokenizer_files
+from tests.support import peft_side, tools
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SETS = {"default": tools.CHATML, "tool_use": "{{ tools }}" + tools.CHATML}
+
+
+def words_with(templates, directory):
+    words = tools.byte_tokenizer(templates)
+    words.save_pretrained(directory)
+    return words
+
+
+def in_the_old_way(directory):
+    """A list of named templates within tokenizer_config.json, as transformers 4 wrote it."""
+    raw = tools.json_file(directory / "tokenizer_config.json")
+    raw["chat_template"] = [{"name": name, "template": text} for name, text in SETS.items()]
+    tools.write_json_file(directory / "tokenizer_config.json", raw)
+
+
+@pytest.mark.parametrize("layout", ["folder", "list", "one file"])
+def test_template_sets_survive(layout, tmp_path):
+    words_with(tools.CHATML if layout == "list" else SETS, tmp_path)
+    if layout == "list":
+        (tmp_path / "chat_template.jinja").unlink()
+        in_the_old_way(tmp_path)
+    elif layout == "one file":
+        shutil.rmtree(tmp_path / "additional_chat_templates")
+    expected = AutoTokenizer.from_pretrained(tmp_path).chat_template
+    (tmp_path / "out").mkdir()
+    save_tokenizer(tmp_path / "out", tokenizer_files(tmp_path), load_tokenizer(tmp_path))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == expected
+    assert expected == (tools.CHATML if layout == "one file" else SETS)
+
+
+def test_files_are_copied_unless_training_changed_the_tokenizer(tmp_path):
+    words_with(tools.CHATML, tmp_path)
+    text = (tmp_path / "tokenizer.json").read_text() + " \n"
+    (tmp_path / "tokenizer.json").write_text(text)
+    words = load_tokenizer(tmp_path)
+    words.backend_tokenizer.no_padding()
+    for name, template in (("same", tools.CHATML), ("changed", "{{ messages }}")):
+        words.chat_template = template
+        (tmp_path / name).mkdir()
+        save_tokenizer(tmp_path / name, tokenizer_files(tmp_path), words)
+        assert ((tmp_path / name / "tokenizer.json").read_text() == text) == (name == "same")
+        assert load_tokenizer(tmp_path / name).chat_template == template
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """A base without a template, and an adapter of PEFT's with the tokenizer it was trained with."""
+    directory = tmp_path_factory.mktemp("adapted")
+    config = tools.tiny_config()
+    tools.save_model(directory / "base", config, tools.byte_tokenizer(None, eos="</s>"))
+    adapter = peft_side.lora(tools.random_model(config), b_std=0.02)
+    adapter.save_pretrained(directory / "adapter")
+    words_with(SETS, directory / "adapter")
+    return directory
+
+
+@pytest.mark.parametrize("to", ["hf", "orbax", "meta", "gguf"])
+def test_a_merged_model_has_the_adapters_tokenizer(to, adapted, tmp_path):
+    out = tmp_path / ("model.gguf" if to == "gguf" else "out")
+    jaxtune.convert(str(adapted / "base"), out, to=to, adapter=str(adapted / "adapter"))
+    source = resolve(str(out))
+    words = source.tokenizer()
+    assert words.chat_template == SETS
+    assert words.eos_token == "<|im_end|>"
+    assert source.stop_ids() == [257, 259]
+
+
+def test_a_gguf_base_gets_it_too(adapted, tmp_path):
+    base = tmp_path / "base.gguf"
+    jaxtune.convert(str(adapted / "base"), base, to="gguf")
+    for to in ("model.gguf", "hf"):
+        jaxtune.convert(
+            str(base), tmp_path / to, to=to.removeprefix("model."), adapter=str(adapted / "adapter")
+        )
+        assert resolve(str(tmp_path / to)).tokenizer().chat_template == SETS
+    again = tmp_path / "again.gguf"
+    jaxtune.convert(str(tmp_path / "model.gguf"), again, to="gguf")
+    assert resolve(str(again)).stop_ids() == [257, 259]
+    assert read_generation_config(tmp_path / "hf")["eos_token_id"] == [257, 259]
