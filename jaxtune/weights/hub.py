@@ -96,10 +96,18 @@ def push(directory: Path, name: str) -> str:
 
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
     with _errors_explained(name, None):
         api = HfApi()
-        address = api.create_repo(name, private=True, exist_ok=True)
+        try:
+            address = api.create_repo(name, private=True)
+        except HfHubHTTPError as error:  # it may be there, or this token may only write to it
+            try:
+                api.repo_info(name)
+            except HfHubHTTPError:
+                raise error from None
+            address = f"{api.endpoint}/{name}"
         api.upload_folder(repo_id=name, folder_path=directory, commit_message="Upload from jaxtune")
         return str(address)
 

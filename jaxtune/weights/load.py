@@ -201,7 +201,8 @@ def _part(
     extent = tuple(len(range(size)[part]) for size, part in zip(row.shape, inner, strict=True))
     out = _aligned((numbers.size, *extent), dtype)
     for place, number in enumerate(numbers.reshape(-1)):
-        out[place] = parts[number].read(inner)
+        with np.errstate(over="ignore"):  # what became infinite is found below
+            out[place] = parts[number].read(inner)
         checks.later(row.names[number], parts[number], out[place])
     return out.reshape(*numbers.shape, *extent)
 

@@ -3,10 +3,11 @@
 import json
 import shutil
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jaxtune.core.errors import UserError
+from jaxtune.core.errors import UserError, first_line
 from jaxtune.core.files import read_json, write_json
 from jaxtune.core.tokenizer import Tokenizer
 
@@ -14,8 +15,17 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+_FAST = ("tokenizer.json", "vocab.json")
 TEMPLATES = "additional_chat_templates"
 _CONFIG = "tokenizer_config.json"
+_SPECIAL = {
+    f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
+}  # fmt: skip
+_SETTINGS: dict[str, tuple[type, ...]] = {
+    "chat_template": (str, list, dict), "tokenizer_class": (str,), "added_tokens_decoder": (dict,),
+    "extra_special_tokens": (list, dict), "additional_special_tokens": (list,),
+    "model_max_length": (int, float), "add_bos_token": (bool,), "add_eos_token": (bool,),
+}  # fmt: skip
 # Names of transformers 5 for a tokenizer that has no class of its own.
 _UNNAMED = ("TokenizersBackend", "PreTrainedTokenizerBase")
 
@@ -38,14 +48,70 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
     """
     if not any((directory / name).exists() for name in TOKENIZER_FILES[:4]):
         return None
+    _require_sentencepiece(directory)
     from transformers import AutoTokenizer
 
+    _check_settings(directory / _CONFIG)
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:
         raise UserError(
-            f"{directory}: the tokenizer cannot be loaded: {type(error).__name__}: {error}"
+            f"{directory}: the tokenizer cannot be loaded: {type(error).__name__}: "
+            f"{first_line(error)}"
         ) from error
+
+
+def _check_settings(path: Path) -> None:
+    """Check the types of what `tokenizer_config.json` says.
+
+    Raises:
+        UserError: a value has another; with file and key.
+
+    """
+    raw = read_json(path) if path.is_file() else {}
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is not a JSON object. Download the file again.")
+    for key, value in raw.items():
+        kinds = (str, dict) if key in _SPECIAL else _SETTINGS.get(key)
+        if kinds is None or value is None:
+            continue
+        is_valid = isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
+        if key == "chat_template" and isinstance(value, list):
+            is_valid = all(
+                isinstance(template, dict)
+                and all(isinstance(template.get(part), str) for part in ("name", "template"))
+                for template in value
+            )
+        if not is_valid:
+            raise UserError(
+                f"{path}: {key} {value!r:.60} is not what a tokenizer can have there. Download the "
+                "file again."
+            )
+
+
+def _require_sentencepiece(directory: Path) -> None:
+    """Check that a `tokenizer.model` that stands alone can be read: transformers asks for other
+    packages where it cannot.
+
+    Raises:
+        UserError: it needs a package that is not installed, or is in another format.
+
+    """
+    path = directory / "tokenizer.model"
+    if not path.is_file() or any((directory / name).exists() for name in _FAST):
+        return
+    with path.open("rb") as file:
+        is_sentencepiece = file.read(1) == b"\n"  # the first field of its protocol buffer
+    if not is_sentencepiece:
+        raise UserError(
+            f"{path} is not a file of sentencepiece, as Llama 3's own are in another format. Put "
+            "the tokenizer.json of the model's page on the hub beside it."
+        )
+    if find_spec("sentencepiece") is None:
+        raise UserError(
+            f"{path} needs sentencepiece: pip install 'jaxtune[sentencepiece]', or put a "
+            "tokenizer.json beside it."
+        )
 
 
 def save_tokenizer(directory: Path, files: Sequence[Path], tokenizer: Tokenizer | None) -> None:

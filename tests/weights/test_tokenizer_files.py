@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import jaxtune
+from jaxtune.core.errors import UserError
 from jaxtune.weights.generation_config import read_generation_config
 from jaxtune.weights.source import resolve
 from jaxtune.weights.tokenizer_files import load_tokenizer, save_tokenizer, tokenizer_files
@@ -60,7 +61,7 @@ def test_files_are_copied_unless_training_changed_the_tokenizer(tmp_path):
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory):
-    """A base without a template, and an adapter of PEFT's with the tokenizer it was trained with."""
+    """A base without a template, and an adapter of PEFT's with its own tokenizer."""
     directory = tmp_path_factory.mktemp("adapted")
     config = tools.tiny_config()
     tools.save_model(directory / "base", config, tools.byte_tokenizer(None, eos="</s>"))
@@ -93,3 +94,43 @@ def test_a_gguf_base_gets_it_too(adapted, tmp_path):
     jaxtune.convert(str(tmp_path / "model.gguf"), again, to="gguf")
     assert resolve(str(again)).stop_ids() == [257, 259]
     assert read_generation_config(tmp_path / "hf")["eos_token_id"] == [257, 259]
+
+
+# A piece of sentencepiece's protocol buffer, and a line of tiktoken's format.
+ALONE = {
+    b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02": r"needs sentencepiece: pip install 'jaxtune\[",
+    b"IQ== 0\nIg== 1\n": "is not a file of sentencepiece",
+}
+
+
+@pytest.mark.parametrize("content", ALONE, ids=["sentencepiece", "tiktoken"])
+def test_a_tokenizer_model_alone_asks_for_what_it_needs(content, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxtune.weights.tokenizer_files.find_spec", lambda name: None)
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(UserError, match=rf"tokenizer\.model {ALONE[content]}") as error:
+        load_tokenizer(tmp_path)
+    assert "tiktoken" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"model": {"type": 7}}', '{"added_tokens": 3}'])
+def test_a_damaged_tokenizer_is_one_line(text, tmp_path):
+    words_with(tools.CHATML, tmp_path)
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match="the tokenizer cannot be loaded") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"eos_token": 3}, {"chat_template": 7}, {"chat_template": [{"name": "a"}]}, {"bos_token": []},
+     {"added_tokens_decoder": [1]}, {"tokenizer_class": {"a": 1}}, {"extra_special_tokens": 5}],
+)  # fmt: skip
+def test_a_wrong_type_in_tokenizer_config_names_file_and_key(wrong, tmp_path):
+    words_with(tools.CHATML, tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    path = tmp_path / "tokenizer_config.json"
+    tools.write_json_file(path, tools.json_file(path) | wrong)
+    with pytest.raises(UserError, match=rf"tokenizer_config\.json: {next(iter(wrong))} ") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
