@@ -194,3 +194,10 @@ def rewrite_tensors(directory, change):
 
     path = Path(directory) / "model.safetensors"
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def load_tensors(directory):
+    """The tensors of model.safetensors, in PyTorch."""
+    from safetensors.torch import load_file
+
+    return load_file(Path(directory) / "model.safetensors")
