@@ -20,7 +20,14 @@ SETS = {"default": tools.CHATML, "tool_use": "{{ tools }}" + tools.CHATML}
 def words_with(templates, directory):
     words = tools.byte_tokenizer(templates)
     words.save_pretrained(directory)
+    path = directory / "tokenizer.json"
+    path.write_text(path.read_text() + " \n")  # as nothing but a copy has it
     return words
+
+
+def is_copy(directory, original):
+    before, after = (path / "tokenizer.json" for path in (original, directory))
+    return before.read_bytes() == after.read_bytes()
 
 
 def in_the_old_way(directory):
@@ -42,13 +49,13 @@ def test_template_sets_survive(layout, tmp_path):
     (tmp_path / "out").mkdir()
     save_tokenizer(tmp_path / "out", tokenizer_files(tmp_path), load_tokenizer(tmp_path))
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == expected
+    assert is_copy(tmp_path / "out", tmp_path)
     assert expected == (tools.CHATML if layout == "one file" else SETS)
 
 
 def test_files_are_copied_unless_training_changed_the_tokenizer(tmp_path):
     words_with(tools.CHATML, tmp_path)
-    text = (tmp_path / "tokenizer.json").read_text() + " \n"
-    (tmp_path / "tokenizer.json").write_text(text)
+    text = (tmp_path / "tokenizer.json").read_text()
     words = load_tokenizer(tmp_path)
     words.backend_tokenizer.no_padding()
     for name, template in (("same", tools.CHATML), ("changed", "{{ messages }}")):
@@ -80,6 +87,7 @@ def test_a_merged_model_has_the_adapters_tokenizer(to, adapted, tmp_path):
     assert words.chat_template == SETS
     assert words.eos_token == "<|im_end|>"
     assert source.stop_ids() == [257, 259]
+    assert to == "gguf" or is_copy(out, adapted / "adapter")
 
 
 def test_a_gguf_base_gets_it_too(adapted, tmp_path):
