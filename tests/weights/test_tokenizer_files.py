@@ -106,7 +106,7 @@ def test_a_gguf_base_gets_it_too(adapted, tmp_path):
 
 # A piece of sentencepiece's protocol buffer, and a line of tiktoken's format.
 ALONE = {
-    b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02": r"needs sentencepiece: pip install 'jaxtune\[",
+    b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02": r"needs sentencepiece: pip install 'jaxtune",
     b"IQ== 0\nIg== 1\n": "is not a file of sentencepiece",
 }
 
