@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxtune.core.tokenizer import Tokenizer
+from jaxtune.data.chat.answers import end_of_answer
 from jaxtune.data.chat.tokenize import Example
-from jaxtune.data.store import REWRITTEN, TEXT, Store
+from jaxtune.data.store import REWRITTEN, TEXT, Store, special_ids
 
 _BLOCK = 1 << 17  # documents looked at together, so that intermediate arrays stay small
 
@@ -74,6 +76,14 @@ class Examples:
     def kinds(self) -> set[str]:
         """Return what the rows are: `chat`, `plain` (a prompt and its completion) or `text`."""
         return {kind for store, _ in self.stores for kind in store.manifest["kinds"]}
+
+    def stop_ids(self, tokenizer: Tokenizer) -> list[int]:
+        """Return the tokens at which answers end, for generation: what the chat template, or EOS,
+        puts behind them, and what ended the supervised ones here.
+        """
+        end, special = end_of_answer(tokenizer), special_ids(tokenizer)
+        ends = {token for store, _ in self.stores for token in store.answer_ends(special)}
+        return sorted(ends | ({end} if end is not None else set()))
 
     def summary(self) -> dict[str, Any]:
         """Return counts for the terminal, `data.json` and the report."""

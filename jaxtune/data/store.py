@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,6 +48,7 @@ _ARRAYS = {"ids": np.dtype("<i4"), "documents": _DOCUMENT, "spans": _SPAN}
 _UNFINISHED = ".unfinished."
 _STALE_SECONDS = 24 * 3600
 _MOST_BYTES = 50 << 30
+_PROBED_DOCUMENTS, _PROBED_TOKENS = 1 << 14, 1 << 22  # where the ends of answers are looked up
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,30 @@ class Store:
         self.release("ids")
         return tokens
 
+    def answer_ends(self, special: Collection[int]) -> list[int]:
+        """Return the special tokens that end supervised answers, and are not mostly inside of them,
+        in the first documents.
+        """
+        records = self.documents[:_PROBED_DOCUMENTS]
+        records = records[: np.searchsorted(records["tokens"], _PROBED_TOKENS, "right")]
+        size, tokens = len(records), records["tokens"].astype(np.int64)
+        spans = self.spans[: int(records["spans"][-1]) if size else 0]
+        owner = np.repeat(np.arange(size), np.diff(records["spans"], prepend=0))
+        spans, owner = spans[chats := (records["marks"][owner] & TEXT) == 0], owner[chats]
+        starts = np.concatenate([[0], tokens])[owner]
+        ids = np.array(self.ids[: int(tokens[-1]) if size else 0])
+        ends = ids[starts + spans["end"] - 1]
+        inside = np.zeros(len(ids) + 1, np.int32)
+        np.add.at(inside, starts + spans["begin"], 1)
+        np.add.at(inside, starts + spans["end"] - 1, -1)
+        within = ids[np.cumsum(inside)[:-1] > 0]
+        self.release()
+        return [
+            int(token)
+            for token, count in zip(*np.unique(ends, return_counts=True), strict=True)
+            if int(token) in special and count > np.count_nonzero(within == token)
+        ]
+
     def release(self, *names: str) -> None:
         """Drop the pages read of these files from memory, by default those of the records and
         spans: else a file read to its end would count as the process's memory in full.
@@ -131,10 +156,7 @@ class Writer:
         self._largest = -1
         self._kinds: set[str] = set()
         self._bos = tokenizer.bos_token_id
-        added = (
-            number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-        )
-        self._special = {*tokenizer.all_special_ids, *added}
+        self._special = special_ids(tokenizer)
 
     def add(self, documents: Iterable[Document]) -> None:
         """Append documents."""
@@ -214,6 +236,12 @@ class Writer:
         if spans and int(ids[spans[-1].end - 1]) not in self._special:
             marks |= NOT_ENDED
         return marks
+
+
+def special_ids(tokenizer: Tokenizer) -> set[int]:
+    """Return the ids of a tokenizer's special tokens, named ones and added ones."""
+    added = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return {*tokenizer.all_special_ids, *added}
 
 
 def cache_directory() -> Path:

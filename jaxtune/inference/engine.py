@@ -23,6 +23,7 @@ from jaxtune.inference.scheduler import (
     RowUpdate,
     Scheduler,
     Watch,
+    refuse_nan,
 )
 from jaxtune.inference.speed import Speed
 from jaxtune.models.decoder import CausalLM
@@ -299,6 +300,9 @@ class Engine:
             The sum of each one's token log-probabilities, in nats, and whether greedy decoding
             gives it.
 
+        Raises:
+            RunError: one is NaN.
+
         """
         rows = prefilled.lengths.shape[0]
         ids = np.zeros((rows, bucket(max(map(len, continuations)), 2)), np.int32)
@@ -307,4 +311,5 @@ class Engine:
             ids[row, : len(tokens)], counts[row] = tokens, len(tokens)
         model = self._prefiller
         sums, likeliest = fetch(programs.score(model.graph, model.weights, prefilled, ids, counts))
+        refuse_nan(sums[: len(continuations)])
         return sums[: len(continuations)], likeliest[: len(continuations)]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxtune.core.distributed import fetch
+from jaxtune.core.errors import RunError
 from jaxtune.inference import programs
 from jaxtune.inference.prefill import Prefiller, Prefix, TokenIds, bucket
 from jaxtune.inference.programs import DecodeLimits, DecodeState, NewTokens, Prefilled, Starts
@@ -252,6 +253,22 @@ class Scheduler:
 
 def _row_updates(new_tokens: NewTokens, requests: list[tuple[int, Request]]) -> Iterator[RowUpdate]:
     for row, request in requests:
-        count = int(new_tokens.num_tokens[row])
+        count, active = int(new_tokens.num_tokens[row]), bool(new_tokens.active[row])
         tokens, log_probs = new_tokens.tokens[row, :count], new_tokens.log_probs[row, :count]
-        yield RowUpdate(request, tokens.tolist(), log_probs.tolist(), bool(new_tokens.active[row]))
+        is_stopped = not active and count < request.left  # by a token that is not counted
+        refuse_nan(np.asarray(new_tokens.log_probs[row, : count + is_stopped]))
+        yield RowUpdate(request, tokens.tolist(), log_probs.tolist(), active)
+
+
+def refuse_nan(log_probs: np.ndarray) -> None:
+    """Refuse what was computed from logits that are NaN or infinite: it is no answer.
+
+    Raises:
+        RunError: a log-probability is NaN.
+
+    """
+    if np.isnan(log_probs).any():
+        raise RunError(
+            "The model's logits are NaN or infinite, so no token is likelier than another. Its "
+            "weights or its adapter are damaged, or too large for the dtype it computes in."
+        )

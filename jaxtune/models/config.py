@@ -109,7 +109,8 @@ class ModelConfig:
             because different leaves of them train.
         embedding_scale, residual_scale, logit_scale: factors of the embeddings, of what a block
             adds, and of the logits.
-        raw: the `config.json` it came from, written back unchanged on export.
+        raw: the `config.json` it came from, written back on export.
+        stop_ids: tokens that end an answer, as far as they are known.
 
     """
 
@@ -140,6 +141,7 @@ class ModelConfig:
     experts: ExpertsConfig | None = None
     vocab_padding: int = 0
     layer_boundaries: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] = field(compare=False, hash=False, repr=False, default=())
     raw: dict[str, Any] = field(compare=False, hash=False, repr=False, default_factory=dict)
 
     def check_tokens(self, rows: Iterable[Sequence[int] | np.ndarray]) -> None:

@@ -43,7 +43,8 @@ def distill(top_k: int, temperature: float, share: float) -> Objective:
         teacher_hidden, teacher_head = jax.lax.stop_gradient(
             hidden_and_head(teacher, batch, DETERMINISTIC)
         )
-        chunks, vocab = Chunks(batch.weights.shape), head.shape[0]
+        chunks = Chunks(batch.weights.shape)
+        vocab, teacher_vocab = head.shape[0], teacher_head.shape[0]
         head, teacher_head = gather_head(head), gather_head(teacher_head)
 
         @jax.checkpoint
@@ -51,9 +52,12 @@ def distill(top_k: int, temperature: float, share: float) -> Objective:
             h, h_teacher, y, w = inputs
             logits = compute_logits(h, head, vocab, student.config.logit_softcap)
             teacher_logits = compute_logits(
-                h_teacher, teacher_head, vocab, teacher.config.logit_softcap
+                h_teacher, teacher_head, teacher_vocab, teacher.config.logit_softcap
             )
             log_q = select_targets(logits, y) - jax.nn.logsumexp(logits, axis=-1)
+            if vocab != teacher_vocab:  # rows that only one of them has name no token
+                rows = min(vocab, teacher_vocab)
+                logits, teacher_logits = logits[..., :rows], teacher_logits[..., :rows]
             kl = _divergence(logits / temperature, teacher_logits / temperature, top_k)
             losses = share * temperature**2 * kl - (1 - share) * log_q
             return jnp.sum(w * losses), jnp.sum(w * kl)

@@ -20,7 +20,14 @@ from jaxtune.objectives.registry import build_objective
 from jaxtune.tracking.progress import Reporter
 from jaxtune.weights.peft import Adapter, open_adapter
 from jaxtune.weights.source import Source, resolve
-from jaxtune.weights.vocabulary import ResizedSource, add_tokens, resize_for_adapter, tokenizer_for
+from jaxtune.weights.vocabulary import (
+    ResizedSource,
+    add_tokens,
+    cut_rows,
+    resize_for_adapter,
+    stop_ids_for,
+    tokenizer_for,
+)
 
 _NAMES = {"train": "Training", "eval": "Evaluation"}
 
@@ -34,6 +41,7 @@ class Inputs:
         adapter: the adapter to start from, if any.
         teacher: the teacher's origin, if there is a teacher.
         tokenizer: the model's tokenizer.
+        stop_ids: tokens that end an answer: the model's, and those that end the answers trained on.
         schedule: every batch of the run.
         eval_schedule: the evaluation's batches, None where there is no evaluation data.
 
@@ -43,6 +51,7 @@ class Inputs:
     adapter: Adapter | None
     teacher: Source | None
     tokenizer: Tokenizer
+    stop_ids: list[int]
     schedule: BatchSchedule
     eval_schedule: BatchSchedule | None
 
@@ -101,7 +110,9 @@ def read_inputs(config: Config, reporter: Reporter, day: date | None = None) -> 
         )
     _give_template(tokenizer, schedule.examples)
     teacher = _teacher(config, tokenizer)
-    inputs = Inputs(source, adapter, teacher, tokenizer, schedule, eval_schedule)
+    ends = schedule.examples.stop_ids(tokenizer)
+    stop_ids = sorted({*stop_ids_for(source, adapter), *ends})
+    inputs = Inputs(source, adapter, teacher, tokenizer, stop_ids, schedule, eval_schedule)
     largest = [[part.examples.largest_token] for part in inputs.schedules.values()]
     _model_config(source).check_tokens(largest)
     return inputs
@@ -112,7 +123,8 @@ def _model_config(source: Source) -> ModelConfig:
 
 
 def _teacher(config: Config, tokenizer: Tokenizer) -> Source | None:
-    """Open the teacher's origin.
+    """Open the teacher's origin; where it has more or fewer rows of embeddings than the model, only
+    those that name a token.
 
     Raises:
         UserError: its tokens are not the model's.
@@ -129,12 +141,14 @@ def _teacher(config: Config, tokenizer: Tokenizer) -> Source | None:
         )
     size = _model_config(source).vocab_size
     model_size = _model_config(resolve(config.model.source)).vocab_size
-    if size != model_size:
+    if size == model_size:
+        return source
+    if teacher_tokenizer is None:
         raise UserError(
-            f"distill.teacher: {source.name} has {size} rows of tokens, the model {model_size}. "
-            "Take a teacher with as many."
+            f"distill.teacher: {source.name} has {size} rows of tokens and no tokenizer that says "
+            f"what they mean, the model has {model_size}. Put its tokenizer files beside it."
         )
-    return source
+    return cut_rows(source, 1 + max(teacher_tokenizer.get_vocab().values()))
 
 
 def report_data(schedules: dict[str, BatchSchedule], reporter: Reporter) -> None:

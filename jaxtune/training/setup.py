@@ -2,6 +2,7 @@
 before the weights load.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -72,6 +73,7 @@ class Setup:
         spec, trainable, frozen, optimizer: see `StepParts`.
         schedule: every batch of the run.
         eval_schedule: the evaluation's batches, None where there is no evaluation data.
+        stop_ids: tokens that end an answer.
 
     """
 
@@ -85,6 +87,7 @@ class Setup:
     optimizer: optax.GradientTransformation
     schedule: BatchSchedule
     eval_schedule: BatchSchedule | None
+    stop_ids: Sequence[int] = ()
 
     @property
     def num_steps(self) -> int:
@@ -183,7 +186,9 @@ def build_setup(
     if isinstance(source, ResizedSource) and inputs.adapter is None:
         _announce_tokens(source, config, reporter)
     schedules = (inputs.schedule, inputs.eval_schedule)
-    return Setup(config, mesh, source, inputs.tokenizer, *parts, *schedules)
+    return Setup(
+        config, mesh, source, inputs.tokenizer, *parts, *schedules, stop_ids=inputs.stop_ids
+    )
 
 
 def assemble_step(

@@ -21,6 +21,7 @@ from jaxtune.adapters.method import AdapterMethod, all_methods, method_named
 from jaxtune.adapters.tokens import TOKEN_ROWS
 from jaxtune.core.errors import UserError, listed
 from jaxtune.core.files import read_json
+from jaxtune.weights.source import is_hub_id
 
 # Keys that are read of every method, or that change nothing.
 _COMMON_KEYS: dict[str, PeftKey] = {
@@ -112,10 +113,12 @@ def adapter_config_json(config: AdapterConfig, base_name: str) -> dict[str, Any]
 
     """
     method = method_named(config.method)
+    name, _, revision = base_name.partition("@") if is_hub_id(base_name) else (base_name, "", "")
     return {
         "peft_type": method.peft_type,
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
+        "base_model_name_or_path": name,
+        **({"revision": revision} if revision else {}),
         **method.to_peft(config),
         "target_modules": names_to_peft(config.targets),
         **({"exclude_modules": names_to_peft(config.excluded)} if config.excluded else {}),

@@ -27,7 +27,7 @@ def model_card(
     merged = " An adapter is merged into it, in float32." if is_merged else ""
     return f"""---
 library_name: {export_format.library}
-base_model: {source.name}
+{_base_model(source)}
 ---
 {export_format.description} Made by jaxtune from `{source.name}`.{merged}
 
@@ -40,3 +40,12 @@ base_model: {source.name}
 Over {comparison.tokens} tokens of text, logits up to {largest} differ from the original's by
 {comparison.reload_difference:.1e} when read again by jaxtune, {checked}.
 """
+
+
+def _base_model(source: Source) -> str:
+    """Return the card's line on the base, which must be the id of a repository without revision:
+    the hub refuses a card with anything else.
+    """
+    if (repository := source.repository) is None:
+        return "# base_model is left out: it was no model of the hub"
+    return f"base_model: {repository[0]}"

@@ -3,7 +3,7 @@ once a reload is the same model.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ from jaxtune.weights.verify import (
     logits,
     sample_texts,
 )
+from jaxtune.weights.vocabulary import stop_ids_for, tokenizer_files_for, tokenizer_for
 
 
 def convert_model(
@@ -50,6 +51,7 @@ def convert_model(
     dtype: str | None = None,
     adapter: Adapter | None = None,
     tokenizer: Tokenizer | None = None,
+    stop_ids: Iterable[int] = (),
     about: str = "",
     replace: Replacement | None = None,
 ) -> Comparison:
@@ -66,7 +68,8 @@ def convert_model(
         mesh: where the models that are compared go.
         dtype: of the weights, one of the format's `dtypes`; by default each tensor's own.
         adapter: to be merged in float32.
-        tokenizer: the one that goes with the model; by default the source's.
+        tokenizer: the one that goes with the model; by default the adapter's, else the source's.
+        stop_ids: tokens that end an answer, beside those that the source and the adapter name.
         about: more text for the model card.
         replace: whether and how an existing directory `out` is replaced.
 
@@ -78,13 +81,21 @@ def convert_model(
     model_format = get_model_format(to)
     _check_arguments(out, model_format, dtype, replace)
     config, tensors = check_source(source)
-    raw, tokenizer = source.config_json(), tokenizer or source.tokenizer()
+    raw, tokenizer = source.config_json(), tokenizer or tokenizer_for(source, adapter)
     texts = sample_texts(tokenizer, config.vocab_size)
     before = _logits_of(source, adapter, mesh, texts)
     if adapter:
         _check_merged(source, tensors, adapter, mesh, texts, before)
         tensors, raw = merged(tensors, adapter, raw)
-    contents = ModelContents(source, raw, tensors, dtype, tokenizer)
+    contents = ModelContents(
+        source,
+        raw,
+        tensors,
+        dtype,
+        tokenizer,
+        tokenizer_files_for(source, adapter),
+        sorted({*stop_ids_for(source, adapter), *stop_ids}),
+    )
     expected = OverriddenSource(
         source.name, source.path, source, raw, model_format.round_trip(contents)
     )

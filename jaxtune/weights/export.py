@@ -2,7 +2,7 @@
 the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,13 @@ from jaxtune.models.kernels.quantized import QuantizedTensor
 from jaxtune.weights.card import model_card
 from jaxtune.weights.convert import convert_model
 from jaxtune.weights.formats.peft import FORMAT as PEFT
+from jaxtune.weights.generation_config import write_generation_config
 from jaxtune.weights.load import check_source, load_model
 from jaxtune.weights.mapping import leaf_mappings
 from jaxtune.weights.peft import attach, open_adapter, write_adapter
 from jaxtune.weights.source import OverriddenSource, Source
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
+from jaxtune.weights.tokenizer_files import save_tokenizer
 from jaxtune.weights.verify import (
     SAME,
     Comparison,
@@ -53,6 +55,7 @@ def export_adapter(
     dtype: str,
     compute: str,
     exact: bool = True,
+    stop_ids: Iterable[int] = (),
     about: str = "",
     replace: Replacement | None = None,
 ) -> Comparison:
@@ -70,6 +73,8 @@ def export_adapter(
         compute: its compute dtype.
         exact: with scales and ranks as trained; else as every program reads them (see
             `adapters.inject.portable`).
+        stop_ids: tokens that end an answer, beside the base's; `generation_config.json` beside the
+            adapter names them all, which PEFT does not read.
         about: more text for the model card.
         replace: whether and how an existing `out` is replaced.
 
@@ -83,8 +88,10 @@ def export_adapter(
     trained = logits(model, texts)
     with new_directory(out, replace=replace) as staging:
         write_adapter(staging, model, source.name)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
+        save_tokenizer(staging, source.tokenizer_files(), tokenizer)
+        write_generation_config(
+            staging, source.generation_config(), {*source.stop_ids(), *stop_ids}
+        )
         fresh = load_model(source, mesh, dtype=dtype, compute=compute)
         attach(fresh, open_adapter(staging), mesh)
         reloaded = logits(fresh, texts)
@@ -130,6 +137,7 @@ def export_weights(
     *,
     to: str = "hf",
     dtype: str | None = None,
+    stop_ids: Iterable[int] = (),
     about: str = "",
     replace: Replacement | None = None,
 ) -> Comparison:
@@ -144,6 +152,7 @@ def export_weights(
         mesh: where the models that are compared go.
         to: the name of a format that holds a whole model.
         dtype: of the weights, instead of the base's.
+        stop_ids: tokens that end an answer, beside the base's.
         about: more text for the model card.
         replace: whether and how an existing `out` is replaced.
 
@@ -166,7 +175,15 @@ def export_weights(
             f"{difference:.2e}. Not written."
         )
     return convert_model(
-        out, changed, to, mesh, dtype=dtype, tokenizer=tokenizer, about=about, replace=replace
+        out,
+        changed,
+        to,
+        mesh,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        stop_ids=stop_ids,
+        about=about,
+        replace=replace,
     )
 
 

@@ -1,19 +1,30 @@
 """The hub: download a model and upload one; its errors become messages that say what to do."""
 
+import fnmatch
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from jaxtune.core.errors import UserError
+from jaxtune.core.files import read_json
+from jaxtune.weights.tokenizer_files import TEMPLATES, TOKENIZER_FILES
 
-_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
-_WEIGHTS = (["*.safetensors"], ["pytorch_model*.bin"], ["consolidated.*.pth"])
+_FILES = [
+    "config.json", "generation_config.json", "params.json",
+    *TOKENIZER_FILES, f"{TEMPLATES}/*.jinja",
+]  # fmt: skip
+# Weights of one kind, the index of several files first; of several kinds the first is read.
+_WEIGHTS: tuple[tuple[str | None, str], ...] = (
+    ("model.safetensors.index.json", "model.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+    (None, "consolidated.*.pth"),
+)
 
 
 def download_model(name: str, revision: str | None = None) -> Path:
-    """Download a model into the hub's cache and return its directory; of several kinds of weights
-    only the first of _WEIGHTS is downloaded.
+    """Download a model into the hub's cache and return its directory: only the files that are read,
+    and of several kinds of weights only the first of _WEIGHTS.
 
     Args:
         name: organization/model.
@@ -36,17 +47,30 @@ def download_model(name: str, revision: str | None = None) -> Path:
             raise
         except HTTPError:  # without a connection the cache has to do
             files, local = [], True
-        top_level = [Path(file) for file in files if "/" not in file]
-        present = [kind for kind in _WEIGHTS if any(file.match(kind[0]) for file in top_level)]
-        weights = [*present, _WEIGHTS[0]][0]
         directory = snapshot_download(
             name,
             revision=revision,
-            allow_patterns=[*_FILES, *weights],
-            ignore_patterns=["*/*"],  # folders may hold the same model in other formats
+            allow_patterns=[*_FILES, *_weights(name, revision, files)],
             local_files_only=local,
         )
         return Path(directory)
+
+
+def _weights(name: str, revision: str | None, files: Sequence[str]) -> list[str]:
+    """Return the files of the weights that are read; a repository may hold them several times, in
+    other formats, in folders or under other names.
+    """
+    from huggingface_hub import hf_hub_download
+
+    for index, single in _WEIGHTS:
+        if index is not None and index in files:
+            raw = read_json(Path(hf_hub_download(name, index, revision=revision)))
+            where = raw.get("weight_map") if isinstance(raw, dict) else None
+            shards = where.values() if isinstance(where, dict) else []
+            return [index, *{str(shard) for shard in shards}]
+        if fnmatch.filter(files, single):
+            return [single]
+    return []
 
 
 def download_file(name: str, revision: str, path: str) -> Path:
@@ -72,10 +96,18 @@ def push(directory: Path, name: str) -> str:
 
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
     with _errors_explained(name, None):
         api = HfApi()
-        address = api.create_repo(name, private=True, exist_ok=True)
+        try:
+            address = api.create_repo(name, private=True)
+        except HfHubHTTPError as error:  # it may be there, or this token may only write to it
+            try:
+                api.repo_info(name)
+            except HfHubHTTPError:
+                raise error from None
+            address = f"{api.endpoint}/{name}"
         api.upload_folder(repo_id=name, folder_path=directory, commit_message="Upload from jaxtune")
         return str(address)
 
@@ -117,13 +149,16 @@ def _errors_explained(name: str, revision: str | None) -> Iterator[None]:
             f"{name}: the hub requires a token. Run 'hf auth login' or set HF_TOKEN."
         ) from None
     except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
+        if (response := error.response) is None:
+            raise _unreachable(name, error) from None
+        status, reason = response.status_code, error.server_message or response.reason_phrase
+        reason = " ".join(reason.split())[:300]
         if status in (401, 403):
             raise UserError(
-                f"{name}: the hub refuses this token ({status}). Run 'hf auth login' with a token "
-                "that may write there."
+                f"{name}: the hub refuses this token ({status}: {reason}). Run 'hf auth login' "
+                "with a token that may write there."
             ) from None
-        raise _unreachable(name, error) from None
+        raise UserError(f"{name}: the hub refuses this ({status}: {reason}).") from None
     except (LocalEntryNotFoundError, HTTPError, OSError) as error:
         raise _unreachable(name, error) from None
 

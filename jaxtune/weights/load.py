@@ -1,5 +1,6 @@
 """From a source to a model on the devices, tensor by tensor: no second copy of the weights."""
 
+import re
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,12 +21,15 @@ from jaxtune.models.families.from_hf import from_hf
 from jaxtune.models.kernels.quantized import QuantizedTensor
 from jaxtune.models.layers import Linear
 from jaxtune.models.moe import ExpertLinear
+from jaxtune.weights.finite import FiniteChecks
 from jaxtune.weights.mapping import LeafMapping, check_tensors, leaf_mappings
 from jaxtune.weights.quantize import KINDS, check_quantizable, quantize, quantized_shapes
 from jaxtune.weights.source import Source
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
 
 _ALIGNMENT = 64
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_FEW = 8  # layers too many that are named one by one
 
 
 def load_model(
@@ -53,8 +57,8 @@ def load_model(
         shapes: only return shapes, dtypes and shardings as leaves, and read nothing.
 
     Raises:
-        UserError: an unsupported architecture, missing, unexpected or misshapen tensors, or
-            matrices that cannot be quantized.
+        UserError: an unsupported architecture, missing, unexpected or misshapen tensors, numbers
+            that are not finite, or matrices that cannot be quantized.
 
     """
     config, tensors = check_source(source)
@@ -68,24 +72,28 @@ def load_model(
     graph, state = nnx.split(abstract_model(config, jnp.dtype(jnp.float32), compute_dtype(compute)))
     matrices = _block_matrices(graph, state) if dtype in KINDS else set()
     leaves: dict[tuple[Any, ...], Any] = dict(nnx.to_flat_state(state))
-    read, read_quantized = (_shape, _shape_quantized) if shapes else (_read, _read_quantized)
-    for row in leaf_mappings(state, config):
-        axes = leaves[row.path].get_metadata()["axes"]
-        trains = {selection.trains(name) for name in row.names}
-        if len(trains) > 1:
-            raise UserError(
-                f"trainable: {listed(trainable)} selects some of a layer's experts. "
-                "Select all of them or none."
-            )
-        if True in trains:
-            value = read(row, tensors, mesh, axes, "float32")
-            leaves[row.path] = nnx.Param(value, axes=axes, trained=True)
-        elif row.path in matrices:
-            check_quantizable(row.names[0], row.shape, dtype)
-            leaves[row.path] = nnx.Param(read_quantized(row, tensors, mesh, axes, dtype), axes=axes)
-        else:
-            kept = "auto" if dtype in KINDS else dtype
-            leaves[row.path] = leaves[row.path].replace(read(row, tensors, mesh, axes, kept))
+    with FiniteChecks(source.path) as checks:
+        read = _shape if shapes else partial(_read, checks=checks)
+        read_quantized = _shape_quantized if shapes else partial(_read_quantized, checks=checks)
+        for row in leaf_mappings(state, config):
+            axes = leaves[row.path].get_metadata()["axes"]
+            trains = {selection.trains(name) for name in row.names}
+            if len(trains) > 1:
+                raise UserError(
+                    f"trainable: {listed(trainable)} selects some of a layer's experts. "
+                    "Select all of them or none."
+                )
+            if True in trains:
+                value = read(row, tensors, mesh, axes, "float32")
+                leaves[row.path] = nnx.Param(value, axes=axes, trained=True)
+            elif row.path in matrices:
+                check_quantizable(row.names[0], row.shape, dtype)
+                leaves[row.path] = nnx.Param(
+                    read_quantized(row, tensors, mesh, axes, dtype), axes=axes
+                )
+            else:
+                kept = "auto" if dtype in KINDS else dtype
+                leaves[row.path] = leaves[row.path].replace(read(row, tensors, mesh, axes, kept))
     return nnx.merge(graph, nnx.from_flat_state(leaves))
 
 
@@ -107,20 +115,39 @@ def check_source(source: Source) -> tuple[ModelConfig, Tensors]:
 
     """
     config = from_hf(source.config_json(), str(source.config_path))
+    tensors = source.tensors()
+    _check_layers(config, tensors, source)
     state = nnx.split(abstract_model(config, jnp.dtype(jnp.float32), jnp.dtype(jnp.float32)))[1]
-    tensors, table = source.tensors(), leaf_mappings(state, config)
+    table = leaf_mappings(state, config)
     check_tensors(table, tensors, str(source.path), config.tie_embeddings)
     names = {name for row in table for name in row.names}
     return config, {name: tensor for name, tensor in tensors.items() if name in names}
 
 
+def _check_layers(config: ModelConfig, tensors: Tensors, source: Source) -> None:
+    """Check the number of layers before a model of that size is laid out."""
+    numbers = map(_LAYER.match, tensors)
+    layers = len({number[1] for number in numbers if number})
+    if layers and config.num_layers > 2 * layers + _FEW:
+        raise UserError(
+            f"{source.config_path}: num_hidden_layers is {config.num_layers}, and the weights have "
+            f"{layers} layers. Download the model again."
+        )
+
+
 def _read(
-    row: LeafMapping, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], dtype: str
+    row: LeafMapping,
+    tensors: Tensors,
+    mesh: Mesh,
+    axes: tuple[str | None, ...],
+    dtype: str,
+    *,
+    checks: FiniteChecks,
 ) -> jax.Array:
     leaf = _shape(row, tensors, mesh, axes, dtype)
     parts = [_with_padding(tensors[name], row.shape) for name in row.names]
     return jax.make_array_from_callback(
-        leaf.shape, leaf.sharding, partial(_part, row, parts, leaf.dtype)
+        leaf.shape, leaf.sharding, partial(_part, row, parts, leaf.dtype, checks)
     )
 
 
@@ -137,9 +164,20 @@ def _shape(
 
 
 def _read_quantized(
-    row: LeafMapping, tensors: Tensors, mesh: Mesh, axes: tuple[str | None, ...], kind: str
+    row: LeafMapping,
+    tensors: Tensors,
+    mesh: Mesh,
+    axes: tuple[str | None, ...],
+    kind: str,
+    *,
+    checks: FiniteChecks,
 ) -> QuantizedTensor:
-    return quantize((tensors[name].all() for name in row.names), row.stack, axes, mesh, kind)
+    def read(name: str) -> np.ndarray:
+        values = tensors[name].all()
+        checks.now(name, tensors[name], values)
+        return values
+
+    return quantize(map(read, row.names), row.stack, axes, mesh, kind)
 
 
 def _shape_quantized(
@@ -149,7 +187,11 @@ def _shape_quantized(
 
 
 def _part(
-    row: LeafMapping, parts: list[LazyTensor], dtype: np.dtype, index: Index | None
+    row: LeafMapping,
+    parts: list[LazyTensor],
+    dtype: np.dtype,
+    checks: FiniteChecks,
+    index: Index | None,
 ) -> np.ndarray:
     """Return the part of a leaf that a device holds, read from the tensors that make it up."""
     assert index is not None
@@ -159,7 +201,9 @@ def _part(
     extent = tuple(len(range(size)[part]) for size, part in zip(row.shape, inner, strict=True))
     out = _aligned((numbers.size, *extent), dtype)
     for place, number in enumerate(numbers.reshape(-1)):
-        out[place] = parts[number].read(inner)
+        with np.errstate(over="ignore"):  # what became infinite is found below
+            out[place] = parts[number].read(inner)
+        checks.later(row.names[number], parts[number], out[place])
     return out.reshape(*numbers.shape, *extent)
 
 
@@ -175,7 +219,7 @@ def _with_padding(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
         )
         return np.concatenate([rows, np.repeat(rows[-1:], stop - start - len(rows), axis=0)])
 
-    return LazyTensor(shape, tensor.dtype, read, tensor.quantized)
+    return LazyTensor(shape, tensor.dtype, read, tensor.quantized, tensor.file)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -3,6 +3,7 @@
 import json
 import mmap
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def open_file(path: Path) -> Tensors:
             raise UserError(
                 f"{path}: tensor {name} has dtype {kind}; supported are {listed(_DTYPES)}."
             )
-    return {name: _lazy(data, 8 + size, header[name]) for name in kinds}
+    return {name: replace(_lazy(data, 8 + size, header[name]), file=path) for name in kinds}
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

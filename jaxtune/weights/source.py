@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune.core.errors import UserError
-from jaxtune.core.files import read_json
 from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.weights import hub
 from jaxtune.weights.formats.registry import find_format
+from jaxtune.weights.generation_config import read_generation_config, token_ids
 from jaxtune.weights.tensors import Tensors
-from jaxtune.weights.tokenizer_files import TOKENIZER_FILES
+from jaxtune.weights.tokenizer_files import tokenizer_files
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
 
@@ -36,6 +36,16 @@ class Source(ABC):
         return self.name.rpartition("/")[2]
 
     @property
+    def repository(self) -> tuple[str, str | None] | None:
+        """Return the id of the hub's repository and the revision that was asked for; None for a
+        model on disk.
+        """
+        if not is_hub_id(self.name):
+            return None
+        name, _, revision = self.name.partition("@")
+        return name, revision or None
+
+    @property
     @abstractmethod
     def config_path(self) -> Path:
         """Return the file that describes the architecture, for messages."""
@@ -54,14 +64,16 @@ class Source(ABC):
 
     def tokenizer_files(self) -> list[Path]:
         """Return the files that the tokenizer is read from, where they are Hugging Face's."""
-        if not self.path.is_dir():
-            return []
-        files = (self.path / name for name in TOKENIZER_FILES)
-        return [file for file in files if file.exists()]
+        return tokenizer_files(self.path) if self.path.is_dir() else []
 
     def stop_ids(self) -> list[int]:
-        """Return the ids at which generation ends."""
-        return sorted_ids(self.config_json().get("eos_token_id"))
+        """Return the ids at which generation ends: all that generation_config.json names, else
+        those of the configuration.
+        """
+        named = read_generation_config(self.path)
+        return token_ids(named, "eos_token_id", str(self.path)) or token_ids(
+            self.config_json(), "eos_token_id", str(self.config_path)
+        )
 
     def pretrained_arguments(self) -> dict[str, str] | None:
         """Return the arguments by which transformers' `from_pretrained` loads the same weights;
@@ -71,9 +83,8 @@ class Source(ABC):
 
     def generation_config(self) -> dict[str, Any]:
         """Return the `generation_config.json` of an export in Hugging Face's format."""
-        path = self.path / "generation_config.json"
-        if path.exists():
-            return read_json(path)
+        if named := read_generation_config(self.path):
+            return named
         stops, config = self.stop_ids(), self.config_json()
         ids = {
             "bos_token_id": config.get("bos_token_id"),

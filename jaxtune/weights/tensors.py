@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +20,7 @@ class LazyTensor:
         dtype: the dtype in which `read` returns it.
         read: returns the part that an index of slices selects.
         quantized: whether the file stores it in blocks of few bits; `read` de-quantizes.
+        file: where it lies, for messages.
 
     """
 
@@ -26,6 +28,7 @@ class LazyTensor:
     dtype: np.dtype
     read: Callable[[Index], np.ndarray]
     quantized: bool = False
+    file: Path | None = None
 
     @property
     def nbytes(self) -> int:
@@ -47,7 +50,9 @@ class LazyTensor:
         return (
             self
             if dtype == self.dtype
-            else LazyTensor(self.shape, dtype, lambda index: self.read(index).astype(dtype))
+            else LazyTensor(
+                self.shape, dtype, lambda index: self.read(index).astype(dtype), file=self.file
+            )
         )
 
     def all(self) -> np.ndarray:

@@ -60,7 +60,7 @@ def _load(torch: Any, path: Path) -> Any:
 def _lazy(tensor: Any, name: str, path: Path) -> LazyTensor:
     shape, dtype = tuple(tensor.shape), _DTYPES.get(str(tensor.dtype))
     if dtype is not None:
-        return LazyTensor(shape, dtype, _reader(tensor, dtype))
+        return LazyTensor(shape, dtype, _reader(tensor, dtype), file=path)
     if tensor.is_floating_point():
         raise UserError(
             f"{path}: tensor {name} has dtype {tensor.dtype}; supported are {listed(_DTYPES)}."

@@ -4,7 +4,7 @@ the mean of the trained rows.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,15 @@ import numpy as np
 from jaxtune.adapters.inject import EMBEDDING, HEAD
 from jaxtune.core.errors import UserError, listed
 from jaxtune.core.tokenizer import Tokenizer
+from jaxtune.weights.generation_config import (
+    GENERATION_CONFIG,
+    read_generation_config,
+    token_ids,
+)
 from jaxtune.weights.peft import CONFIG, COPY, PREFIX, Adapter
 from jaxtune.weights.source import OverriddenSource, Source
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
-from jaxtune.weights.tokenizer_files import load_tokenizer
+from jaxtune.weights.tokenizer_files import load_tokenizer, tokenizer_files
 
 _MATRICES = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
 
@@ -122,11 +127,56 @@ def resize_for_adapter(source: Source, adapter: Adapter | None) -> Source:
     return _resize(source, new_size, new_ids, tokenizer, trained_rows=size, whole=whole)
 
 
+def cut_rows(source: Source, size: int) -> Source:
+    """Return the source with only the first `size` rows of its embedding and head, or with all
+    where it has no more; the rest is padding that names no token.
+    """
+    raw, tensors = source.config_json(), source.tensors()
+    if raw["vocab_size"] <= size:
+        return source
+    cut = {
+        name: LazyTensor(
+            (size, *tensors[name].shape[1:]),
+            tensors[name].dtype,
+            partial(_first_rows, tensors[name], size),
+            tensors[name].quantized,
+            tensors[name].file,
+        )
+        for name in _MATRICES
+        if name in tensors
+    }
+    return OverriddenSource(
+        source.name, source.path, source, raw | {"vocab_size": size}, tensors | cut
+    )
+
+
+def _first_rows(tensor: LazyTensor, size: int, index: Index) -> np.ndarray:
+    return tensor.read((slice(*index[0].indices(size)), *index[1:]))
+
+
 def tokenizer_for(source: Source, adapter: Adapter | None) -> Tokenizer | None:
     """Return the tokenizer, with its chat template, that an adapter was trained with; the source's
     where the adapter has none.
     """
     return (load_tokenizer(adapter.path) if adapter else None) or source.tokenizer()
+
+
+def tokenizer_files_for(source: Source, adapter: Adapter | None) -> list[Path]:
+    """Return the files that `tokenizer_for` reads."""
+    files = tokenizer_files(adapter.path) if adapter and load_tokenizer(adapter.path) else []
+    return files or source.tokenizer_files()
+
+
+def stop_ids_for(source: Source, adapter: Adapter | None) -> list[int]:
+    """Return the tokens at which answers end: the source's, and those that an adapter's own
+    `generation_config.json` names.
+
+    Raises:
+        UserError: the file names something else.
+
+    """
+    named = read_generation_config(adapter.path) if adapter else {}
+    return sorted({*source.stop_ids(), *token_ids(named, "eos_token_id", GENERATION_CONFIG)})
 
 
 def _resize(

@@ -9,7 +9,7 @@ from jaxtune.weights.convert import convert_model
 from jaxtune.weights.formats.registry import get_model_format
 from jaxtune.weights.vocabulary import tokenizer_for
 from jaxtune.workflows.export_result import ExportResult, upload_export
-from jaxtune.workflows.load import locate_model
+from jaxtune.workflows.load import locate_model, stop_ids_of
 
 
 def convert_to(
@@ -42,6 +42,7 @@ def convert_to(
     runtime.start()
     reporter, path = reporter or Reporter(quiet=True), Path(out)
     source, opened = locate_model(str(model), adapter).open()
+    tokenizer = tokenizer_for(source, opened)
     reporter.say(f"Writing {out}, reading it again and comparing")
     with distributed.main_only_path(path) as target:
         comparison = convert_model(
@@ -51,7 +52,9 @@ def convert_to(
             make_mesh(),
             dtype=dtype,
             adapter=opened,
-            tokenizer=tokenizer_for(source, opened),
+            tokenizer=tokenizer,
+            # A base that was never tuned here keeps the stop tokens that it came with.
+            stop_ids=stop_ids_of(source, opened, tokenizer) if opened else (),
         )
     upload_export(path, push, reporter)
     return ExportResult(path, comparison)

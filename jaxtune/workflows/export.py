@@ -34,6 +34,7 @@ from jaxtune.weights.source import resolve
 from jaxtune.weights.verify import TEXT, Comparison, pad_texts, sample_texts
 from jaxtune.weights.vocabulary import resize_for_adapter, tokenizer_for
 from jaxtune.workflows.export_result import ExportResult, upload_export
+from jaxtune.workflows.load import stop_ids_of
 
 _VERIFY_ROWS, _VERIFY_TOKENS = 4, 128
 
@@ -117,7 +118,10 @@ def _export(export: _Export, reporter: Reporter) -> Comparison:
         )
     if (directory / MODEL).is_dir():
         source, card = resolve(str(directory / MODEL)), describe_run(config, directory)
-        return convert_model(out, source, to, make_mesh(), dtype=dtype, about=card)
+        stop_ids = stop_ids_of(source, None, source.tokenizer())
+        return convert_model(
+            out, source, to, make_mesh(), dtype=dtype, stop_ids=stop_ids, about=card
+        )
     if (directory / ADAPTER).is_dir():
         return _export_finished(config, export)
     return _export_checkpoint(config, export, reporter)
@@ -129,9 +133,18 @@ def _export_finished(config: Config, export: _Export) -> Comparison:
     adapter, mesh = open_adapter(directory / ADAPTER), make_mesh()
     source = resize_for_adapter(resolve(config.model.source), adapter)
     tokenizer, card = tokenizer_for(source, adapter), describe_run(config, directory)
+    stop_ids = stop_ids_of(source, adapter, tokenizer)
     if not get_format(to).keeps_adapter:
         return convert_model(
-            out, source, to, mesh, dtype=dtype, adapter=adapter, tokenizer=tokenizer, about=card
+            out,
+            source,
+            to,
+            mesh,
+            dtype=dtype,
+            adapter=adapter,
+            tokenizer=tokenizer,
+            stop_ids=stop_ids,
+            about=card,
         )
     refuse_existing(out)
     dtype, compute = config.model.dtype, config.model.compute_dtype
@@ -148,6 +161,7 @@ def _export_finished(config: Config, export: _Export) -> Comparison:
         dtype=dtype,
         compute=compute,
         exact=export.exact,
+        stop_ids=stop_ids,
         about=card,
     )
 
@@ -184,6 +198,7 @@ def _export_checkpoint(config: Config, export: _Export, reporter: Reporter) -> C
                 dtype=dtype,
                 adapter=open_adapter(scratch),
                 tokenizer=setup.tokenizer,
+                stop_ids=setup.stop_ids,
                 about=describe_run(config, directory),
             )
 
@@ -225,6 +240,7 @@ def export_trained(
             setup.mesh,
             to=to,
             dtype=dtype,
+            stop_ids=setup.stop_ids,
             about=card,
             replace=replace,
         )
@@ -241,6 +257,7 @@ def export_trained(
         dtype=config.model.dtype,
         compute=config.model.compute_dtype,
         exact=exact,
+        stop_ids=setup.stop_ids,
         about=card,
         replace=replace,
     )

@@ -3,7 +3,7 @@ tokens.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,14 +14,16 @@ from jaxtune.core import runtime
 from jaxtune.core.errors import UserError
 from jaxtune.core.mesh import make_mesh
 from jaxtune.core.tokenizer import Tokenizer
+from jaxtune.data.chat.answers import end_of_answer
 from jaxtune.models.decoder import CausalLM
 from jaxtune.tracking.ownership import ADAPTER, MODEL
 from jaxtune.tracking.record import is_run, read_config
+from jaxtune.weights.generation_config import token_ids
 from jaxtune.weights.load import load_model
 from jaxtune.weights.loaded import LoadedModel
 from jaxtune.weights.peft import Adapter, attach, open_adapter
 from jaxtune.weights.source import Source, resolve
-from jaxtune.weights.vocabulary import resize_for_adapter, tokenizer_for
+from jaxtune.weights.vocabulary import resize_for_adapter, stop_ids_for, tokenizer_for
 
 Pair = tuple[CausalLM, Tokenizer | None]
 
@@ -99,15 +101,30 @@ def open_model(
     network = load_model(source, mesh, dtype=dtype)
     if opened:
         attach(network, opened, mesh)
-    return LoadedModel(network, tokenizer_for(source, opened), source.stop_ids(), source)
+    return _loaded(network, source, opened)
+
+
+def stop_ids_of(source: Source, adapter: Adapter | None, tokenizer: Tokenizer | None) -> list[int]:
+    """Return the tokens at which a tuned model's answers end: those that its files name, and the
+    one that followed the answers it was trained on.
+    """
+    end = None if tokenizer is None else end_of_answer(tokenizer)
+    return sorted({*stop_ids_for(source, adapter), *([] if end is None else [end])})
+
+
+def _loaded(network: CausalLM, source: Source, adapter: Adapter | None) -> LoadedModel:
+    tokenizer = tokenizer_for(source, adapter)
+    stop_ids = stop_ids_of(source, adapter, tokenizer)
+    # For those who pass the network on as one of a pair.
+    network.config = replace(network.config, stop_ids=tuple(stop_ids))
+    return LoadedModel(network, tokenizer, stop_ids, source)
 
 
 def _from_pair(model: CausalLM, tokenizer: Tokenizer | None) -> LoadedModel:
-    eos = getattr(tokenizer, "eos_token_id", None)
-    stop = model.config.raw.get("eos_token_id", eos)
-    if not isinstance(stop, list):
-        stop = [token for token in {stop, eos} if token is not None]
-    return LoadedModel(model, tokenizer, sorted(stop), None)
+    stop_ids = {*model.config.stop_ids, *token_ids(model.config.raw, "eos_token_id", "the model")}
+    if tokenizer is not None:
+        stop_ids |= {tokenizer.eos_token_id, end_of_answer(tokenizer)} - {None}
+    return LoadedModel(model, tokenizer, sorted(stop_ids), None)
 
 
 def has_base(model: str, adapter: str | None = None) -> bool:
@@ -143,10 +160,9 @@ def open_with_base(model: str | Path | Pair, adapter: str | None = None) -> Tune
         return TunedModel(open_model(model), lambda: open_model(start))
     mesh, opened = make_mesh(), open_adapter(files.adapter)
     source = resize_for_adapter(resolve(files.base), opened)
-    stop_ids = source.stop_ids()
     network = load_model(source, mesh)
     before = nnx.merge(*nnx.split(network))  # the same arrays, without the adapter to come
-    base = LoadedModel(before, tokenizer_for(source, None), stop_ids, source)
     attach(network, opened, mesh)
-    tuned = LoadedModel(network, tokenizer_for(source, opened), stop_ids, source)
+    tuned = _loaded(network, source, opened)
+    base = LoadedModel(before, tokenizer_for(source, None), tuned.stop_ids, source)
     return TunedModel(tuned, lambda: base)

@@ -163,7 +163,7 @@ class RunEvaluation:
         return evaluate(
             setup.model(state),
             setup.tokenizer,
-            setup.source.stop_ids(),
+            setup.stop_ids,
             setup.config.data,
             EvalOptions(setup.config.train.eval_task, progress=progress),
         )

@@ -143,6 +143,6 @@ def _generate_answers(setup: Setup, model: CausalLM, rows: list[Row]) -> list[st
     if not rows:
         return []
     ids = [prompt_ids(setup.tokenizer, _to_conversation(row)) for row in rows]
-    engine = Engine(model, setup.source.stop_ids(), batch=max(len(ids), 2))
+    engine = Engine(model, setup.stop_ids, batch=max(len(ids), 2))
     answers = engine.generate(ids, _MAX_NEW_TOKENS)
     return setup.tokenizer.batch_decode(answers, skip_special_tokens=True)

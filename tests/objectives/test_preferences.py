@@ -143,11 +143,15 @@ def test_the_reference_is_no_second_copy_of_the_base_and_the_first_loss_is_that_
     assert size == sum(leaf.nbytes for leaf in jax.tree.leaves(run.trainable))
 
 
+@pytest.mark.parametrize("padding", [0, 16])
 def test_distillation_is_the_divergence_over_the_teachers_likeliest_tokens(
-    start, tmp_path, one_device
+    padding, start, tmp_path, one_device
 ):
+    """Also where the teacher has rows that name no token: they are cut off."""
     base, _, config = start
-    teacher = tools.save_model(tmp_path / "teacher", config, seed=9)
+    rows = config.vocab_size
+    wide = tools.tiny_config(**config.to_diff_dict() | {"vocab_size": rows + padding})
+    teacher = tools.save_model(tmp_path / "teacher", wide, seed=9)
     keys = [
         "train.objective=distill",
         f"distill.teacher={teacher}",
@@ -155,19 +159,20 @@ def test_distillation_is_the_divergence_over_the_teachers_likeliest_tokens(
         "distill.temperature=2",
         "distill.share=0.7",
     ]
-    run, rows = Steps(base, one_device, *keys), random_rows(3)
-    loss, _ = run.gradient(batch_of(rows))
+    run, examples = Steps(base, one_device, *keys), random_rows(3)
+    loss, _ = run.gradient(batch_of(examples))
     total = count = 0
     with torch.no_grad():
-        for ids, supervised in rows:
+        for ids, supervised in examples:
             chosen = torch.tensor(supervised[1:])
             student, guide = (
                 torch.log_softmax(
-                    model(torch.tensor(ids[:-1])[None].long()).logits[0] / temperature, -1
+                    model(torch.tensor(ids[:-1])[None].long()).logits[0][:, :rows] / temperature,
+                    -1,
                 )[chosen]
                 for model, temperature in (
                     (tools.random_model(config), 2.0),
-                    (tools.random_model(config, 9), 2.0),
+                    (tools.random_model(wide, 9), 2.0),
                 )
             )
             plain_loss, tokens = peft_side.token_loss(

@@ -17,6 +17,7 @@ class Hub(BaseHTTPRequestHandler):
     files: ClassVar[dict] = {}
     uploaded: ClassVar[dict] = {}
     asked: ClassVar[list] = []
+    refusal: ClassVar[tuple] = ()  # status and reason with which the making of one is refused
 
     def log_message(self, *arguments):
         pass
@@ -43,7 +44,7 @@ class Hub(BaseHTTPRequestHandler):
                 )
                 or True
             )
-        if name not in ("org/model", "org/gated", "org/torch"):
+        if name not in ("org/model", "org/gated", "org/torch", "org/shards"):
             return (
                 self.reply(
                     401,
@@ -96,6 +97,9 @@ class Hub(BaseHTTPRequestHandler):
         path = urlparse(self.path).path
         if self.headers.get("Authorization") != "Bearer good":
             return self.reply(403, {"error": "no"}, {"X-Error-Message": "no"})
+        if path.endswith("/repos/create") and self.refusal:
+            status, reason = self.refusal
+            return self.reply(status, {"error": reason})
         if path.endswith("/repos/create"):
             return self.reply(
                 200, {"url": "https://huggingface.co/org/mine", "name": "org/mine", "id": "0"}

@@ -103,6 +103,14 @@ def rewrite_config(directory, change):
     path.write_text(json.dumps(raw))
 
 
+def json_file(path):
+    return json.loads(Path(path).read_text())
+
+
+def write_json_file(path, value):
+    Path(path).write_text(json.dumps(value))
+
+
 def old_dialect(raw):
     """rope_parameters written as rope_theta and rope_scaling, the dialect of transformers 4."""
     rope = raw.pop("rope_parameters")
@@ -186,3 +194,10 @@ def rewrite_tensors(directory, change):
 
     path = Path(directory) / "model.safetensors"
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def load_tensors(directory):
+    """The tensors of model.safetensors, in PyTorch."""
+    from safetensors.torch import load_file
+
+    return load_file(Path(directory) / "model.safetensors")

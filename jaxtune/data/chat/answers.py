@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
 
+from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.data.chat.frames import MOST_FRAMES, PLACEHOLDER, FrameCache
 from jaxtune.data.chat.rendering import (
     Rendering,
@@ -21,7 +22,7 @@ from jaxtune.data.chat.rendering import (
     require_text,
     weight_of,
 )
-from jaxtune.data.chat.template import ChatTemplate
+from jaxtune.data.chat.template import ChatTemplate, template_of
 from jaxtune.data.formats.conversation import Conversation
 from jaxtune.data.sources.row import RowError
 
@@ -215,11 +216,29 @@ class AnswerLocator:
 
     @cached_property
     def _end_of_turn(self) -> re.Pattern[str]:
-        """Return a pattern of white space and a special token; its group is the token."""
-        tokenizer = self._template.tokenizer
-        added = (
-            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
-        )
-        tokens = {*tokenizer.all_special_tokens, *added} - {""}
-        longest_first = sorted(tokens, key=len, reverse=True)
-        return re.compile(r"\s*(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+        return _end_of_turn(self._template.tokenizer)
+
+
+def _end_of_turn(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Return a pattern of white space and a special token; its group is the token."""
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    tokens = {*tokenizer.all_special_tokens, *added} - {""}
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile(r"\s*(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+
+
+def end_of_answer(tokenizer: Tokenizer) -> int | None:
+    """Return the token that follows an answer: the one that the chat template puts behind it, EOS
+    without a template. None where there is none.
+    """
+    if not tokenizer.chat_template:
+        return tokenizer.eos_token_id
+    messages = [
+        {"role": "user", "content": "."},
+        {"role": "assistant", "content": PLACEHOLDER},
+    ]
+    text = template_of(tokenizer).render_one(Conversation("a probe", messages), False)
+    if isinstance(text, RowError):
+        return None
+    end = _end_of_turn(tokenizer).match(text.rpartition(PLACEHOLDER)[2])
+    return None if end is None else tokenizer.convert_tokens_to_ids([end[1]])[0]

@@ -7,10 +7,12 @@ from typing import Any
 from jaxtune.core.errors import UserError, listed
 from jaxtune.models.config import LayerConfig, ModelConfig, NormConfig
 from jaxtune.models.families.config_reader import HFConfigReader, read_rope
+from jaxtune.models.families.config_types import check_config
 from jaxtune.models.families.table import DEFAULTS, FAMILIES, Family
 from jaxtune.models.layers import ACTIVATIONS
 
 # Keys of config.json that do not change what a model computes.
+# Old versions of transformers wrote their settings of generation and of other tasks there too.
 _NEUTRAL = {
     "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "model_type",
     "pad_token_id", "pretraining_tp",
@@ -23,14 +25,21 @@ _NEUTRAL = {
     "task_specific_params", "name_or_path", "auto_map", "unk_token_id", "_attn_implementation",
     "attn_implementation",
     "max_sequence_length",
+    "sep_token_id", "decoder_start_token_id", "prefix", "finetuning_task", "pruned_heads",
+    "tie_encoder_decoder", "tf_legacy_loss", "use_bfloat16", "gradient_checkpointing",
+    "max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams",
+    "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "min_p", "typical_p",
+    "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "bad_words_ids",
+    "encoder_no_repeat_ngram_size", "num_return_sequences", "output_scores",
+    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id",
+    "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
+    "begin_suppress_tokens",
 }  # fmt: skip
 # Keys that matter for training from scratch, and not for fine-tuning here.
 _PRETRAINING = {
     "initializer_range", "attention_dropout", "resid_pdrop", "embd_pdrop", "router_aux_loss_coef",
     "router_jitter_noise",
 }  # fmt: skip
-# Keys of published files that change nothing as long as they have these values.
-_INERT = {"full_attn_mod": 1, "interpolate_factor": 1}
 
 
 def from_hf(raw: dict[str, Any], where: str) -> ModelConfig:
@@ -50,7 +59,7 @@ def from_hf(raw: dict[str, Any], where: str) -> ModelConfig:
     if missing := [
         key
         for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-        if key not in raw
+        if raw.get(key) is None
     ]:
         raise UserError(f"{where}: the keys {listed(missing)} are missing.")
     if read("quantization_config"):
@@ -59,7 +68,10 @@ def from_hf(raw: dict[str, Any], where: str) -> ModelConfig:
             "the unquantized model."
         )
     heads, hidden = read("num_attention_heads"), read("hidden_size")
-    head_dim = read("head_dim") or hidden // heads
+    if not (head_dim := read("head_dim") or hidden // heads):
+        raise UserError(
+            f"{where}: hidden_size {hidden} leaves nothing for each of num_attention_heads {heads}."
+        )
     plain = ModelConfig(
         vocab_size=read("vocab_size"),
         hidden_size=hidden,
@@ -99,6 +111,7 @@ def find_family(raw: dict[str, Any], where: str) -> Family:
             model's.
 
     """
+    check_config(raw, where)
     kind, names = raw.get("model_type"), raw.get("architectures") or []
     family = FAMILIES.get(str(kind))
     if family is None or any(name != family.architecture for name in names):
@@ -110,6 +123,16 @@ def find_family(raw: dict[str, Any], where: str) -> Family:
     return family
 
 
+def _inert(config: ModelConfig) -> dict[str, Any]:
+    """Return keys of published files that change nothing as long as they have these values."""
+    return {
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
+        "num_key_value_groups": config.num_heads // config.num_kv_heads,
+        "use_qk_norm": config.qk_norm is not None,
+    }
+
+
 def _check(config: ModelConfig, read: HFConfigReader) -> None:
     """Raise a UserError for a key that nothing asked for and for what no family supports."""
     where = read.where
@@ -117,7 +140,7 @@ def _check(config: ModelConfig, read: HFConfigReader) -> None:
         _NEUTRAL
         | _PRETRAINING
         | read.keys_read
-        | {key for key, value in _INERT.items() if read.raw.get(key) == value}
+        | {key for key, value in _inert(config).items() if read.raw.get(key) == value}
     )
     unknown = [
         key
@@ -139,11 +162,23 @@ def _check(config: ModelConfig, read: HFConfigReader) -> None:
             f"{where}: num_key_value_heads ({config.num_kv_heads}) must divide "
             f"num_attention_heads ({config.num_heads})."
         )
-    for kind in config.ropes:
-        if int(config.head_dim * kind.partial) % 2:
+    for rope in config.ropes:
+        if (rotated := int(config.head_dim * rope.partial)) % 2 or not rotated:
             raise UserError(
-                f"{where}: partial_rotary_factor {kind.partial} of head_dim {config.head_dim} is "
-                "an odd number of dimensions; rotary embeddings need an even one."
+                f"{where}: partial_rotary_factor {rope.partial} of head_dim {config.head_dim} is "
+                f"{rotated} dimensions; rotary embeddings need an even number of them."
             )
+        for name in ("short_factor", "long_factor"):
+            if (factors := rope.get(name)) is not None and len(factors) != rotated // 2:
+                raise UserError(
+                    f"{where}: {name} has {len(factors)} numbers; the rotary embedding has "
+                    f"{rotated // 2} frequencies."
+                )
     if any(layer.window is not None and layer.window < 1 for layer in config.layers):
         raise UserError(f"{where}: sliding_window must be at least 1.")
+    experts = config.experts
+    if experts is not None and experts.count and not 1 <= experts.per_token <= experts.count:
+        raise UserError(
+            f"{where}: num_experts_per_tok ({experts.per_token}) must be from 1 to the number of "
+            f"experts ({experts.count})."
+        )

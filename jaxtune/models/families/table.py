@@ -136,7 +136,9 @@ def _qwen3_moe(read: HFConfigReader) -> dict[str, Any]:
     read("max_window_layers")  # transformers gives every layer the window, or none
     _full_layers(read)
     window, step = _window(read), read("decoder_sparse_step")
-    count = read("num_local_experts") or read("num_experts")  # two names for one number
+    # Two names for one number, of transformers 5 and 4; exports have both.
+    count, old_count = read("num_local_experts"), read("num_experts")
+    count = count or old_count
     dense = set(read("mlp_only_layers") or [])
     sparse = [
         count > 0 and layer not in dense and (layer + 1) % step == 0
@@ -179,7 +181,8 @@ def _gemma3(read: HFConfigReader) -> dict[str, Any]:
     layers another RoPE, which may be stretched.
     """
     read.require("attn_logit_softcapping", None, " for gemma3_text, as in transformers")
-    pattern = read("sliding_window_pattern") or read("_sliding_window_pattern")
+    pattern, saved = read("sliding_window_pattern"), read("_sliding_window_pattern")
+    pattern = pattern or saved  # transformers 4 writes both
     layers = _typed_layers(
         read, read("sliding_window"), lambda layer: SLIDING if (layer + 1) % pattern else FULL
     )
@@ -225,6 +228,8 @@ def _smollm3(read: HFConfigReader) -> dict[str, Any]:
     _require_whole_rope(read)
     count, every = read("num_hidden_layers"), read("no_rope_layer_interval")
     rotary = read("no_rope_layers") or [int((layer + 1) % every != 0) for layer in range(count)]
+    if len(rotary) < count:
+        raise UserError(f"{read.where}: no_rope_layers names {len(rotary)} of the {count} layers.")
     window = _window(read)
     read("max_window_layers")  # of Qwen's configuration, which transformers does not read here
     layers = _typed_layers(

@@ -16,9 +16,12 @@ from typing import Any
 from jaxtune.core.dtypes import DTYPES
 from jaxtune.core.files import read_json, write_json
 from jaxtune.core.tokenizer import Tokenizer
-from jaxtune.weights.source import Source, sorted_ids
+from jaxtune.models.families.config_types import check_config
+from jaxtune.weights.dialects import in_both_dialects
+from jaxtune.weights.generation_config import write_generation_config
+from jaxtune.weights.source import Source
 from jaxtune.weights.tensors import Tensors
-from jaxtune.weights.tokenizer_files import load_tokenizer, save_tokenizer
+from jaxtune.weights.tokenizer_files import is_same, load_tokenizer, save_tokenizer
 
 USE_BY_JAXTUNE = """import jaxtune
 
@@ -30,11 +33,13 @@ class ModelContents:
     """A model as a format is asked to write it.
 
     Attributes:
-        source: where it comes from; its tokenizer files and generation settings go with it.
+        source: where it comes from; its generation settings go with it.
         config_json: its `config.json`.
         tensors: all weights by Hugging Face's names, not yet rounded.
         dtype: what the weights are rounded to; None keeps each tensor's own.
         tokenizer: None where the model comes without.
+        tokenizer_files: where it was read from; empty where no such files are Hugging Face's.
+        stop_ids: tokens that end an answer.
 
     """
 
@@ -43,6 +48,20 @@ class ModelContents:
     tensors: Tensors
     dtype: str | None
     tokenizer: Tokenizer | None
+    tokenizer_files: Sequence[Path] = ()
+    stop_ids: Sequence[int] = ()
+
+    @property
+    def has_own_tokenizer(self) -> bool:
+        """Return whether the tokenizer and the stop tokens are what the source itself has."""
+        own = self.source.tokenizer()
+        is_own = self.tokenizer is None or (own is not None and is_same(own, self.tokenizer))
+        return is_own and set(self.stop_ids) <= set(self.source.stop_ids())
+
+    def write_companions(self, directory: Path) -> None:
+        """Write what belongs beside the weights: tokenizer files and `generation_config.json`."""
+        write_generation_config(directory, self.source.generation_config(), self.stop_ids)
+        save_tokenizer(directory, self.tokenizer_files, self.tokenizer)
 
 
 class Format(ABC):
@@ -145,10 +164,10 @@ class DirectoryFormat(ModelFormat):
         """See ModelFormat."""
         tensors = self.round_trip(contents)
         self.write_weights(path, tensors)
-        write_json(path / "config.json", with_dtype(contents.config_json, tensors))
-        if generation := contents.source.generation_config():
-            write_json(path / "generation_config.json", generation)
-        save_tokenizer(path, contents.source.tokenizer_files(), contents.tokenizer)
+        write_json(
+            path / "config.json", in_both_dialects(contents.config_json, main_dtype(tensors))
+        )
+        contents.write_companions(path)
 
 
 @dataclass(frozen=True)
@@ -162,23 +181,18 @@ class ModelDirectory(Source):
 
     def config_json(self) -> dict[str, Any]:
         """See Source."""
-        return read_json(self.config_path)
+        raw = read_json(self.config_path)
+        check_config(raw, str(self.config_path))
+        return raw
 
     def tokenizer(self) -> Tokenizer | None:
         """See Source."""
         return load_tokenizer(self.path)
 
-    def stop_ids(self) -> list[int]:
-        """Return all that generation_config.json names, else config.json's."""
-        path = self.path / "generation_config.json"
-        ids = read_json(path).get("eos_token_id") if path.exists() else None
-        return sorted_ids(ids) or super().stop_ids()
 
-
-def with_dtype(config_json: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
-    """Return `config.json` with the dtype that most of the tensors' numbers have."""
+def main_dtype(tensors: Tensors) -> str:
+    """Return the dtype that most of the tensors' numbers have."""
     sizes: dict[str, int] = {}
     for tensor in tensors.values():
         sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + math.prod(tensor.shape)
-    key = "torch_dtype" if "torch_dtype" in config_json else "dtype"
-    return config_json | {key: max(sizes, key=lambda name: sizes[name])}
+    return max(sizes, key=lambda name: sizes[name])

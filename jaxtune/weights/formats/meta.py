@@ -13,13 +13,14 @@ from jaxtune.core.errors import UserError, listed
 from jaxtune.core.files import read_json, write_json
 from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.models.config import ModelConfig
+from jaxtune.models.families.config_types import check_config
 from jaxtune.models.families.from_hf import from_hf
 from jaxtune.weights import torch_files
 from jaxtune.weights.formats.format import ModelContents, ModelFormat
 from jaxtune.weights.interleave import half_split, interleaved
 from jaxtune.weights.source import Source
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
-from jaxtune.weights.tokenizer_files import load_tokenizer, save_tokenizer
+from jaxtune.weights.tokenizer_files import load_tokenizer
 
 PARAMS = "params.json"
 _PART = "consolidated.*.pth"
@@ -108,7 +109,7 @@ class MetaFormat(ModelFormat):
             )
         finally:
             scratch.unlink(missing_ok=True)
-        save_tokenizer(path, contents.source.tokenizer_files(), contents.tokenizer)
+        contents.write_companions(path)
 
 
 FORMAT = MetaFormat()
@@ -121,7 +122,7 @@ def config_json(path: Path) -> dict[str, Any]:
         UserError: parameters that are missing or that this code does not implement.
 
     """
-    params, where = read_json(path / PARAMS), path / PARAMS
+    params, where = _read_params(path), path / PARAMS
     if missing := [key for key in ("dim", "n_layers", "n_heads") if key not in params]:
         raise UserError(f"{where}: {listed(missing)} is missing.")
     if unknown := [key for key, value in params.items() if key not in _READ and value]:
@@ -154,6 +155,14 @@ def config_json(path: Path) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
     }
+
+
+def _read_params(path: Path) -> dict[str, Any]:
+    raw = read_json(path / PARAMS)
+    # Meta's older files say -1 for the vocabulary, which the tokenizer has.
+    unknown = isinstance(raw, dict) and raw.get("vocab_size") == -1
+    check_config({**raw, "vocab_size": None} if unknown else raw, str(path / PARAMS))
+    return raw
 
 
 def _is_tied(tensors: Tensors) -> bool:
@@ -204,7 +213,7 @@ def open_weights(path: Path) -> Tensors:
             raise UserError(
                 f"{file} and {files[0].name} do not hold the same tensors: {listed(odd)}."
             )
-    params = read_json(path / PARAMS)
+    params = _read_params(path)
     heads, width = params["n_heads"], params["dim"]
     kv_heads = params.get("n_kv_heads") or heads
     named: Tensors = {}

@@ -16,7 +16,8 @@ class PeftFormat(Format):
     def usage(self, source: Source) -> str:
         """See Format."""
         arguments = source.pretrained_arguments() or {"pretrained_model_name_or_path": source.name}
-        base = f'"{source.name}"'
+        name, revision = source.repository or (source.name, None)
+        base = f'"{name}"' + (f', revision="{revision}"' if revision else "")
         if "gguf_file" in arguments:
             base = (
                 f'"{arguments["pretrained_model_name_or_path"]}", '

@@ -117,10 +117,10 @@ def _matrix_dtype(contents: ModelContents) -> str:
 
 def _tokenizer_metadata(contents: ModelContents) -> dict[str, Any]:
     source, tokenizer = contents.source, contents.tokenizer
-    if isinstance(source, GGUFSource):
+    if isinstance(source, GGUFSource) and contents.has_own_tokenizer:
         metadata = source.file.metadata.items()
         return {key: value for key, value in metadata if key.startswith("tokenizer.")}
     if tokenizer is None:
         return {}
     vocab_size = contents.config_json["vocab_size"]
-    return gguf_tokenizer.tokenizer_metadata(tokenizer, vocab_size, source.stop_ids())
+    return gguf_tokenizer.tokenizer_metadata(tokenizer, vocab_size, list(contents.stop_ids))

@@ -12,6 +12,7 @@ from jaxtune.core.errors import UserError, listed
 from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.weights.formats.gguf.file import GGUF
 
+_TEMPLATE, _DEFAULT = "tokenizer.chat_template", "default"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -70,7 +71,7 @@ def read_tokenizer(file: GGUF) -> Tokenizer:
         eos_token=eos,
         unk_token=_token(tokens, meta.get("unknown_token_id")),
         pad_token=_token(tokens, meta.get("padding_token_id")),
-        chat_template=file.metadata.get("tokenizer.chat_template"),
+        chat_template=_read_templates(file),
         clean_up_tokenization_spaces=False,
     )
     return fast
@@ -197,9 +198,27 @@ def tokenizer_metadata(
         "add_eos_token": plain[-1] == tokenizer.eos_token_id,
     }
     prefixed = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
-    if isinstance(tokenizer.chat_template, str):
-        prefixed["tokenizer.chat_template"] = tokenizer.chat_template
-    return prefixed
+    return prefixed | _templates(tokenizer.chat_template)
+
+
+def _templates(templates: Any) -> dict[str, Any]:
+    """Return the metadata of a chat template, or of several by name as llama.cpp stores them."""
+    if not isinstance(templates, dict):
+        return {_TEMPLATE: templates} if templates else {}
+    named = {name: text for name, text in templates.items() if name != _DEFAULT}
+    metadata: dict[str, Any] = {f"{_TEMPLATE}.{name}": text for name, text in named.items()}
+    metadata |= {f"{_TEMPLATE}s": list(named)} if named else {}
+    return metadata | ({_TEMPLATE: templates[_DEFAULT]} if _DEFAULT in templates else {})
+
+
+def _read_templates(file: GGUF) -> Any:
+    default, prefix = file.metadata.get(_TEMPLATE), f"{_TEMPLATE}."
+    named = {
+        key.removeprefix(prefix): text
+        for key, text in file.metadata.items()
+        if key.startswith(prefix)
+    }
+    return {**({_DEFAULT: default} if default else {}), **named} if named else default
 
 
 def _tokens(
