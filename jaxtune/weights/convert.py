@@ -29,7 +29,6 @@ from jaxtune.weights.verify import (
     TORCH,
     Comparison,
     Texts,
-    compare_with_transformers,
     logits,
     sample_texts,
 )
@@ -79,18 +78,18 @@ def convert_model(
         _check_merged(source, tensors, adapter, mesh, texts, before)
         tensors, raw = merged(tensors, adapter, raw)
     contents = ModelContents(source, raw, tensors, dtype, tokenizer)
-    expected = OverriddenSource(
-        source.name, source.path, source, raw, model_format.round_trip(contents)
+    rounded, expected_raw = (
+        model_format.round_trip(contents),
+        model_format.config_read_back(contents),
     )
+    expected = OverriddenSource(source.name, source.path, source, expected_raw, rounded)
     is_exact = adapter is None and _same_numbers(tensors, expected.weights)
     with _staging(out, model_format, contents, replace) as path:
         model_format.write(path, contents)
         written = resolve(str(path))
         _check_same(expected, written)
         after = _logits_of(written, None, mesh, texts)
-        note, torch_difference = f"not for {to}", None
-        if model_format.read_by_transformers:
-            note, torch_difference = compare_with_transformers(written, after, texts)
+        note, torch_difference = model_format.compare_outside(contents, written, after, texts)
         comparison = Comparison.of(before, after, texts, torch_difference, note)
         if not np.isfinite(after).all() or (
             is_exact and not comparison.reload_difference <= SAME * comparison.largest_logit

@@ -4,14 +4,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.models.families.from_hf import from_hf
 from jaxtune.weights.formats.format import ModelContents, ModelFormat
 from jaxtune.weights.formats.gguf import file as gguf_file
-from jaxtune.weights.formats.gguf import models, writer
+from jaxtune.weights.formats.gguf import models, rope, writer
 from jaxtune.weights.formats.gguf import tokenizer as gguf_tokenizer
+from jaxtune.weights.formats.gguf.llama_cpp import compare_with_llama_cpp
 from jaxtune.weights.source import Source, sorted_ids
 from jaxtune.weights.tensors import Tensors
+from jaxtune.weights.verify import Texts
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class GGUFSource(Source):
     @property
     def short_name(self) -> str:
         """See Source."""
-        return super().short_name.removesuffix(".gguf")
+        name = super().short_name
+        return gguf_file.shard_prefix(Path(name)) or name.removesuffix(".gguf")
 
     @property
     def config_path(self) -> Path:
@@ -51,6 +56,8 @@ class GGUFSource(Source):
 
     def pretrained_arguments(self) -> dict[str, str] | None:
         """See Source."""
+        if gguf_file.shard_prefix(self.path):
+            return None  # transformers reads one file
         return {
             "pretrained_model_name_or_path": str(self.path.resolve().parent),
             "gguf_file": self.path.name,
@@ -65,6 +72,7 @@ class GGUFFormat(ModelFormat):
     needs = "a .gguf file"
     dtypes = tuple(writer.MATRIX_TYPES)
     suffix = ".gguf"
+    checked_by = "llama.cpp"
 
     def recognizes(self, path: Path) -> bool:
         """See ModelFormat."""
@@ -99,6 +107,19 @@ class GGUFFormat(ModelFormat):
             contents.tensors, config, lambda tensor, name: writer.as_stored(tensor, name, dtype)
         )
 
+    def config_read_back(self, contents: ModelContents) -> dict[str, Any]:
+        """See ModelFormat."""
+        return rope.as_read_back(contents.config_json, contents.source.name)
+
+    def compare_outside(
+        self, contents: ModelContents, written: Source, logits: np.ndarray, texts: Texts
+    ) -> tuple[str | None, float | None]:
+        """See ModelFormat."""
+        assert isinstance(written, GGUFSource)
+        if "tokenizer.ggml.tokens" not in written.file.metadata:
+            return "its server wants a tokenizer, and the model has none", None
+        return compare_with_llama_cpp(written.path, logits, texts, _matrix_dtype(contents))
+
     def file_name(self, contents: ModelContents) -> str:
         """See ModelFormat."""
         return f"{contents.source.short_name}-{_matrix_dtype(contents)}{self.suffix}"
@@ -121,6 +142,6 @@ def _tokenizer_metadata(contents: ModelContents) -> dict[str, Any]:
         metadata = source.file.metadata.items()
         return {key: value for key, value in metadata if key.startswith("tokenizer.")}
     if tokenizer is None:
-        return {}
+        return {"tokenizer.ggml.model": "none"}  # llama.cpp's word for it
     vocab_size = contents.config_json["vocab_size"]
     return gguf_tokenizer.tokenizer_metadata(tokenizer, vocab_size, source.stop_ids())

@@ -9,14 +9,19 @@ from typing import Any
 import numpy as np
 
 from jaxtune.core.errors import UserError, listed
-from jaxtune.models.config import ModelConfig, RopeConfig
+from jaxtune.models.config import ModelConfig
 from jaxtune.models.families.from_hf import from_hf, read_setting
-from jaxtune.weights.formats.gguf.models import GGUF_FAMILIES, tensor_locations, to_llama_cpp
+from jaxtune.weights.formats.gguf.models import (
+    GGUF_FAMILIES,
+    GGUFFamily,
+    tensor_locations,
+    to_llama_cpp,
+)
+from jaxtune.weights.formats.gguf.rope import rope_metadata, rope_tensors, unexpressed_options
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
 
 # The types that large matrices may be stored in, by the name a user gives.
 MATRIX_TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "q8_0": "Q8_0"}
-_ROPE_KINDS = ("default", "linear", "yarn", "llama3", "longrope")
 
 
 def write_gguf(
@@ -72,22 +77,59 @@ def write_gguf(
 
 
 def check_expressible(config: ModelConfig) -> None:
-    """Refuse what is known not to fit; the rest shows when the file is read back.
+    """Refuse what llama.cpp cannot load, or would compute otherwise.
+
+    What it reads of a family is in the code of each (llama.cpp, src/models); that it computes the
+    same from what is written is tested in llama.cpp itself.
 
     Raises:
-        UserError: the format has no place for something in the model.
+        UserError: the format, or llama.cpp, has no place for something in the model.
 
     """
     kind = config.raw["model_type"]
     if kind not in GGUF_FAMILIES:
         raise UserError(f"GGUF export of {kind} is not supported. Export it with --to hf.")
-    if GGUF_FAMILIES[kind].architecture == "LLAMA" and any(layer.window for layer in config.layers):
-        raise UserError(
-            f"GGUF has no place for the sliding window of {kind}. If no text is longer than it, "
-            "set sliding_window to null in config.json."
+    if reason := _reason_against(config, GGUF_FAMILIES[kind], kind):
+        raise UserError(f"GGUF: {reason}")
+
+
+def _reason_against(config: ModelConfig, family: GGUFFamily, kind: str) -> str | None:
+    """Return why llama.cpp would not compute this model; None where it would."""
+    elsewhere = "Export it with --to hf."
+    window = min((layer.window for layer in config.layers if layer.window), default=None)
+    if window and not family.windows and not (kind == "phi3" and window >= config.max_positions):
+        return (
+            f"llama.cpp has no place for the sliding window of {kind}. If no text is longer than "
+            "it, set sliding_window to null in config.json."
         )
-    if odd := [rope.kind for rope in config.ropes if rope.kind not in _ROPE_KINDS]:
-        raise UserError(f"GGUF has no place for rope_type {listed(odd)}.")
+    rope = config.ropes[0]
+    if rope.kind not in family.ropes:
+        return f"llama.cpp has no rope_type {rope.kind} for {kind}. {elsewhere}"
+    if any(local.kind != "default" for local in config.ropes[1:]):
+        return f"llama.cpp does not stretch the positions of layers with a window. {elsewhere}"
+    if options := unexpressed_options(rope):
+        return f"llama.cpp has no place for {listed(options)} of rope_type {rope.kind}. {elsewhere}"
+    if (config.o_bias or config.mlp_bias) and not family.biases:
+        name = "attention_bias" if config.o_bias else "mlp_bias"
+        return f"llama.cpp has no place for {name} of {kind}. {elsewhere}"
+    width = config.num_heads * config.head_dim
+    if family.square_attention and width != config.hidden_size:
+        return (
+            f"llama.cpp wants num_attention_heads times head_dim ({width}) to be hidden_size "
+            f"({config.hidden_size}) for {kind}. {elsewhere}"
+        )
+    if family.head == "own" and config.tie_embeddings:
+        return f"llama.cpp wants a head apart from the embedding for {kind}. {elsewhere}"
+    if family.head == "tied" and not config.tie_embeddings:
+        return (
+            f"llama.cpp has no head apart from the embedding for {kind}. Train without the head, "
+            "or export it with --to hf."
+        )
+    if config.experts and not all(layer.sparse for layer in config.layers):
+        return f"llama.cpp wants experts in every layer of {kind}. {elsewhere}"
+    if kind == "gemma2" and None in (config.attention_softcap, config.logit_softcap):
+        return f"llama.cpp cannot leave out the soft-caps of {kind}. {elsewhere}"
+    return None
 
 
 def as_stored(tensor: LazyTensor, name: str, dtype: str) -> LazyTensor:
@@ -152,7 +194,7 @@ def _entries(tensors: Tensors, config: ModelConfig, dtype: str) -> Iterator[_Ent
             yield _Entry(target, partial(_stacked, parts), shape, stored_as)
         else:
             yield _Entry(target, parts[0].all, parts[0].shape, stored_as)
-    for target, values in _rope_tensors(config).items():
+    for target, values in rope_tensors(config).items():
         stored_as = _stored_type(target, values.shape, dtype)
         yield _Entry(target, partial(np.asarray, values), values.shape, stored_as)
 
@@ -162,7 +204,6 @@ def _stacked(parts: list[LazyTensor]) -> np.ndarray:
 
 
 def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:
-    rope = config.ropes[0]
     metadata: dict[str, Any] = {
         "block_count": config.num_layers,
         "context_length": config.max_positions,
@@ -174,17 +215,8 @@ def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:
         "attention.value_length": config.head_dim,
         "attention.layer_norm_rms_epsilon": config.norm.eps,
         "vocab_size": config.vocab_size,
-        "rope.freq_base": rope.theta,
-        "rope.dimension_count": int(config.head_dim * rope.partial),
+        **rope_metadata(config),
     }
-    if rope.kind in ("linear", "yarn"):
-        metadata["rope.scaling.type"] = rope.kind
-        metadata["rope.scaling.factor"] = float(rope.get("factor"))
-    length_key = "original_max_position_embeddings"
-    if length := rope.get(length_key) or config.raw.get(length_key):
-        metadata["rope.scaling.original_context_length"] = length
-    if rope.kind == "longrope" and rope.get("attention_factor") is not None:
-        metadata["rope.scaling.attn_factor"] = float(rope.get("attention_factor"))
     for gguf_key, hf_key in GGUF_FAMILIES[config.raw["model_type"]].keys.items():
         if (value := read_setting(config.raw, hf_key)) is not None:
             metadata[gguf_key] = float(value) if gguf_key in _FLOATS else value
@@ -198,27 +230,6 @@ _FLOATS = {
     "attn_logit_softcapping", "final_logit_softcapping", "attention.scale", "embedding_scale",
     "residual_scale", "logit_scale",
 }  # fmt: skip
-
-
-def _rope_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
-    """Return the frequency divisors, which the format keeps as tensors."""
-    rope = config.ropes[0]
-    if rope.kind == "longrope":
-        return {
-            f"rope_factors_{size}.weight": np.asarray(rope.get(f"{size}_factor"), np.float32)
-            for size in ("long", "short")
-        }
-    if rope.kind == "llama3":
-        return {"rope_freqs.weight": _llama3_divisors(rope, config.head_dim)}
-    return {}
-
-
-def _llama3_divisors(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    plain = rope.theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    low, high = rope.get("low_freq_factor"), rope.get("high_freq_factor")
-    turns = rope.get("original_max_position_embeddings") * plain / (2 * np.pi)
-    blend = np.clip((turns - low) / (high - low), 0, 1)
-    return (1 / ((1 - blend) / rope.get("factor") + blend)).astype(np.float32)
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
