@@ -90,7 +90,9 @@ def convert_model(
         _check_same(expected, written)
         after = _logits_of(written, None, mesh, texts)
         note, torch_difference = model_format.compare_outside(contents, written, after, texts)
-        comparison = Comparison.of(before, after, texts, torch_difference, note)
+        comparison = Comparison.of(
+            before, after, texts, torch_difference, note, is_rounded=not is_exact
+        )
         if not np.isfinite(after).all() or (
             is_exact and not comparison.reload_difference <= SAME * comparison.largest_logit
         ):

@@ -10,11 +10,11 @@ from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.models.families.from_hf import from_hf
 from jaxtune.weights.formats.format import ModelContents, ModelFormat
 from jaxtune.weights.formats.gguf import file as gguf_file
-from jaxtune.weights.formats.gguf import models, rope, writer
+from jaxtune.weights.formats.gguf import models, quantize, rope, writer
 from jaxtune.weights.formats.gguf import tokenizer as gguf_tokenizer
 from jaxtune.weights.formats.gguf.llama_cpp import compare_with_llama_cpp
 from jaxtune.weights.source import Source, sorted_ids
-from jaxtune.weights.tensors import Tensors
+from jaxtune.weights.tensors import LazyTensor, Tensors
 from jaxtune.weights.verify import Texts
 
 
@@ -52,7 +52,8 @@ class GGUFSource(Source):
     def stop_ids(self) -> list[int]:
         """Return the ends of a sequence, of a turn and of a message."""
         keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
-        return sorted_ids([self.file.metadata.get(key) for key in keys])
+        ids = [self.file.metadata.get(key) for key in keys]
+        return sorted_ids([token for token in ids if type(token) is int])
 
     def pretrained_arguments(self) -> dict[str, str] | None:
         """See Source."""
@@ -70,7 +71,7 @@ class GGUFFormat(ModelFormat):
     name = "gguf"
     description = "A model in GGUF, for llama.cpp and what is built on it."
     needs = "a .gguf file"
-    dtypes = tuple(writer.MATRIX_TYPES)
+    dtypes = tuple(quantize.MATRIX_TYPES)
     suffix = ".gguf"
     checked_by = "llama.cpp"
 
@@ -103,9 +104,12 @@ class GGUFFormat(ModelFormat):
         config = from_hf(contents.config_json, contents.source.name)
         writer.check_expressible(config)
         dtype = _matrix_dtype(contents)
-        return models.round_trip(
-            contents.tensors, config, lambda tensor, name: writer.as_stored(tensor, name, dtype)
-        )
+        quantize.check_encoder(dtype)
+
+        def stored(tensor: LazyTensor, name: str) -> LazyTensor:
+            return writer.as_stored(tensor, name, dtype, config)
+
+        return models.round_trip(contents.tensors, config, stored)
 
     def config_read_back(self, contents: ModelContents) -> dict[str, Any]:
         """See ModelFormat."""
@@ -118,7 +122,14 @@ class GGUFFormat(ModelFormat):
         assert isinstance(written, GGUFSource)
         if "tokenizer.ggml.tokens" not in written.file.metadata:
             return "its server wants a tokenizer, and the model has none", None
-        return compare_with_llama_cpp(written.path, logits, texts, _matrix_dtype(contents))
+        return compare_with_llama_cpp(
+            written.path,
+            logits,
+            texts,
+            _matrix_dtype(contents),
+            # That of a GGUF file goes on as it is, whatever is read of it here.
+            with_tokenizer=not isinstance(contents.source, GGUFSource),
+        )
 
     def file_name(self, contents: ModelContents) -> str:
         """See ModelFormat."""
@@ -139,8 +150,9 @@ def _matrix_dtype(contents: ModelContents) -> str:
 def _tokenizer_metadata(contents: ModelContents) -> dict[str, Any]:
     source, tokenizer = contents.source, contents.tokenizer
     if isinstance(source, GGUFSource):
-        metadata = source.file.metadata.items()
-        return {key: value for key, value in metadata if key.startswith("tokenizer.")}
+        items = source.file.metadata.items()
+        metadata = {key: value for key, value in items if key.startswith("tokenizer.")}
+        return gguf_tokenizer.with_stops(metadata, source.stop_ids())
     if tokenizer is None:
         return {"tokenizer.ggml.model": "none"}  # llama.cpp's word for it
     vocab_size = contents.config_json["vocab_size"]

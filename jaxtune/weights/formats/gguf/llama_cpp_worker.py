@@ -1,9 +1,9 @@
 """Ask llama.cpp for the next token's probabilities; run as a process of its own.
 
 llama.cpp aborts the process on some files, and logs to its standard error. Standard input holds
-`{"path", "prompts", "context", "count"}` as JSON, standard output gets `[[[id, log-probability],
-...], ...]`: for each prompt, which is a list of ids, the `count` likeliest tokens. It imports
-nothing of jaxtune, and so starts at once.
+`{"path", "texts", "prompts", "context", "count"}` as JSON, standard output gets `{"tokens",
+"likeliest"}`: for each text its ids, and for each prompt, which is a list of ids, the `count`
+likeliest tokens as `[id, log-probability]`. It imports nothing of jaxtune, and so starts at once.
 """
 
 import json
@@ -38,7 +38,11 @@ def main() -> None:
         answer = _post(address, "/completion", {**body, "prompt": prompt})
         likeliest = answer["completion_probabilities"][0]["top_logprobs"]
         rows.append([[token["id"], token["logprob"]] for token in likeliest])
-    json.dump(rows, answers)
+    tokens = [
+        _post(address, "/tokenize", {"content": text, "add_special": True})["tokens"]
+        for text in question["texts"]
+    ]
+    json.dump({"tokens": tokens, "likeliest": rows}, answers)
     answers.flush()
     os._exit(0)  # the server's threads do not end
 

@@ -17,11 +17,9 @@ from jaxtune.weights.formats.gguf.models import (
     tensor_locations,
     to_llama_cpp,
 )
+from jaxtune.weights.formats.gguf.quantize import FILE_TYPES, encode, stored_type
 from jaxtune.weights.formats.gguf.rope import rope_metadata, rope_tensors, unexpressed_options
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
-
-# The types that large matrices may be stored in, by the name a user gives.
-MATRIX_TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "q8_0": "Q8_0"}
 
 
 def write_gguf(
@@ -40,8 +38,8 @@ def write_gguf(
         config_json: the model's.
         tokenizer: the file's `tokenizer.` metadata; may be empty.
         name: the model's, shown to people.
-        dtype: of the matrices, a key of MATRIX_TYPES; vectors and routers are float32, as
-            llama.cpp wants them.
+        dtype: of the matrices, a key of `quantize.MATRIX_TYPES`; vectors and routers are float32,
+            as llama.cpp wants them.
 
     Raises:
         UserError: the format has no place for something in the model.
@@ -53,7 +51,8 @@ def write_gguf(
     check_expressible(config)
     architecture = GGUF_FAMILIES[config.raw["model_type"]].architecture
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[architecture]])
-    for key, value in {"general.name": name, **_metadata(config, writer.arch), **tokenizer}.items():
+    general = {"general.name": name, "general.file_type": FILE_TYPES[dtype]}
+    for key, value in {**general, **_metadata(config, writer.arch), **tokenizer}.items():
         _add(writer, key, value)
     entries = list(_entries(tensors, config, dtype))
     for entry in entries:
@@ -72,7 +71,7 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for entry in entries:
-        writer.write_tensor_data(_encode(entry.read(), entry.stored_as))
+        writer.write_tensor_data(encode(entry.read(), entry.stored_as))
     writer.close()
 
 
@@ -132,9 +131,9 @@ def _reason_against(config: ModelConfig, family: GGUFFamily, kind: str) -> str |
     return None
 
 
-def as_stored(tensor: LazyTensor, name: str, dtype: str) -> LazyTensor:
+def as_stored(tensor: LazyTensor, name: str, dtype: str, config: ModelConfig) -> LazyTensor:
     """Return a tensor as it will be read back: rounded to the type that the file stores it in."""
-    stored_as = _stored_type(name, tensor.shape, dtype)
+    stored_as = stored_type(name, tensor.shape, dtype, config)
     if stored_as.name in ("F32", "F16"):
         return tensor.astype(np.dtype("float16" if stored_as.name == "F16" else "float32"))
 
@@ -142,30 +141,10 @@ def as_stored(tensor: LazyTensor, name: str, dtype: str) -> LazyTensor:
         import gguf
 
         rows = tensor.read((index[0], *(slice(0, size) for size in tensor.shape[1:])))
-        values = gguf.quants.dequantize(_encode(rows, stored_as), stored_as)
+        values = gguf.quants.dequantize(encode(rows, stored_as), stored_as)
         return values[(slice(None), *index[1:])]
 
     return LazyTensor(tensor.shape, np.dtype("float32"), read)
-
-
-def _stored_type(name: str, shape: tuple[int, ...], dtype: str) -> Any:
-    """Return the `gguf.GGMLQuantizationType` of a tensor."""
-    import gguf
-
-    if len(shape) == 1 or name.endswith((".mlp.gate.weight", "block_sparse_moe.gate.weight")):
-        return gguf.GGMLQuantizationType.F32
-    stored_as = gguf.GGMLQuantizationType[MATRIX_TYPES[dtype]]
-    block = gguf.GGML_QUANT_SIZES[stored_as][0]
-    return stored_as if shape[-1] % block == 0 else gguf.GGMLQuantizationType.F16
-
-
-def _encode(values: np.ndarray, stored_as: Any) -> np.ndarray:
-    import gguf
-
-    if stored_as.name in ("F32", "F16"):
-        dtype = np.float32 if stored_as.name == "F32" else np.float16
-        return np.ascontiguousarray(values.astype(dtype))
-    return gguf.quants.quantize(np.ascontiguousarray(values.astype(np.float32)), stored_as)
 
 
 @dataclass(frozen=True)
@@ -188,14 +167,14 @@ def _entries(tensors: Tensors, config: ModelConfig, dtype: str) -> Iterator[_Ent
             expert_stacks.add(location.name)
     for target, names in sources.items():
         parts = [to_llama_cpp(tensors[name], name, config) for name in names]
-        stored_as = _stored_type(names[0], parts[0].shape, dtype)
+        stored_as = stored_type(names[0], parts[0].shape, dtype, config)
         if target in expert_stacks:
             shape = (len(parts), *parts[0].shape)
             yield _Entry(target, partial(_stacked, parts), shape, stored_as)
         else:
             yield _Entry(target, parts[0].all, parts[0].shape, stored_as)
     for target, values in rope_tensors(config).items():
-        stored_as = _stored_type(target, values.shape, dtype)
+        stored_as = stored_type(target, values.shape, dtype, config)
         yield _Entry(target, partial(np.asarray, values), values.shape, stored_as)
 
 

@@ -12,7 +12,7 @@ import jaxtune
 from jaxtune.core.errors import RunError, UserError
 from jaxtune.models.families.from_hf import from_hf
 from jaxtune.weights.formats.gguf import writer
-from jaxtune.weights.formats.gguf.llama_cpp import likeliest_tokens
+from jaxtune.weights.formats.gguf.llama_cpp import ask_llama_cpp
 from jaxtune.weights.formats.gguf.writer import check_expressible
 from jaxtune.workflows.convert import convert_to
 from tests.support import families, tools
@@ -112,8 +112,8 @@ def test_llama_cpp_computes_the_same_as_transformers(name, tmp_path):
     ids = np.random.default_rng(0).integers(32, 126, (4, length))
     logits = tools.torch_logits(model, ids)[:, -1].astype(np.float64)
     expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    answers = likeliest_tokens(path, ids.tolist(), context=256 if length < 256 else 512)
-    for row, answer in enumerate(answers):
+    answers = ask_llama_cpp(path, ids.tolist(), context=256 if length < 256 else 512)
+    for row, answer in enumerate(answers.likeliest):
         assert next(iter(answer)) == expected[row].argmax()
         assert len(answer) == 20
         for token, value in answer.items():
