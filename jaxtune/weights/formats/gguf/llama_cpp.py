@@ -15,12 +15,11 @@ from jaxtune.weights.formats.gguf import llama_cpp_worker
 from jaxtune.weights.verify import TEXT, Texts
 
 _LIKELIEST, _CONTEXT, _SECONDS = 20, 256, 3600
-# Largest difference of a likely token's log-probability, by the type of the matrices. llama.cpp
+# Largest mean difference of a likely token's log-probability, by the type of the matrices. llama.cpp
 # looks Gemma's activation up in a table of 16 bits, and rounds what a matrix is multiplied with to
-# the matrix's own type. To 8 bits where that has fewer: single tokens then differ much, so the mean
-# is limited.
-_TOLERANCES = {"float32": 1e-2, "float16": 0.1, "bfloat16": 0.3}
-_MEAN_TOLERANCE = 0.3
+# the matrix's own type, or to 8 bits where that has fewer; single tokens then differ by more.
+_TOLERANCES = {"float32": 3e-3, "float16": 0.1, "bfloat16": 0.3}
+_QUANTIZED_TOLERANCE = 1.0
 
 
 @dataclass(frozen=True)
@@ -125,14 +124,13 @@ def compare_with_llama_cpp(
         for row, answer in enumerate(answers.likeliest)
         for token, value in answer.items()
     ]
-    difference = max(differences)
-    judged = difference if dtype in _TOLERANCES else float(np.mean(differences))
-    if not judged <= _TOLERANCES.get(dtype, _MEAN_TOLERANCE):
+    mean = float(np.mean(differences))
+    if not mean <= _TOLERANCES.get(dtype, _QUANTIZED_TOLERANCE):
         raise RunError(
             "llama.cpp computes something else from what was written: log-probabilities differ by "
-            f"{judged:.2e}. Not written."
+            f"{mean:.2e}. Not written."
         )
-    return None, float(difference)
+    return None, float(max(differences))
 
 
 def _why_not(path: Path) -> str | None:

@@ -256,10 +256,11 @@ def _from_llama_cpp(
     if location.expert is not None:
         return _part(tensor, location.expert)
     family = GGUF_FAMILIES[config.raw["model_type"]]
-    if family.interleaved and ".q_proj." in name:
-        return half_split(tensor, config.num_heads)
-    if family.interleaved and ".k_proj." in name:
-        return half_split(tensor, config.num_kv_heads)
+    for part, heads in ((".q_proj.", config.num_heads), (".k_proj.", config.num_kv_heads)):
+        if family.interleaved and part in name:
+            # One of another shape goes on as it is, to be refused with what it should be.
+            fits = tensor.shape[0] == heads * config.head_dim
+            return half_split(tensor, heads) if fits else tensor
     if family.norm_offset and name.endswith("norm.weight"):
         return LazyTensor(
             tensor.shape,

@@ -104,7 +104,7 @@ def _checked_metadata(file: GGUF) -> dict[str, Any]:
             wrong.append(f"{key} has {len(items)} items for {len(tokens)} tokens")
     if not wrong and len(set(tokens)) != len(tokens):
         wrong.append("tokens has a token twice")
-    if not wrong and (odd := [merge for merge in meta.get("merges", []) if " " not in merge[1:]]):
+    if not wrong and (odd := [m for m in meta.get("merges", []) if m and " " not in m[1:]]):
         wrong.append(f"merges has {odd[0][:40]!r}, which is no pair")
     for key in (key for key in meta if key.endswith("_token_id")):
         value = meta[key]
@@ -125,7 +125,7 @@ def _byte_level(file: GGUF, meta: dict[str, Any]) -> tokenizers.Tokenizer:
             f"{listed(_SPLITS, 20)}."
         )
     vocab = {token: index for index, token in enumerate(meta["tokens"])}
-    merges = [tuple(merge.split(" ", 1)) for merge in meta.get("merges", [])]
+    merges = [tuple(merge.split(" ", 1)) for merge in meta.get("merges", []) if merge]
     if odd := [m for m in merges if not (m[0] in vocab and m[1] in vocab and "".join(m) in vocab)]:
         raise UserError(f"{file.path}: the merge {' '.join(odd[0])[:80]!r} makes no token.")
     ignores = kind in _IGNORES_MERGES
@@ -224,7 +224,8 @@ def tokenizer_metadata(
             "add_space_prefix": prepends or "Metaspace" in json.dumps(raw.get("pre_tokenizer")),
         }
     else:
-        metadata = {"model": "gpt2", "pre": _pre(raw), "merges": merges}
+        # llama.cpp wants merges, and the gguf package writes no empty list: a pair of nothing.
+        metadata = {"model": "gpt2", "pre": _pre(raw), "merges": merges or [""]}
     plain = tokenizer("a")["input_ids"]
     ids = {
         "bos": tokenizer.bos_token_id,
@@ -314,7 +315,7 @@ def _pre(raw: dict[str, Any]) -> str:
     for name in names:
         if (name in _IGNORES_MERGES) == ignores:
             return name
-    if unmerged := _unmerged(model):
+    if unmerged := _unmerged(raw):
         raise UserError(
             f"llama.cpp has no place for ignore_merges with the words of {names[0]}, and this "
             f"tokenizer has tokens that merging does not make: {listed(unmerged)}."
@@ -322,8 +323,10 @@ def _pre(raw: dict[str, Any]) -> str:
     return names[0]
 
 
-def _unmerged(model: dict[str, Any]) -> list[str]:
-    """Return tokens that are not what merging makes of their own characters."""
+def _unmerged(raw: dict[str, Any]) -> list[str]:
+    """Return tokens of words that are not what merging makes of their own characters."""
+    model, added = raw["model"], {token["content"] for token in raw["added_tokens"]}
     merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     merging = BPE(vocab=model["vocab"], merges=merges)
-    return [token for token in model["vocab"] if len(merging.tokenize(token)) != 1]
+    words = (token for token in model["vocab"] if token not in added)
+    return [token for token in words if len(merging.tokenize(token)) != 1]
