@@ -35,8 +35,10 @@ NUMBERS = [
     1 << 40,
     (1 << 63) - 1,
 ]
-OTHERS = [-1, True, False, 0.0, -1.0, 1e-30, 1e30, float("nan"), float("inf"), "", "x", "linear",
-          "yarn", "longrope", "none", [1, 2], [0.5], ["a", "b"], [True, False], [1] * 1000]  # fmt: skip
+OTHERS = [
+    -1, True, False, 0.0, -1.0, 1e-30, 1e30, float("nan"), float("inf"), "", "x", "linear", "yarn",
+    "longrope", "none", [1, 2], [0.5], ["a", "b"], [True, False], [1] * 1000,
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

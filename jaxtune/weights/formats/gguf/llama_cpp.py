@@ -15,9 +15,9 @@ from jaxtune.weights.formats.gguf import llama_cpp_worker
 from jaxtune.weights.verify import TEXT, Texts
 
 _LIKELIEST, _CONTEXT, _SECONDS = 20, 256, 3600
-# Largest mean difference of a likely token's log-probability, by the type of the matrices. llama.cpp
-# looks Gemma's activation up in a table of 16 bits, and rounds what a matrix is multiplied with to
-# the matrix's own type, or to 8 bits where that has fewer; single tokens then differ by more.
+# Largest mean difference of a likely token's log-probability, by the type of the matrices.
+# llama.cpp looks Gemma's activation up in a table of 16 bits, and rounds what a matrix is
+# multiplied with to the matrix's own type, or to 8 bits where that has fewer.
 _TOLERANCES = {"float32": 3e-3, "float16": 0.1, "bfloat16": 0.3}
 _QUANTIZED_TOLERANCE = 1.0
 

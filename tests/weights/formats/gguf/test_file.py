@@ -126,23 +126,29 @@ def test_scaling_and_neutral_keys_are_read_as_llama_cpp_does(name, llama, tmp_pa
     assert (rope.kind == "default") == (not options)
 
 
+UNKNOWN, COUNT = "does not understand", "not a positive whole number"
+LONG = dict.fromkeys(
+    ["llama.attention.key_length", "llama.attention.value_length", "llama.rope.dimension_count"],
+    1 << 30,
+)
+MANY = {"llama.expert_count": 8, "llama.expert_used_count": 2}
 WRONG = {
-    "not causal": ({"llama.attention.causal": False}, r"does not understand: llama\.attention\.causal"),
-    "an extrapolation": ({"llama.rope.scaling.yarn_ext_factor": 0.5}, "does not understand"),
-    "two sizes of values": ({"llama.attention.value_length": 4}, "beside llama.attention.key_length"),
+    "not causal": ({"llama.attention.causal": False}, rf"{UNKNOWN}: llama\.attention\.causal"),
+    "an extrapolation": ({"llama.rope.scaling.yarn_ext_factor": 0.5}, UNKNOWN),
+    "two sizes": ({"llama.attention.value_length": 4}, r"beside llama\.attention\.key_length"),
     "a million layers": ({"llama.block_count": 1_000_000}, "in the tensors it is 4"),
-    "layers beyond counting": ({"llama.block_count": 1 << 40}, "not a positive whole number below"),
+    "layers beyond counting": ({"llama.block_count": 1 << 40}, f"{COUNT} below"),
     "another width": ({"llama.embedding_length": 64}, "in the tensors it is 32"),
-    "a truth for a number": ({"llama.block_count": True}, "not a positive whole number"),
-    "a text for a number": ({"llama.attention.head_count": "4"}, "not a positive whole number"),
-    "unlike numbers": ({"llama.attention.head_count": [4, 4, 2, 4]}, "not a positive whole number"),
+    "a truth for a number": ({"llama.block_count": True}, COUNT),
+    "a text for a number": ({"llama.attention.head_count": "4"}, COUNT),
+    "unlike numbers": ({"llama.attention.head_count": [4, 4, 2, 4]}, COUNT),
     "no number": ({"llama.rope.freq_base": float("nan")}, "not a number from 0 on"),
     "below zero": ({"llama.attention.layer_norm_rms_epsilon": -1.0}, "not a number from 0 on"),
-    "a base of zero": ({"llama.rope.freq_base": 0.0}, "rope.freq_base = 0"),
+    "a base of zero": ({"llama.rope.freq_base": 0.0}, r"rope\.freq_base = 0"),
     "a number for a text": ({"llama.rope.scaling.type": 3}, "not a text"),
-    "more experts than there are": ({"llama.expert_count": 8, "llama.expert_used_count": 2}, "in the tensors it is 0"),
-    "a long head": ({"llama.attention.key_length": 1 << 30, "llama.attention.value_length": 1 << 30, "llama.rope.dimension_count": 1 << 30}, "divisors are needed"),
-}  # fmt: skip
+    "more experts than there are": (MANY, "in the tensors it is 0"),
+    "a long head": (LONG, "divisors are needed"),
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
