@@ -204,7 +204,7 @@ def named_tensors(file: GGUF) -> Tensors:
     config = from_hf(config_json(file), str(file.path))
     named: Tensors = {}
     # The configuration holds these.
-    used = set(ROPE_TENSORS)
+    used: set[str] = set(ROPE_TENSORS)
     for name, location in tensor_locations(config).items():
         if location.name in file.tensors:
             used.add(location.name)

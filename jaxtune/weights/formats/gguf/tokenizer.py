@@ -326,7 +326,9 @@ def _pre(raw: dict[str, Any]) -> str:
 def _unmerged(raw: dict[str, Any]) -> list[str]:
     """Return tokens of words that are not what merging makes of their own characters."""
     model, added = raw["model"], {token["content"] for token in raw["added_tokens"]}
-    merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    merges: Any = [
+        tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]
+    ]
     merging = BPE(vocab=model["vocab"], merges=merges)
     words = (token for token in model["vocab"] if token not in added)
     return [token for token in words if len(merging.tokenize(token)) != 1]
