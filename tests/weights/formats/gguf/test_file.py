@@ -188,7 +188,7 @@ HEADERS = {
     "an unknown type": header(0, 1, pair(b"a", 99, b"")),
     "dimensions": header(1, 0, text(b"a") + struct.pack("<I", 1 << 31)),
     "a shape that wraps around": header(
-        1, 0, text(b"a") + struct.pack("<IQQIQ", 2, 1 << 33, 1 << 33, 0, 0)
+        1, 0, text(b"a") + struct.pack("<IQQQIQ", 3, 32, 1 << 32, 1 << 32, 0, 0)
     ),
     "an offset": header(1, 0, text(b"a") + struct.pack("<IQIQ", 1, 4, 0, HUGE)),
     "no numbers": header(1, 0, text(b"a") + struct.pack("<IQIQ", 1, 0, 0, 0)),
