@@ -139,7 +139,8 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         metavar="NAME",
-        help="of the weights: float32, bfloat16, float16; for gguf also q8_0 (default: unchanged)",
+        help="of the weights: float32, bfloat16, float16; for gguf also q8_0, q6_k, q5_k_m, q4_k_m "
+        "(default: unchanged)",
     )
     parser.add_argument(
         "--push", metavar="REPO", help="upload to this repository of the hub afterwards"
@@ -164,6 +165,11 @@ def print_export(result: "ExportResult", to: str, json_path: str | None) -> None
         )
         for consumer in result.consumers:
             print(f"  {consumer}")
+        if comparison.divergence is not None and comparison.same_choice is not None:
+            print(
+                f"Rounded: beside the original, KL {comparison.divergence:.2e} nats a token and "
+                f"the same likeliest token after {comparison.same_choice:.1%}"
+            )
     readers = [consumer.as_dict() for consumer in result.consumers]
     listed_readers = {"consumers": readers} if readers else {}
     write_json(json_path, {"out": str(result.path), **comparison.as_dict(), **listed_readers})

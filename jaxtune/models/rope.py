@@ -112,10 +112,7 @@ def _longrope(
         plain / jnp.asarray(config.get(name), jnp.float32)
         for name in ("short_factor", "long_factor")
     )
-    scale = config.get("attention_factor")
-    if scale is None:
-        factor = config.get("factor") or max_positions / context
-        scale = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
+    scale = attention_factor(config, max_positions)
     return jnp.where((lengths > context)[..., None], long, short), scale
 
 
@@ -153,14 +150,28 @@ def _yarn(
     low, high = max(low, 0), min(high, head_dim - 1)
     high += 0.001 if low == high else 0.0
     ramp = jnp.clip((jnp.arange(head_dim // 2, dtype=jnp.float32) - low) / (high - low), 0, 1)
-    return plain / factor * ramp + plain * (1 - ramp), _yarn_temperature(config, factor)
+    return plain / factor * ramp + plain * (1 - ramp), attention_factor(config, max_positions)
 
 
-def _yarn_temperature(config: RopeConfig, factor: float) -> float:
-    def scale(mscale: float) -> float:
-        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
+def attention_factor(config: RopeConfig, max_positions: int) -> float:
+    """Return the factor of cosine and sine, by which YaRN and LongRoPE temper the attention: the
+    one that is given, else by the paper's formula; 1 for the other kinds.
+    """
     if (given := config.get("attention_factor")) is not None:
         return given
+    if config.kind == "longrope":
+        context = config.get("original_max_position_embeddings") or max_positions
+        factor = config.get("factor") or max_positions / context
+        return math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
+    if config.kind != "yarn":
+        return 1.0
     mscale, mscale_all = config.get("mscale"), config.get("mscale_all_dim")
-    return scale(mscale) / scale(mscale_all) if mscale and mscale_all else scale(1.0)
+    if mscale and mscale_all:
+        factor = config.get("factor")
+        return yarn_temperature(factor, mscale) / yarn_temperature(factor, mscale_all)
+    return yarn_temperature(config.get("factor"))
+
+
+def yarn_temperature(factor: float, mscale: float = 1.0) -> float:
+    """Return YaRN's factor of q and k for texts `factor` times as long (section 3.4)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -23,6 +23,13 @@ def model_card(
         checked = f"{checker} not run ({comparison.torch_note})"
     else:
         checked = f"{comparison.torch_difference:.1e} by {checker}"
+    rounded = ""
+    if comparison.divergence is not None and comparison.same_choice is not None:
+        rounded = (
+            " Its numbers are rounded: beside the original, the next token's distribution diverges "
+            f"by {comparison.divergence:.2e} nats (KL, mean over the texts), and the likeliest "
+            f"token is the same after {comparison.same_choice:.1%} of the tokens."
+        )
     largest = f"{comparison.largest_logit:.1f}"
     merged = " An adapter is merged into it, in float32." if is_merged else ""
     return f"""---
@@ -38,7 +45,7 @@ library_name: {export_format.library}
 ## Verified before it was written
 
 Over {comparison.tokens} tokens of text, logits up to {largest} differ from the original's by
-{comparison.reload_difference:.1e} when read again by jaxtune, {checked}.
+{comparison.reload_difference:.1e} when read again by jaxtune, {checked}.{rounded}
 """
 
 

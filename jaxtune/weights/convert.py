@@ -35,7 +35,6 @@ from jaxtune.weights.verify import (
     TORCH,
     Comparison,
     Texts,
-    compare_with_transformers,
     logits,
     sample_texts,
 )
@@ -96,19 +95,21 @@ def convert_model(
         tokenizer_files_for(source, adapter),
         sorted({*stop_ids_for(source, adapter), *stop_ids}),
     )
-    expected = OverriddenSource(
-        source.name, source.path, source, raw, model_format.round_trip(contents)
+    rounded, expected_raw = (
+        model_format.round_trip(contents),
+        model_format.config_read_back(contents),
     )
+    expected = OverriddenSource(source.name, source.path, source, expected_raw, rounded)
     is_exact = adapter is None and _same_numbers(tensors, expected.weights)
     with _staging(out, model_format, contents, replace) as path:
         model_format.write(path, contents)
         written = resolve(str(path))
         _check_same(expected, written)
         after = _logits_of(written, None, mesh, texts)
-        note, torch_difference = f"not for {to}", None
-        if model_format.read_by_transformers:
-            note, torch_difference = compare_with_transformers(written, after, texts)
-        comparison = Comparison.of(before, after, texts, torch_difference, note)
+        note, torch_difference = model_format.compare_outside(contents, written, after, texts)
+        comparison = Comparison.of(
+            before, after, texts, torch_difference, note, is_rounded=not is_exact
+        )
         if not np.isfinite(after).all() or (
             is_exact and not comparison.reload_difference <= SAME * comparison.largest_logit
         ):

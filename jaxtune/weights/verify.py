@@ -59,6 +59,9 @@ class Comparison:
         reload_difference: largest difference of logits, original against reload by jaxtune.
         torch_difference: the same, reload against PyTorch in float32; None where it was not run.
         torch_note: why it was not run.
+        divergence: mean KL divergence of the next token's distribution, in nats, of the reload from
+            the original; None where no number was rounded.
+        same_choice: share of the tokens after which both hold the same token for the likeliest.
 
     """
 
@@ -67,6 +70,8 @@ class Comparison:
     reload_difference: float
     torch_difference: float | None
     torch_note: str | None
+    divergence: float | None = None
+    same_choice: float | None = None
 
     @classmethod
     def of(
@@ -76,19 +81,42 @@ class Comparison:
         texts: Texts,
         torch_difference: float | None,
         torch_note: str | None,
+        *,
+        is_rounded: bool = False,
     ) -> "Comparison":
-        """Compare the logits before and after, float32 [tokens, vocab]."""
+        """Compare the logits before and after, float32 [tokens, vocab]; `is_rounded` says that the
+        reload has other numbers than the original.
+        """
+        # The last row is no text.
+        size = texts.tokens - int(texts.segments[-1].sum())
+        distances = _divergences(before[:size], after[:size]) if is_rounded else (None, None)
         return cls(
             texts.tokens,
             float(np.abs(before).max()),
             float(np.abs(after - before).max()),
             torch_difference,
             torch_note,
+            *distances,
         )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the comparison for `--json` and the report."""
         return asdict(self)
+
+
+def _divergences(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
+    """Return the mean KL divergence and the share of equal choices; logits [tokens, vocab]."""
+    divergences, equal = [], 0
+    for first, second in zip(before, after, strict=True):
+        p, q = (_log_softmax(row.astype(np.float64)) for row in (first, second))
+        divergences.append(float(np.sum(np.exp(p) * (p - q))))
+        equal += int(first.argmax() == second.argmax())
+    return float(np.mean(divergences)), equal / len(divergences)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())
 
 
 def pad_texts(rows: list[list[int]]) -> Texts:

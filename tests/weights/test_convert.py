@@ -276,6 +276,11 @@ REFUSED = {
     "windows of qwen in gguf": (
         "qwen2_windows",
         "gguf",
+        "no place for the sliding window of qwen2",
+    ),
+    "layers of gemma in gguf": (
+        "gemma3",
+        "gguf",
         "no place for this model; read again it would have layers",
     ),
     "another family in meta": ("qwen2", "meta", "Meta's format has a place for Llama only"),

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxtune.core.dtypes import DTYPES
 from jaxtune.core.files import read_json, write_json
 from jaxtune.core.tokenizer import Tokenizer
@@ -22,6 +24,7 @@ from jaxtune.weights.generation_config import write_generation_config
 from jaxtune.weights.source import Source
 from jaxtune.weights.tensors import Tensors
 from jaxtune.weights.tokenizer_files import is_same, load_tokenizer, save_tokenizer
+from jaxtune.weights.verify import Texts, compare_with_transformers
 
 USE_BY_JAXTUNE = """import jaxtune
 
@@ -143,6 +146,27 @@ class ModelFormat(Format):
             return contents.tensors
         dtype = DTYPES[contents.dtype]
         return {name: tensor.astype(dtype) for name, tensor in contents.tensors.items()}
+
+    def config_read_back(self, contents: ModelContents) -> dict[str, Any]:
+        """Return a `config.json` of the architecture that reading the written model must give."""
+        return contents.config_json
+
+    def compare_outside(
+        self, contents: ModelContents, written: Source, logits: np.ndarray, texts: Texts
+    ) -> tuple[str | None, float | None]:
+        """Compare our logits on a model that was written with those of `checked_by`.
+
+        Returns:
+            Why they were not compared, and the largest difference; one of them is None.
+
+        Raises:
+            UserError: that program cannot read what was written.
+            RunError: the logits differ by more than rounding.
+
+        """
+        if self.read_by_transformers:
+            return compare_with_transformers(written, logits, texts)
+        return f"not for {self.name}", None
 
     def file_name(self, contents: ModelContents) -> str:
         """Return the name of a format's single file in a directory that the user named."""

@@ -1,11 +1,14 @@
-"""A GGUF file: its header, and its tensors under Hugging Face's names.
+"""A GGUF file, or several that hold one model: the header, and the tensors by llama.cpp's names.
 
 The header is parsed here because the `gguf` package takes seconds for a vocabulary; that package
-de-quantizes the block formats.
+de-quantizes the block formats. No count of the header is trusted: the file must have room for it.
 """
 
+import math
 import mmap
+import re
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,10 @@ _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
+# Far above what any model has, and small enough to be held in memory.
+_MAX_PAIRS, _MAX_TENSORS, _MAX_ITEMS = 1 << 16, 1 << 20, 1 << 24
+_MAX_TEXT, _MAX_DIMS = 1 << 26, 4
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -42,10 +49,15 @@ class _Cursor:
         self.at += size
         return value
 
+    def count(self, what: str, largest: int, each: int) -> int:
+        """Return a count of things of at least `each` bytes."""
+        count = self.scalar("Q")
+        if count > largest or self.at + count * each > len(self.data):
+            raise ValueError(f"{count} {what}, for which it is too small")
+        return count
+
     def text(self) -> str:
-        size = self.scalar("Q")
-        if self.at + size > len(self.data):
-            raise struct.error("a string runs past the end of the file")
+        size = self.count("bytes in a string", _MAX_TEXT, 1)
         value = self.data[self.at : self.at + size]
         self.at += size
         return value.decode("utf-8", errors="replace")
@@ -54,25 +66,82 @@ class _Cursor:
         if kind == _STRING:
             return self.text()
         if kind != _ARRAY:
-            return self.scalar(_SCALARS[kind])
-        inner, count = self.scalar("I"), self.scalar("Q")
+            return self.scalar(_code(kind))
+        inner = self.scalar("I")
+        size = 8 if inner == _STRING else struct.calcsize("<" + _code(inner))
+        count = self.count("items in an array", _MAX_ITEMS, size)
         if inner == _STRING:
             return [self.text() for _ in range(count)]
-        if inner == _ARRAY:
-            return [self.value(inner) for _ in range(count)]
-        values = np.frombuffer(self.data, dtype="<" + _SCALARS[inner], count=count, offset=self.at)
+        values = np.frombuffer(self.data, dtype="<" + _code(inner), count=count, offset=self.at)
         self.at += values.nbytes
         return values.tolist()
 
 
+def _code(kind: int) -> str:
+    if kind not in _SCALARS:
+        raise ValueError(f"a value of the unknown type {kind}")
+    return _SCALARS[kind]
+
+
 def open_gguf(path: Path) -> GGUF:
-    """Parse the header of a GGUF file (version 2 or 3, little endian); tensors stay on disk.
+    """Parse the header of a GGUF file (version 2 or 3, little endian), or of all the files of a
+    model that is split over several, of which `path` is one; tensors stay on disk.
 
     Raises:
-        UserError: the file is not GGUF, is truncated, or holds a block format that the `gguf`
-            package does not know.
+        UserError: the file is not GGUF, is truncated, holds a block format that the `gguf`
+            package does not know, or is one of several that are not all there.
 
     """
+    first = _open_one(path)
+    count = first.metadata.get("split.count", 0)
+    if count in (0, 1):
+        return first
+    match = _SHARD.fullmatch(path.name)
+    if type(count) is not int or match is None or int(match[3]) != count or count < 0:
+        raise UserError(
+            f"{path} is one of {count} files of a model (split.count); they must be named "
+            "NAME-00001-of-0000N.gguf, with N the number of files."
+        )
+    paths = [
+        path.with_name(f"{match[1]}-{number:05}-of-{match[3]}{match[4]}")
+        for number in range(1, count + 1)
+    ]
+    if missing := [shard.name for shard in paths if not shard.exists()]:
+        raise UserError(
+            f"{path} is one of {count} files of a model; {listed(missing)} must lie beside it."
+        )
+    return _join([first if shard == path else _open_one(shard) for shard in paths])
+
+
+def shard_prefix(path: Path) -> str | None:
+    """Return what the names of a split model's files begin with; None for a single file."""
+    match = _SHARD.fullmatch(path.name)
+    return match and match[1]
+
+
+def _join(shards: list[GGUF]) -> GGUF:
+    """Return the files of one model as one; the first has the metadata."""
+    tensors: dict[str, LazyTensor] = {}
+    for number, shard in enumerate(shards):
+        declared = shard.metadata.get("split.no"), shard.metadata.get("split.count")
+        if declared != (number, len(shards)):
+            raise UserError(
+                f"{shard.path}: split.no and split.count are {declared[0]} and {declared[1]} "
+                f"instead of {number} and {len(shards)}: a file of another model, or renamed."
+            )
+        if twice := sorted(tensors.keys() & shard.tensors.keys()):
+            raise UserError(f"{shard.path}: {listed(twice)} are in an earlier file too.")
+        tensors |= shard.tensors
+    total = shards[0].metadata.get("split.tensors.count", len(tensors))
+    if total != len(tensors):
+        raise UserError(
+            f"{shards[0].path}: split.tensors.count is {total}, and the files have "
+            f"{len(tensors)} tensors. Download them again."
+        )
+    return GGUF(shards[0].path, shards[0].metadata, tensors)
+
+
+def _open_one(path: Path) -> GGUF:
     try:
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -88,7 +157,8 @@ def _parse(path: Path, cursor: _Cursor) -> GGUF:
     magic, version = cursor.scalar("I"), cursor.scalar("I")
     if magic != 0x46554747 or version not in (2, 3):
         raise ValueError(f"magic {magic:#x}, version {version}")
-    tensor_count, pair_count = cursor.scalar("Q"), cursor.scalar("Q")
+    tensor_count = cursor.count("tensors", _MAX_TENSORS, 24)
+    pair_count = cursor.count("pairs of metadata", _MAX_PAIRS, 13)
     metadata = {}
     for _ in range(pair_count):
         key = cursor.text()
@@ -98,12 +168,16 @@ def _parse(path: Path, cursor: _Cursor) -> GGUF:
     infos = []
     for _ in range(tensor_count):
         name, dims = cursor.text(), cursor.scalar("I")
+        if dims > _MAX_DIMS:
+            raise ValueError(f"tensor {name[:80]} has {dims} dimensions")
         shape = tuple(reversed([cursor.scalar("Q") for _ in range(dims)]))
         infos.append((name, shape, cursor.scalar("I"), cursor.scalar("Q")))
-    names = [name for name, *_ in infos]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    counts = Counter(name for name, *_ in infos)
+    if twice := sorted(name for name, count in counts.items() if count > 1):
         raise ValueError(f"tensors {listed(twice)} occur twice")
     alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1:
+        raise ValueError(f"general.alignment is {str(alignment)[:40]}")
     start = -(-cursor.at // alignment) * alignment
     tensors = {
         name: _lazy(path, cursor.data, name, shape, kind, start + offset)
@@ -125,12 +199,12 @@ def _lazy(
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
     except ValueError:
         raise UserError(f"{path}: tensor {name} has the unknown block format {kind}.") from None
-    if not shape or shape[-1] % block:
+    if not shape or not math.prod(shape) or shape[-1] % block:
         raise ValueError(
             f"tensor {name} has the shape {list(shape)}, which is not a whole number of blocks "
             f"of {block}"
         )
-    rows = int(np.prod(shape[:-1], dtype=np.int64))
+    rows = math.prod(shape[:-1])
     row_bytes = shape[-1] // block * size
     if offset + rows * row_bytes > len(data):
         raise ValueError(f"tensor {name} runs past the end of the file")

@@ -4,14 +4,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.models.families.from_hf import from_hf
 from jaxtune.weights.formats.format import ModelContents, ModelFormat
 from jaxtune.weights.formats.gguf import file as gguf_file
-from jaxtune.weights.formats.gguf import models, writer
+from jaxtune.weights.formats.gguf import models, quantize, rope, writer
 from jaxtune.weights.formats.gguf import tokenizer as gguf_tokenizer
+from jaxtune.weights.formats.gguf.llama_cpp import compare_with_llama_cpp
 from jaxtune.weights.source import Source, sorted_ids
-from jaxtune.weights.tensors import Tensors
+from jaxtune.weights.tensors import LazyTensor, Tensors
+from jaxtune.weights.verify import Texts
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class GGUFSource(Source):
     @property
     def short_name(self) -> str:
         """See Source."""
-        return super().short_name.removesuffix(".gguf")
+        name = super().short_name
+        return gguf_file.shard_prefix(Path(name)) or name.removesuffix(".gguf")
 
     @property
     def config_path(self) -> Path:
@@ -47,10 +52,13 @@ class GGUFSource(Source):
     def stop_ids(self) -> list[int]:
         """Return the ends of a sequence, of a turn and of a message."""
         keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
-        return sorted_ids([self.file.metadata.get(key) for key in keys])
+        ids = [self.file.metadata.get(key) for key in keys]
+        return sorted_ids([token for token in ids if type(token) is int])
 
     def pretrained_arguments(self) -> dict[str, str] | None:
         """See Source."""
+        if gguf_file.shard_prefix(self.path):
+            return None  # transformers reads one file
         return {
             "pretrained_model_name_or_path": str(self.path.resolve().parent),
             "gguf_file": self.path.name,
@@ -63,8 +71,9 @@ class GGUFFormat(ModelFormat):
     name = "gguf"
     description = "A model in GGUF, for llama.cpp and what is built on it."
     needs = "a .gguf file"
-    dtypes = tuple(writer.MATRIX_TYPES)
+    dtypes = tuple(quantize.MATRIX_TYPES)
     suffix = ".gguf"
+    checked_by = "llama.cpp"
 
     def recognizes(self, path: Path) -> bool:
         """See ModelFormat."""
@@ -95,8 +104,31 @@ class GGUFFormat(ModelFormat):
         config = from_hf(contents.config_json, contents.source.name)
         writer.check_expressible(config)
         dtype = _matrix_dtype(contents)
-        return models.round_trip(
-            contents.tensors, config, lambda tensor, name: writer.as_stored(tensor, name, dtype)
+        quantize.check_encoder(dtype)
+
+        def stored(tensor: LazyTensor, name: str) -> LazyTensor:
+            return writer.as_stored(tensor, name, dtype, config)
+
+        return models.round_trip(contents.tensors, config, stored)
+
+    def config_read_back(self, contents: ModelContents) -> dict[str, Any]:
+        """See ModelFormat."""
+        return rope.as_read_back(contents.config_json, contents.source.name)
+
+    def compare_outside(
+        self, contents: ModelContents, written: Source, logits: np.ndarray, texts: Texts
+    ) -> tuple[str | None, float | None]:
+        """See ModelFormat."""
+        assert isinstance(written, GGUFSource)
+        if "tokenizer.ggml.tokens" not in written.file.metadata:
+            return "its server wants a tokenizer, and the model has none", None
+        return compare_with_llama_cpp(
+            written.path,
+            logits,
+            texts,
+            _matrix_dtype(contents),
+            # That of a GGUF file goes on as it is, whatever is read of it here.
+            with_tokenizer=not isinstance(contents.source, GGUFSource),
         )
 
     def file_name(self, contents: ModelContents) -> str:
@@ -118,9 +150,10 @@ def _matrix_dtype(contents: ModelContents) -> str:
 def _tokenizer_metadata(contents: ModelContents) -> dict[str, Any]:
     source, tokenizer = contents.source, contents.tokenizer
     if isinstance(source, GGUFSource) and contents.has_own_tokenizer:
-        metadata = source.file.metadata.items()
-        return {key: value for key, value in metadata if key.startswith("tokenizer.")}
+        items = source.file.metadata.items()
+        metadata = {key: value for key, value in items if key.startswith("tokenizer.")}
+        return gguf_tokenizer.with_stops(metadata, list(contents.stop_ids))
     if tokenizer is None:
-        return {}
+        return {"tokenizer.ggml.model": "none"}  # llama.cpp's word for it
     vocab_size = contents.config_json["vocab_size"]
     return gguf_tokenizer.tokenizer_metadata(tokenizer, vocab_size, list(contents.stop_ids))

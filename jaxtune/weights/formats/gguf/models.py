@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,21 +11,20 @@ from flax import nnx
 from jaxtune.core.errors import UserError, listed
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import abstract_model
+from jaxtune.models.families.config_reader import FULL, SLIDING
 from jaxtune.models.families.from_hf import from_hf
 from jaxtune.models.families.table import FAMILIES
 from jaxtune.weights.formats.gguf.file import GGUF
+from jaxtune.weights.formats.gguf.metadata import check_sizes, family_metadata
+from jaxtune.weights.formats.gguf.rope import ROPE_TENSORS, read_rope, short
 from jaxtune.weights.interleave import half_split, interleaved
 from jaxtune.weights.mapping import leaf_mappings
 from jaxtune.weights.tensors import Index, LazyTensor, Tensors
 
-_READ = {
-    "block_count", "context_length", "embedding_length", "feed_forward_length",
-    "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
-    "attention.key_length", "attention.value_length", "rope.freq_base", "rope.dimension_count",
-    "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
-    "rope.scaling.attn_factor", "rope.scaling.finetuned", "rope.scaling.yarn_beta_fast",
-    "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_log_multiplier", "vocab_size",
-}  # fmt: skip
+# Kinds of rotary embeddings that llama.cpp computes: for every family here; for those whose code
+# takes divisors of the frequencies too; for those with two rotary embeddings.
+_ROPES = ("default", "linear", "yarn")
+_ROPES_WITH_DIVISORS = (*_ROPES, "llama3", "longrope")
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,13 @@ class GGUFFamily:
         interleaved: whether the rows of q and k are in the order of interleaved rotary pairs.
         norm_offset: what was added to the norms' weights.
         keys: metadata beyond what all families have, with its key in config.json.
+        ropes: the kinds of rotary embeddings that llama.cpp computes for it.
+        biases: whether llama.cpp reads biases of the attention's output and of the MLP.
+        square_attention: whether llama.cpp takes the heads to be as wide together as the
+            embedding.
+        head: whether llama.cpp wants a head of its own (`own`), the embedding as head (`tied`), or
+            takes either.
+        windows: whether llama.cpp computes sliding windows.
         implied: keys of config.json that are constants in llama.cpp's code for this family.
 
     """
@@ -45,6 +51,11 @@ class GGUFFamily:
     interleaved: bool = False
     norm_offset: float = 0.0
     keys: Mapping[str, str] = field(default_factory=dict)
+    ropes: tuple[str, ...] = _ROPES
+    biases: bool = False
+    square_attention: bool = False
+    head: Literal["own", "tied", "either"] = "either"
+    windows: bool = False
     implied: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: {}
 
 
@@ -65,10 +76,8 @@ def _gemma(config: dict[str, Any]) -> dict[str, Any]:
 
 
 _WINDOW = {"attention.sliding_window": "sliding_window"}
-_CAPS = {
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-}
+_FINAL_CAP = {"final_logit_softcapping": "final_logit_softcapping"}
+_CAPS = _FINAL_CAP | {"attn_logit_softcapping": "attn_logit_softcapping"}
 _GRANITE = {
     "attention.scale": "attention_multiplier",
     "embedding_scale": "embedding_multiplier",
@@ -82,22 +91,35 @@ _EXPERTS = {
 }
 _MIXTRAL = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
 
+_LLAMA: Any = {"interleaved": True, "ropes": _ROPES_WITH_DIVISORS, "biases": True}
+_GEMMA: Any = {
+    "norm_offset": 1.0,
+    "ropes": ("default", "linear"),
+    "windows": True,
+    "implied": _gemma,
+}
+
 # By the model_type of config.json.
 GGUF_FAMILIES: dict[str, GGUFFamily] = {
-    "llama": GGUFFamily("LLAMA", interleaved=True),
-    "mistral": GGUFFamily("LLAMA", interleaved=True),
-    "mixtral": GGUFFamily("LLAMA", interleaved=True, keys=_MIXTRAL),
-    "qwen2": GGUFFamily("QWEN2"),
+    "llama": GGUFFamily("LLAMA", **_LLAMA),
+    "mistral": GGUFFamily("LLAMA", **_LLAMA),
+    "mixtral": GGUFFamily("LLAMA", keys=_MIXTRAL, **_LLAMA),
+    "qwen2": GGUFFamily("QWEN2", square_attention=True),
     "qwen3": GGUFFamily("QWEN3"),
     "qwen3_moe": GGUFFamily(
         "QWEN3MOE", keys=_EXPERTS, implied=lambda config: {"norm_topk_prob": True}
     ),
-    "gemma2": GGUFFamily("GEMMA2", norm_offset=1.0, keys=_WINDOW | _CAPS, implied=_gemma),
-    "gemma3_text": GGUFFamily("GEMMA3", norm_offset=1.0, keys=_WINDOW, implied=_gemma),
-    "phi3": GGUFFamily("PHI3", keys=_WINDOW),
-    "olmo2": GGUFFamily("OLMO2"),
+    "gemma2": GGUFFamily("GEMMA2", keys=_WINDOW | _CAPS, head="tied", **_GEMMA),
+    "gemma3_text": GGUFFamily("GEMMA3", keys=_WINDOW | _FINAL_CAP, **_GEMMA),
+    "phi3": GGUFFamily(
+        "PHI3",
+        keys=_WINDOW,
+        ropes=("default", "longrope", "yarn"),
+        square_attention=True,
+    ),
+    "olmo2": GGUFFamily("OLMO2", square_attention=True, head="own"),
     "smollm3": GGUFFamily("SMOLLM3", interleaved=True),
-    "granite": GGUFFamily("GRANITE", interleaved=True, keys=_GRANITE),
+    "granite": GGUFFamily("GRANITE", keys=_GRANITE, **_LLAMA),
 }
 
 
@@ -110,7 +132,11 @@ def config_json(file: GGUF) -> dict[str, Any]:
     """
     kind = _model_type(file)
     family = GGUF_FAMILIES[kind]
-    metadata = _family_metadata(file, kind)
+    required = ["block_count", "embedding_length", "attention.head_count"]
+    if kind != "qwen3_moe":
+        required.append("feed_forward_length")
+    metadata = family_metadata(file, family.keys, required, has_windows=family.windows)
+    check_sizes(file, metadata)
     heads = metadata["attention.head_count"]
     embedding = file.tensors.get("token_embd.weight")
     config = {
@@ -123,7 +149,7 @@ def config_json(file: GGUF) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": metadata.get("attention.head_count_kv", heads),
         "head_dim": metadata.get("attention.key_length") or metadata["embedding_length"] // heads,
-        "rms_norm_eps": _short(metadata.get("attention.layer_norm_rms_epsilon", 1e-6)),
+        "rms_norm_eps": short(metadata.get("attention.layer_norm_rms_epsilon", 1e-6)),
         "max_position_embeddings": metadata.get("context_length", 2048),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors and kind != "qwen2",
@@ -135,38 +161,24 @@ def config_json(file: GGUF) -> dict[str, Any]:
     for gguf_key, hf_key in family.keys.items():
         if gguf_key in metadata:
             config[hf_key] = _number(metadata[gguf_key])
+    if config.get("sliding_window") == 0:
+        config["sliding_window"] = None
+    if family.windows:
+        config |= _layer_types(metadata, kind)
     config |= family.implied(config)
-    return config | _rope(file, metadata, config)
+    return config | read_rope(file, metadata, config)
 
 
-def _family_metadata(file: GGUF, kind: str) -> dict[str, Any]:
-    """Return the metadata of the file's architecture without its prefix, checked."""
-    prefix = str(file.metadata["general.architecture"]) + "."
-    metadata = {
-        key.removeprefix(prefix): value
-        for key, value in file.metadata.items()
-        if key.startswith(prefix)
-    }
-    known = _READ | GGUF_FAMILIES[kind].keys.keys()
-    if unknown := [prefix + key for key, value in metadata.items() if key not in known and value]:
-        raise UserError(
-            f"{file.path}: metadata that jaxtune does not understand: {listed(unknown)}."
-        )
-    required = ["block_count", "embedding_length", "attention.head_count"]
-    if kind != "qwen3_moe":
-        required.append("feed_forward_length")
-    if missing := [prefix + key for key in required if key not in metadata]:
-        raise UserError(f"{file.path}: the metadata {listed(missing)} is missing.")
-    counts = [*required, "attention.head_count_kv", "attention.key_length"]
-    if wrong := [
-        f"{prefix}{key} = {metadata[key]!r}"
-        for key in counts
-        if key in metadata and (not isinstance(metadata[key], int) or metadata[key] < 1)
-    ]:
-        raise UserError(
-            f"{file.path}: the metadata {listed(wrong)} is not a positive whole number."
-        )
-    return metadata
+def _layer_types(metadata: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return which layers have a window, where the file says it otherwise than the family."""
+    pattern, count = metadata.get("attention.sliding_window_pattern"), metadata["block_count"]
+    if kind == "gemma3_text" and not metadata.get("attention.sliding_window"):
+        return {"layer_types": [FULL] * count}
+    if isinstance(pattern, list):
+        return {"layer_types": [SLIDING if windowed else FULL for windowed in pattern]}
+    if pattern is None:
+        return {}
+    return {"layer_types": [SLIDING if (i + 1) % pattern else FULL for i in range(count)]}
 
 
 def _model_type(file: GGUF) -> str:
@@ -192,7 +204,7 @@ def named_tensors(file: GGUF) -> Tensors:
     config = from_hf(config_json(file), str(file.path))
     named: Tensors = {}
     # The configuration holds these.
-    used = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+    used: set[str] = set(ROPE_TENSORS)
     for name, location in tensor_locations(config).items():
         if location.name in file.tensors:
             used.add(location.name)
@@ -228,7 +240,10 @@ def tensor_locations(config: ModelConfig) -> dict[str, TensorLocation]:
             layer = name.split(".")[2] if row.stack else None
             modules = generic[:-1] if layer is None else [*generic[:2], layer, *generic[2:-1]]
             gguf_name = names.get_name(".".join(modules))
-            assert gguf_name is not None, modules
+            if gguf_name is None:
+                raise UserError(
+                    f"GGUF has no place for the tensor {name} of {config.raw['model_type']}."
+                )
             expert = number % row.stack[1] if len(row.stack) == 2 else None
             locations[name] = TensorLocation(f"{gguf_name}.{generic[-1]}", expert)
     return locations
@@ -241,10 +256,11 @@ def _from_llama_cpp(
     if location.expert is not None:
         return _part(tensor, location.expert)
     family = GGUF_FAMILIES[config.raw["model_type"]]
-    if family.interleaved and ".q_proj." in name:
-        return half_split(tensor, config.num_heads)
-    if family.interleaved and ".k_proj." in name:
-        return half_split(tensor, config.num_kv_heads)
+    for part, heads in ((".q_proj.", config.num_heads), (".k_proj.", config.num_kv_heads)):
+        if family.interleaved and part in name:
+            # One of another shape goes on as it is, to be refused with what it should be.
+            fits = tensor.shape[0] == heads * config.head_dim
+            return half_split(tensor, heads) if fits else tensor
     if family.norm_offset and name.endswith("norm.weight"):
         return LazyTensor(
             tensor.shape,
@@ -290,88 +306,5 @@ def _part(tensor: LazyTensor, expert: int) -> LazyTensor:
     return LazyTensor(tensor.shape[1:], tensor.dtype, read, tensor.quantized)
 
 
-def _rope(file: GGUF, metadata: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of config.json for the rotary embedding."""
-    theta = _short(metadata.get("rope.freq_base", 10000.0))
-    options = _scaling(file, metadata, config, theta)
-    if config["model_type"] == "gemma3_text":
-        return {"rope_theta": theta, "rope_local_base_freq": 10000.0, "rope_scaling": options}
-    if config["model_type"] == "phi3":
-        share = metadata.get("rope.dimension_count", config["head_dim"]) / config["head_dim"]
-        context = metadata.get(
-            "rope.scaling.original_context_length", config["max_position_embeddings"]
-        )
-        return {
-            "rope_parameters": {"rope_theta": theta, "partial_rotary_factor": share, **options},
-            "original_max_position_embeddings": context,
-        }
-    if metadata.get("rope.dimension_count", config["head_dim"]) != config["head_dim"]:
-        raise UserError(
-            f"{file.path}: rotary embeddings over a part of a head are not supported for "
-            f"{config['model_type']}."
-        )
-    return {"rope_parameters": {"rope_theta": theta, **options}}
-
-
-def _scaling(
-    file: GGUF, metadata: dict[str, Any], config: dict[str, Any], theta: float
-) -> dict[str, Any]:
-    kind = metadata.get("rope.scaling.type", "none")
-    if "rope_factors_long.weight" in file.tensors:
-        long, short = (
-            file.tensors[f"rope_factors_{size}.weight"].all().tolist() for size in ("long", "short")
-        )
-        options = {
-            "rope_type": "longrope",
-            "long_factor": [_short(x) for x in long],
-            "short_factor": [_short(x) for x in short],
-        }
-        factor = metadata.get("rope.scaling.attn_factor")
-        return options | ({} if factor is None else {"attention_factor": _short(factor)})
-    if "rope_freqs.weight" in file.tensors:
-        return _llama3(file, config["head_dim"], theta)
-    if kind == "none":
-        return {"rope_type": "default"}
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": _short(metadata["rope.scaling.factor"])}
-    if kind == "yarn":
-        options = {"factor": _short(metadata["rope.scaling.factor"])}
-        if length := metadata.get("rope.scaling.original_context_length"):
-            options["original_max_position_embeddings"] = length
-        return {"rope_type": "yarn", **options}
-    raise UserError(f"{file.path}: rope scaling {kind!r} is not supported.")
-
-
-def _llama3(file: GGUF, head_dim: int, theta: float) -> dict[str, Any]:
-    """Recover Llama 3's scaling from the divisor of every frequency, which is all that the format
-    keeps of it.
-    """
-    divisors = file.tensors["rope_freqs.weight"].all().astype(np.float64)
-    plain = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    factor = _short(float(divisors.max()))
-    for context in (8192, *(1 << size for size in range(20))):
-        blend = np.clip((context * plain / (2 * np.pi) - 1.0) / 3.0, 0, 1)
-        expected = 1 / ((1 - blend) / factor + blend)
-        if divisors.shape == expected.shape and np.allclose(divisors, expected, rtol=1e-5):
-            return {
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": context,
-            }
-    raise UserError(
-        f"{file.path}: rope_freqs.weight is not Llama 3's frequency scaling (from 1 to 4 turns), "
-        "the only one that is supported."
-    )
-
-
 def _number(value: Any) -> Any:
-    return _short(value) if isinstance(value, float) else value
-
-
-def _short(value: float) -> float:
-    """Return a float32 as the shortest decimal that rounds to it, such as 1e-05 instead of
-    9.999999747378752e-06.
-    """
-    return float(str(np.float32(value)))
+    return short(value) if isinstance(value, float) else value

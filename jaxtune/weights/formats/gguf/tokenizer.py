@@ -34,6 +34,14 @@ _SPLITS: dict[str, tuple[str, ...]] = {
     "qwen2": (_QWEN2,),
     "deepseek-r1-qwen": (_QWEN2,),
 }
+# Of these, where a word that is a token is that token, whatever the merges would make of it.
+_IGNORES_MERGES = {"llama-bpe", "llama3", "llama-v3"}
+
+# What the metadata of a tokenizer may be: a type, or a list of one.
+_TEXTS = {"model", "pre", "chat_template"}
+_LISTS: dict[str, tuple[type, ...]] = {
+    "tokens": (str,), "merges": (str,), "scores": (float, int), "token_type": (int,),
+}  # fmt: skip
 
 
 def read_tokenizer(file: GGUF) -> Tokenizer:
@@ -45,11 +53,7 @@ def read_tokenizer(file: GGUF) -> Tokenizer:
     """
     from transformers import PreTrainedTokenizerFast
 
-    meta = {
-        key.removeprefix("tokenizer.ggml."): value
-        for key, value in file.metadata.items()
-        if key.startswith("tokenizer.")
-    }
+    meta = _checked_metadata(file)
     kind = meta.get("model")
     if kind not in ("gpt2", "llama"):
         raise UserError(
@@ -77,6 +81,43 @@ def read_tokenizer(file: GGUF) -> Tokenizer:
     return fast
 
 
+def _checked_metadata(file: GGUF) -> dict[str, Any]:
+    """Return the tokenizer's metadata without its prefix.
+
+    Raises:
+        UserError: a value is of another type than its key says, or an id is none of a token.
+
+    """
+    meta = {
+        key.removeprefix("tokenizer.").removeprefix("ggml."): value
+        for key, value in file.metadata.items()
+        if key.startswith("tokenizer.")
+    }
+    wrong = [f"{key} is not a text" for key in _TEXTS & meta.keys() if type(meta[key]) is not str]
+    if not isinstance(tokens := meta.get("tokens"), list):
+        raise UserError(f"{file.path}: the tokenizer cannot be read: tokens is not a list of str.")
+    for key, types in _LISTS.items():
+        if not isinstance(items := meta.get(key, []), list) or not all(
+            type(item) in types for item in items
+        ):
+            wrong.append(f"{key} is not a list of {types[0].__name__}")
+        elif key != "merges" and key in meta and len(items) != len(tokens):
+            wrong.append(f"{key} has {len(items)} items for {len(tokens)} tokens")
+    if not wrong and len(set(tokens)) != len(tokens):
+        wrong.append("tokens has a token twice")
+    if not wrong and (odd := [m for m in meta.get("merges", []) if m and " " not in m[1:]]):
+        wrong.append(f"merges has {odd[0][:40]!r}, which is no pair")
+    for key in (key for key in meta if key.endswith("_token_id")):
+        value = meta[key]
+        if type(value) is not int or not 0 <= value < len(tokens):
+            wrong.append(f"{key} {str(value)[:40]} is the id of no token")
+    if not wrong and meta.get("model") == "llama" and "scores" not in meta:
+        wrong.append("scores is missing")
+    if wrong:
+        raise UserError(f"{file.path}: the tokenizer cannot be read: {listed(wrong)}.")
+    return meta
+
+
 def _byte_level(file: GGUF, meta: dict[str, Any]) -> tokenizers.Tokenizer:
     kind = meta.get("pre", "default")
     if kind not in _SPLITS:
@@ -85,8 +126,11 @@ def _byte_level(file: GGUF, meta: dict[str, Any]) -> tokenizers.Tokenizer:
             f"{listed(_SPLITS, 20)}."
         )
     vocab = {token: index for index, token in enumerate(meta["tokens"])}
-    merges = [tuple(merge.split(" ", 1)) for merge in meta.get("merges", [])]
-    backend = tokenizers.Tokenizer(BPE(vocab=vocab, merges=merges))
+    merges = [tuple(merge.split(" ", 1)) for merge in meta.get("merges", []) if merge]
+    if odd := [m for m in merges if not (m[0] in vocab and m[1] in vocab and "".join(m) in vocab)]:
+        raise UserError(f"{file.path}: the merge {' '.join(odd[0])[:80]!r} makes no token.")
+    ignores = kind in _IGNORES_MERGES
+    backend = tokenizers.Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=ignores))
     splits = [
         pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _SPLITS[kind]
     ]
@@ -181,16 +225,15 @@ def tokenizer_metadata(
             "add_space_prefix": prepends or "Metaspace" in json.dumps(raw.get("pre_tokenizer")),
         }
     else:
-        metadata = {"model": "gpt2", "pre": _pre(raw["pre_tokenizer"]), "merges": merges}
+        # llama.cpp wants merges, and the gguf package writes no empty list: a pair of nothing.
+        metadata = {"model": "gpt2", "pre": _pre(raw), "merges": merges or [""]}
     plain = tokenizer("a")["input_ids"]
-    rest = [token for token in stop_ids if token != tokenizer.eos_token_id]
     ids = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
         "padding": tokenizer.pad_token_id,
         "unknown": tokenizer.unk_token_id,
     }
-    ids |= dict(zip(("eot", "eom"), rest, strict=False))
     metadata |= {"tokens": tokens, "token_type": kinds}
     metadata |= {f"{name}_token_id": token for name, token in ids.items() if token is not None}
     metadata |= {
@@ -198,7 +241,8 @@ def tokenizer_metadata(
         "add_eos_token": plain[-1] == tokenizer.eos_token_id,
     }
     prefixed = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
-    return prefixed | _templates(tokenizer.chat_template)
+    prefixed |= _templates(tokenizer.chat_template)
+    return with_stops(prefixed, stop_ids)
 
 
 def _templates(templates: Any) -> dict[str, Any]:
@@ -216,9 +260,19 @@ def _read_templates(file: GGUF) -> Any:
     named = {
         key.removeprefix(prefix): text
         for key, text in file.metadata.items()
-        if key.startswith(prefix)
+        if key.startswith(prefix) and isinstance(text, str)
     }
     return {**({_DEFAULT: default} if default else {}), **named} if named else default
+
+
+def with_stops(metadata: dict[str, Any], stop_ids: list[int]) -> dict[str, Any]:
+    """Return a tokenizer's metadata by which generation ends at all of these tokens, as far as the
+    format has a place: it names an end of the sequence, of a turn and of a message.
+    """
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    rest = [token for token in stop_ids if token not in [metadata.get(key) for key in keys]]
+    free = [key for key in keys[1:] if metadata.get(key) is None]
+    return metadata | dict(zip(free, rest, strict=False))
 
 
 def _tokens(
@@ -252,8 +306,11 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
     return [-float(order.get(token, len(merges))) for token in tokens]
 
 
-def _pre(pre_tokenizer: dict[str, Any]) -> str:
-    """Return llama.cpp's name for how text is split into words."""
+def _pre(raw: dict[str, Any]) -> str:
+    """Return llama.cpp's name for how text is split into words, and whether words that are tokens
+    are merged.
+    """
+    pre_tokenizer, model = raw["pre_tokenizer"], raw["model"]
     is_sequence = pre_tokenizer["type"] == "Sequence"
     parts = pre_tokenizer["pretokenizers"] if is_sequence else [pre_tokenizer]
     patterns = []
@@ -264,10 +321,34 @@ def _pre(pre_tokenizer: dict[str, Any]) -> str:
             patterns.append(r"\p{N}")
         elif part["type"] == "ByteLevel" and part.get("use_regex", True):
             patterns.append(_GPT2)
-    for name in ("gpt-2", "smollm", "llama-bpe", "qwen2"):
-        if tuple(patterns) == _SPLITS[name]:
+    names = [
+        name
+        for name in ("gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2")
+        if tuple(patterns) == _SPLITS[name]
+    ]
+    if not names:
+        raise UserError(
+            "GGUF needs llama.cpp's name for how this tokenizer splits text into words, and "
+            f"{listed(patterns)} has none that is known here; known are {listed(_SPLITS, 20)}."
+        )
+    ignores = bool(model.get("ignore_merges"))
+    for name in names:
+        if (name in _IGNORES_MERGES) == ignores:
             return name
-    raise UserError(
-        "GGUF needs llama.cpp's name for how this tokenizer splits text into words, and "
-        f"{listed(patterns)} has none that is known here; known are {listed(_SPLITS, 20)}."
-    )
+    if unmerged := _unmerged(raw):
+        raise UserError(
+            f"llama.cpp has no place for ignore_merges with the words of {names[0]}, and this "
+            f"tokenizer has tokens that merging does not make: {listed(unmerged)}."
+        )
+    return names[0]
+
+
+def _unmerged(raw: dict[str, Any]) -> list[str]:
+    """Return tokens of words that are not what merging makes of their own characters."""
+    model, added = raw["model"], {token["content"] for token in raw["added_tokens"]}
+    merges: Any = [
+        tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]
+    ]
+    merging = BPE(vocab=model["vocab"], merges=merges)
+    words = (token for token in model["vocab"] if token not in added)
+    return [token for token in words if len(merging.tokenize(token)) != 1]
