@@ -204,8 +204,9 @@ def check_layout(directory: Path) -> None:
 
     """
     environment = _read_environment(directory)
-    if (layout := environment.get("layout", 0)) > LAYOUT:
-        writer = environment.get("versions", {}).get("jaxtune")
+    layout, versions = environment.get("layout", 0), environment.get("versions")
+    if isinstance(layout, int) and layout > LAYOUT:
+        writer = versions.get("jaxtune") if isinstance(versions, dict) else None
         raise UserError(
             f"{directory} was written by jaxtune {writer} with layout {layout}; this is jaxtune "
             f"{_version('jaxtune')}, which knows layouts up to {LAYOUT}. Upgrade jaxtune."
@@ -252,7 +253,8 @@ def environment() -> dict[str, Any]:
 
 def _read_environment(directory: Path) -> dict[str, Any]:
     path = directory / ENVIRONMENT
-    return read_json(path) if path.exists() else {}
+    value = read_json(path) if path.exists() else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _version(package: str) -> str | None:

@@ -1,8 +1,18 @@
-"""The model card: the `README.md` of an export."""
+"""The model card: the `README.md` of an export.
+
+Names of models, files and metrics are data: in a card they stand as code, which no Markdown, HTML
+or YAML can end.
+"""
+
+import re
+
+import yaml
 
 from jaxtune.weights.formats.format import Format
 from jaxtune.weights.source import Source
 from jaxtune.weights.verify import Comparison
+
+_ONE_LINE = 1 << 20
 
 
 def model_card(
@@ -20,23 +30,38 @@ def model_card(
     """
     checker = export_format.checked_by
     if comparison.torch_difference is None:
-        checked = f"{checker} not run ({comparison.torch_note})"
+        checked = f"{checker} not run ({code(comparison.torch_note or '')})"
     else:
         checked = f"{comparison.torch_difference:.1e} by {checker}"
     largest = f"{comparison.largest_logit:.1f}"
     merged = " An adapter is merged into it, in float32." if is_merged else ""
+    header = {"library_name": export_format.library, "base_model": source.name}
     return f"""---
-library_name: {export_format.library}
-base_model: {source.name}
----
-{export_format.description} Made by jaxtune from `{source.name}`.{merged}
+{yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=_ONE_LINE)}---
+{export_format.description} Made by jaxtune from {code(source.name)}.{merged}
 
-```python
-{export_format.usage(source)}
-```
+{code_block(export_format.usage(source), "python")}
 {about}
 ## Verified before it was written
 
 Over {comparison.tokens} tokens of text, logits up to {largest} differ from the original's by
 {comparison.reload_difference:.1e} when read again by jaxtune, {checked}.
 """
+
+
+def code(text: str) -> str:
+    """Return a text as Markdown's code within a line, whatever it holds."""
+    line = " ".join(text.split())
+    fence = "`" * (_longest_run(line) + 1)
+    padding = " " if "`" in line or not line else ""
+    return f"{fence}{padding}{line}{padding}{fence}"
+
+
+def code_block(text: str, language: str) -> str:
+    """Return a text as Markdown's block of code, whatever it holds."""
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)

@@ -29,6 +29,7 @@ from jaxtune.tracking.run_directory import (
 )
 from jaxtune.training.checkpoint import Checkpoints
 from jaxtune.training.setup import Setup, build_setup
+from jaxtune.weights.card import code, code_block
 from jaxtune.weights.convert import convert_model
 from jaxtune.weights.export import export_adapter, export_weights
 from jaxtune.weights.formats.registry import get_format
@@ -234,7 +235,7 @@ def _data_section(config: Config, directory: Path) -> str:
 
 def _source_names(config: Config, part: Which) -> str:
     """Return the sources' names without their folders."""
-    return ", ".join(f"`{Path(entry.source).name}`" for entry in config.data.entries(part))
+    return ", ".join(code(Path(entry.source).name) for entry in config.data.entries(part))
 
 
 def _hyperparameters(config: Config) -> str:
@@ -244,7 +245,7 @@ def _hyperparameters(config: Config) -> str:
         exclude={"data": {"train", "eval"}},
     )
     text = yaml.safe_dump(keys, sort_keys=False).rstrip()
-    return f"## Hyperparameters\n\n```yaml\n{text}\n```"
+    return f"## Hyperparameters\n\n{code_block(text, 'yaml')}"
 
 
 def _metrics(directory: Path) -> str:
@@ -254,7 +255,10 @@ def _metrics(directory: Path) -> str:
     names = [
         name for name, value in rows[-1].items() if isinstance(value, float) and name != "epoch"
     ]
-    lines = ["## Metrics on the evaluation data", "", f"| step | {' | '.join(names)} |"]
+    heads = " | ".join(
+        name if name.isidentifier() else code(name).replace("|", "\\|") for name in names
+    )
+    lines = ["## Metrics on the evaluation data", "", f"| step | {heads} |"]
     lines.append("|---" * (len(names) + 1) + "|")
     for row in rows:
         values = " | ".join(f"{row[name]:.4f}" for name in names)
