@@ -69,6 +69,32 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
+def check_inside(directory: Path, file: Path) -> Path:
+    """Return a file of a directory that others may have filled, if it may be read.
+
+    The hub's cache, whose files are links into the folder of blobs beside its snapshots, is inside.
+
+    Raises:
+        UserError: its links lead out of the directory, or it is a pipe, a socket or a device.
+
+    """
+    home = directory.resolve()
+    try:
+        real = file.resolve()
+    except (OSError, RuntimeError):
+        raise UserError(f"{file} is a link that leads nowhere. Remove it.") from None
+    models = (path.parent for path in (home, *home.parents) if path.name == "snapshots")
+    roots = [home, *(model / "blobs" for model in models if "--" in model.name)]
+    if not any(real.is_relative_to(root) for root in roots):
+        raise UserError(
+            f"{file} is a link that leads out of the directory, to {real}. If you trust it, put a "
+            "copy in its place."
+        )
+    if real.exists() and not real.is_file() and not real.is_dir():
+        raise UserError(f"{file} is a pipe, a socket or a device, not a file. Remove it.")
+    return file
+
+
 def default_cache_root() -> Path:
     """Return the user's cache folder: `$XDG_CACHE_HOME/jaxtune`, or `~/.cache/jaxtune`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtune"

@@ -299,6 +299,8 @@ def test_no_field_of_any_file_runs_a_script(full_run, tmp_path):
     page.write_text(text.replace("Content-Security-Policy", "nothing"))
     dom, said = in_browser(page, tmp_path / "profile")
     assert "&lt;b class=payload&gt;" in dom
+    titles = re.findall(r'<text class="gtitle".*?</text>', dom)
+    assert any("&lt;b class=payload&gt;" in title for title in titles)  # not read as plotly's tags
     assert not re.search(r"data-hit|<(b|b [^>]*)class=.?payload|<img src=.?x", dom)
     assert not said
 
