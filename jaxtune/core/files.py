@@ -12,6 +12,10 @@ from typing import Any
 
 from jaxtune.core.errors import UserError
 
+_MODEL_SUFFIXES = (
+    ".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors", ".bin", ".pth", ".gguf",
+)  # fmt: skip
+
 
 def shown(path: str | Path) -> str:
     """Return a path as a person would type it: relative to the working directory, if inside it."""
@@ -21,7 +25,7 @@ def shown(path: str | Path) -> str:
         return str(path)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, mode: int = 0o644) -> None:
     """Replace the file at `path` by `text`; readers see the old text or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -30,7 +34,7 @@ def write_text(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
+        os.chmod(name, mode)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -93,6 +97,25 @@ def check_inside(directory: Path, file: Path) -> Path:
     if real.exists() and not real.is_file() and not real.is_dir():
         raise UserError(f"{file} is a pipe, a socket or a device, not a file. Remove it.")
     return file
+
+
+def check_directory(directory: Path) -> None:
+    """Check the files of a model's or an adapter's directory as `check_inside` does, before any is
+    read or copied.
+
+    Raises:
+        UserError: as `check_inside`.
+
+    """
+    if not directory.is_dir():
+        if directory.exists() and not directory.is_file():
+            raise UserError(f"{directory} is a pipe, a socket or a device, not a file.")
+        return
+    for entry in sorted(directory.iterdir()):
+        if entry.suffix in _MODEL_SUFFIXES:
+            check_inside(directory, entry)
+    for entry in sorted(directory.glob("additional_chat_templates/*")):
+        check_inside(directory, entry)
 
 
 def default_cache_root() -> Path:

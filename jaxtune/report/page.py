@@ -10,6 +10,7 @@ from markupsafe import Markup
 from jaxtune.config.keys import flatten
 from jaxtune.core.errors import UserError
 from jaxtune.core.files import read_json, write_text
+from jaxtune.core.text import without_credentials
 from jaxtune.report.charts import confusion, curve, histogram
 from jaxtune.report.document import document, grid, interval_text, number_text, table
 from jaxtune.report.fields import as_object, objects, scientific
@@ -175,9 +176,13 @@ def _config_differences(runs: list[RunRecord]) -> Markup:
     ]
     if not differing:
         return _section("Configurations", Markup("<p>All keys are the same.</p>"))
-    lines = [[key, *(json.dumps(config.get(key)) for config in configs)] for key in differing]
+    lines = [[key, *(_shown(config.get(key)) for config in configs)] for key in differing]
     head = ["", *(run.name for run in runs)]
     return _section("Differences between the configurations", table(head, lines))
+
+
+def _shown(value: Any) -> str:
+    return without_credentials(json.dumps(value))
 
 
 def _curves(runs: list[RunRecord]) -> Markup:
@@ -205,14 +210,15 @@ def _curves(runs: list[RunRecord]) -> Markup:
 
 def _run_section(run: RunRecord, *, titled: bool) -> Markup:
     parts = [Markup("<h1>{}</h1>").format(run.name)] if titled else []
+    environment = json.dumps(run.environment, indent=2)
     parts += [
         _before_after(run.full_evaluations),
         _mistakes(run.predictions),
         _samples(run.samples),
         _data(run.data),
         _verification(run.verification),
-        _section("Configuration", _preformatted(run.config)),
-        _section("Environment", _preformatted(json.dumps(run.environment, indent=2))),
+        _section("Configuration", _preformatted(without_credentials(run.config))),
+        _section("Environment", _preformatted(without_credentials(environment))),
     ]
     return Markup("").join(parts)
 

@@ -18,6 +18,7 @@ from jaxtune.config.schema import Config
 from jaxtune.config.traits import Trait
 from jaxtune.core.errors import UserError, first_line, listed
 from jaxtune.core.files import read_json, write_json, write_text
+from jaxtune.core.text import without_credentials
 from jaxtune.tracking.metrics_log import FILE as METRICS
 from jaxtune.tracking.trackers import TRACKED
 
@@ -85,7 +86,10 @@ class RunDirectory:
                 self._clear(config)
             recall(config)
             self._check(config, data)
-            write_text(self.path / CONFIG, dump(config))
+            text = dump(config)
+            # A run goes on from this file: it keeps the credentials of its URLs, for its owner.
+            is_secret = without_credentials(text) != text
+            write_text(self.path / CONFIG, text, 0o600 if is_secret else 0o644)
             write_json(
                 self.path / ENVIRONMENT,
                 {"layout": LAYOUT, **environment(), "day": str(day), "data": data},
@@ -130,7 +134,10 @@ class RunDirectory:
             f"{self.path} holds."
         )
         if differing:
-            changes = listed(f"{key} ({there[key]} there, {now[key]} now)" for key in differing)
+            changes = listed(
+                without_credentials(f"{key} ({there[key]} there, {now[key]} now)")
+                for key in differing
+            )
             raise UserError(
                 f"{self.path} holds a run with another configuration: {changes}. {advice}"
             )

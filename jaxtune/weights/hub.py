@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jaxtune.core.errors import UserError
+from jaxtune.core.files import check_inside
 
 _FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
 _WEIGHTS = (["*.safetensors"], ["pytorch_model*.bin"], ["consolidated.*.pth"])
@@ -73,6 +74,8 @@ def push(directory: Path, name: str) -> str:
     """
     from huggingface_hub import HfApi
 
+    for entry in directory.rglob("*"):
+        check_inside(directory, entry)
     with _errors_explained(name, None):
         api = HfApi()
         address = api.create_repo(name, private=True, exist_ok=True)

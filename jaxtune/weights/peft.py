@@ -25,7 +25,7 @@ from jaxtune.adapters.method import (
 from jaxtune.adapters.tokens import TOKEN_ROWS
 from jaxtune.core.distributed import fetch
 from jaxtune.core.errors import UserError, listed
-from jaxtune.core.files import read_json, write_json
+from jaxtune.core.files import check_directory, read_json, write_json
 from jaxtune.core.sharding import sharding
 from jaxtune.models.decoder import CausalLM
 from jaxtune.weights.mapping import leaf_mappings
@@ -123,6 +123,7 @@ def open_adapter(directory: str | Path) -> Adapter:
 
     """
     path = Path(directory).expanduser()
+    check_directory(path)
     if not (path / CONFIG).exists() or not (path / WEIGHTS).exists():
         raise UserError(f"{directory} is not a PEFT adapter: it needs {CONFIG} and {WEIGHTS}.")
     raw, where = read_json(path / CONFIG), path / CONFIG

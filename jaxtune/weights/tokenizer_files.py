@@ -4,7 +4,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxtune.core.errors import UserError
+from jaxtune.core.errors import UserError, first_line, is_panic
+from jaxtune.core.files import check_directory
 from jaxtune.core.tokenizer import Tokenizer
 
 TOKENIZER_FILES = (
@@ -20,16 +21,38 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
         UserError: the tokenizer's files cannot be read.
 
     """
+    check_directory(directory)
     if not any((directory / name).exists() for name in TOKENIZER_FILES[:4]):
         return None
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         raise UserError(
-            f"{directory}: the tokenizer cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
+            f"{_named(directory)}: the tokenizer cannot be loaded: {type(error).__name__}: "
+            f"{first_line(error)}. Download or save it again."
+        ) from None
+
+
+def _named(directory: Path) -> Path:
+    """Return the tokenizer's file where it is the one that cannot be read."""
+    file = directory / "tokenizer.json"
+    return file if file.exists() and not _is_read(file) else directory
+
+
+def _is_read(file: Path) -> bool:
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        Backend.from_file(str(file))
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        return False
+    return True
 
 
 def save_tokenizer(directory: Path, files: Sequence[Path], tokenizer: Tokenizer | None) -> None:

@@ -14,7 +14,9 @@ from jaxtune.core import distributed, runtime
 from jaxtune.core.errors import UserError
 from jaxtune.core.files import read_json, refuse_existing
 from jaxtune.core.mesh import make_mesh
+from jaxtune.core.text import without_credentials
 from jaxtune.data.prepare import Which
+from jaxtune.data.sources.opening import file_name
 from jaxtune.models.decoder import CausalLM
 from jaxtune.tracking.metrics_log import AFTER, BEFORE, phase_of, read_metrics
 from jaxtune.tracking.progress import Reporter
@@ -235,7 +237,11 @@ def _data_section(config: Config, directory: Path) -> str:
 
 def _source_names(config: Config, part: Which) -> str:
     """Return the sources' names without their folders."""
-    return ", ".join(code(Path(entry.source).name) for entry in config.data.entries(part))
+    return ", ".join(code(_file_name(entry.source)) for entry in config.data.entries(part))
+
+
+def _file_name(source: str) -> str:
+    return file_name(without_credentials(source)) if "://" in source else Path(source).name
 
 
 def _hyperparameters(config: Config) -> str:

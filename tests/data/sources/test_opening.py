@@ -1,5 +1,5 @@
-"""Files behind URLs are read like those here; nothing of a URL's credentials is shown; no link leads
-out of a directory of data.
+"""Files behind URLs are read like those here; nothing of a URL's credentials is shown; no link
+leads out of a directory of data.
 """
 
 import gzip
