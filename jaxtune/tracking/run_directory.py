@@ -9,11 +9,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import yaml
 from etils import epath
 
 from jaxtune.config.keys import flatten, keys_with
-from jaxtune.config.load import dump, validated
+from jaxtune.config.load import dump, load_config
 from jaxtune.config.schema import Config
 from jaxtune.config.traits import Trait
 from jaxtune.core.errors import UserError, first_line, listed
@@ -200,7 +199,7 @@ def read_config(directory: Path) -> Config:
     if not path.exists():
         raise UserError(f"{directory} is not a run directory: it has no {CONFIG}.")
     check_layout(directory)
-    return validated(yaml.safe_load(path.read_text(encoding="utf-8")), origin=str(path))
+    return load_config(path)
 
 
 def check_layout(directory: Path) -> None:
