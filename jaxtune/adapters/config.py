@@ -1,8 +1,9 @@
 """What an adapter is, whatever its method: by PEFT's rules, which modules it lies on."""
 
-import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
+
+from jaxtune.core.patterns import fullmatch
 
 ALL_LINEAR = "all-linear"
 
@@ -62,7 +63,7 @@ class AdapterConfig:
 
     def _layer(self, name: str) -> int | None:
         patterns = self.layers_pattern or (r"[^.]*",)
-        numbers = (re.match(rf".*\.{pattern}\.(\d+)\.", name) for pattern in patterns)
+        numbers = (fullmatch(rf".*\.{pattern}\.(\d+)\..*", name) for pattern in patterns)
         return next((int(number[1]) for number in numbers if number), None)
 
     def is_saved(self, name: str) -> bool:
@@ -80,7 +81,7 @@ def matches(names: Names, name: str) -> bool:
     expression describes.
     """
     if isinstance(names, str):
-        return re.fullmatch(names, name) is not None
+        return fullmatch(names, name) is not None
     return any(name == end or name.endswith("." + end) for end in names)
 
 

@@ -1,7 +1,6 @@
 """LoRA: a layer whose frozen weight has a trainable update of rank r beside it (Hu et al. 2021)."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
@@ -24,6 +23,7 @@ from jaxtune.adapters.method import (
 from jaxtune.adapters.products import adapted_product, low_rank
 from jaxtune.config.schema import AdapterSection
 from jaxtune.core.errors import UserError
+from jaxtune.core.patterns import fullmatch
 from jaxtune.models.layers import Dropout, Embedding, Linear, matmul
 from jaxtune.models.remat import PROJECTION, named
 
@@ -71,7 +71,7 @@ class LoRAConfig(AdapterConfig):
 
 def _by_pattern(patterns: tuple[tuple[str, Number], ...], name: str, otherwise: Number) -> Number:
     return next(
-        (value for key, value in patterns if re.match(rf"(.*\.)?({key})$", name)), otherwise
+        (value for key, value in patterns if fullmatch(rf"(.*\.)?({key})", name)), otherwise
     )
 
 

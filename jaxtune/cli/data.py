@@ -24,12 +24,13 @@ _MAX_CHARACTERS = 2000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    from jaxtune.cli.options import add_config, add_json
+    from jaxtune.cli.options import add_config, add_json, add_verify_cache
 
     add_config(parser)
     parser.add_argument(
         "--rows", type=int, default=3, metavar="N", help="rows to show (default: 3)"
     )
+    add_verify_cache(parser)
     add_json(parser)
 
 
@@ -37,13 +38,14 @@ def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from rich.console import Console
 
-    from jaxtune.cli.options import config_of, write_json
+    from jaxtune.cli.options import apply_verify_cache, config_of, write_json
     from jaxtune.core import runtime
     from jaxtune.core.errors import UserError
     from jaxtune.tracking.progress import Reporter
     from jaxtune.training.inputs import read_inputs
 
     runtime.start()
+    apply_verify_cache(options)
     config = config_of(options)
     lenient = config.model_copy(
         update={"data": config.data.model_copy(update={"on_error": "skip"})}

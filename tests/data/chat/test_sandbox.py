@@ -1,5 +1,5 @@
-"""A chat template that takes too much is refused in a line, in seconds and little memory; every other
-renders as in transformers.
+"""A chat template that takes too much is refused in a line, in seconds and little memory; every
+other renders as in transformers.
 """
 
 import resource
@@ -27,7 +27,8 @@ HOSTILE = {
     "a long text of constants": "{{ 'a' * 100000 * 100000 }}",
     "a long list": "{{ ([1] * 10**9)|length }}",
     "a power": "{{ 10 ** 99999999 }}",
-    "squares": "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "squares": "{% set n = namespace(x=3) %}{% for i in range(99) %}"
+    "{% set n.x = n.x * n.x %}{% endfor %}",
     "doubling by +": "{% set n = namespace(x='ab') %}"
     "{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
     "doubling by ~": "{% set n = namespace(x='ab') %}"
@@ -57,13 +58,14 @@ HOSTILE = {
     "slices": "{{ 'abc'|slice(9999999999)|list }}",
     "batches": "{{ 'abc'|batch(9999999999, 'x')|list }}",
     "lorem ipsum": "{{ lipsum(999999) }}",
-    "kept slices": "{% set n = namespace(x=[]) %}{% set s = 'a' * 99999999 %}{% for i in range(9999) %}"
-    "{% set n.x = n.x + [s[1:]] %}{% endfor %}",
+    "kept slices": "{% set n = namespace(x=[]) %}{% set s = 'a' * 99999999 %}"
+    "{% for i in range(9999) %}{% set n.x = n.x + [s[1:]] %}{% endfor %}",
     "kept capitals": "{% set n = namespace(x=[]) %}{% set s = 'a' * 99999999 %}"
     "{% for i in range(9999) %}{% set n.x = n.x + [s.upper()] %}{% endfor %}",
     "output": "{% set s = 'a' * 9999999 %}{% for i in range(9999) %}{{ s }}{% endfor %}",
     "a mapped filter": "{{ (range(99999)|map('center', 99999)|list)|length }}",
-    "a recursive loop": "{% for a in [[1] * 30] * 30 recursive %}{{ loop([[1] * 30] * 30) }}{% endfor %}",
+    "a recursive loop": "{% for a in [[1] * 30] * 30 recursive %}"
+    "{{ loop([[1] * 30] * 30) }}{% endfor %}",
     "only for some rows": "{% if 'question' in messages[0].content %}"
     + NINE
     + "{% endfor %}" * 9
@@ -96,15 +98,22 @@ def test_what_takes_too_much_is_refused_in_a_line(name, monkeypatch):
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}{{ m.role ~ ':' ~ m['content'] }}"
+        "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}"
+        "{{ m.role ~ ':' ~ m['content'] }}"
         "{% if not loop.last %}{{ loop.nextitem.role }}{% endif %}{% endfor %}",
-        "{{ '-' * 20 }}{{ messages|tojson(indent=2) }}{{ messages[::-1]|map(attribute='role')|join(', ') }}",
-        "{{ '%s=%5.2f' % ('x', 2) }}{{ '{:>8}|{}'.format('a', 2) }}{{ 2 ** 10 }}{{ 7 % 3 }}{{ [1] + [2] }}",
-        "{% macro m(x) %}<{{ x|upper }}>{% endmacro %}{% for m_ in messages %}{{ m(m_.role) }}{% endfor %}",
+        "{{ '-' * 20 }}{{ messages|tojson(indent=2) }}"
+        "{{ messages[::-1]|map(attribute='role')|join(', ') }}",
+        "{{ '%s=%5.2f' % ('x', 2) }}{{ '{:>8}|{}'.format('a', 2) }}"
+        "{{ 2 ** 10 }}{{ 7 % 3 }}{{ [1] + [2] }}",
+        "{% macro m(x) %}<{{ x|upper }}>{% endmacro %}"
+        "{% for m_ in messages %}{{ m(m_.role) }}{% endfor %}",
         "{% set n = namespace(s='') %}{% for m in messages %}{% set n.s = n.s + m.content[2:] %}"
-        "{% if loop.first %}{% continue %}{% endif %}{% break %}{% endfor %}{{ n.s }}{{ nothing ~ 1 }}",
-        "{% for k, v in messages[0].items() recursive %}{{ k }}{% endfor %}{{ missing|default(99999999) }}",
-        "{{ 'a\\tb\\nc'|indent(4) }}{{ 'abc'.replace('b', 'xx').split('x')|length }}{{ 1700000000|string }}",
+        "{% if loop.first %}{% continue %}{% endif %}{% break %}{% endfor %}"
+        "{{ n.s }}{{ nothing ~ 1 }}",
+        "{% for k, v in messages[0].items() recursive %}{{ k }}{% endfor %}"
+        "{{ missing|default(99999999) }}",
+        "{{ 'a\\tb\\nc'|indent(4) }}{{ 'abc'.replace('b', 'xx')"
+        ".split('x')|length }}{{ 1700000000|string }}",
     ],
 )
 def test_what_takes_little_renders_as_in_transformers(template):
