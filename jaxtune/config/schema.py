@@ -279,7 +279,7 @@ class PreferenceSection(Section):
     dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"
     """The form of DPO's loss."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of pairs assumed to be labeled the wrong way round (conservative DPO)."""
+    """Share of pairs assumed to be labeled the wrong way round (conservative DPO); also SimPO's."""
     margin: NonNegative = 1.0
     """SimPO's target margin, in units of its reward."""
     desirable_weight: Positive = 1.0

@@ -6,6 +6,7 @@ JAXTUNE_FUZZ_CASES says how many cases each kind of file gets, JAXTUNE_FUZZ_FIRS
 """
 
 import contextlib
+import copy
 import json
 import os
 import random
@@ -107,7 +108,7 @@ def altered(value, chance):
         elif chance.random() < 0.2 and isinstance(inner, dict):
             inner[chance.choice(["x", "", "__class__", "\ud800"])] = inner.pop(path[-1])
         else:
-            inner[path[-1]] = chance.choice(VALUES)
+            inner[path[-1]] = copy.deepcopy(chance.choice(VALUES))
     return value
 
 
