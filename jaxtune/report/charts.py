@@ -80,7 +80,7 @@ def confusion(title: str, table: Any) -> Markup:
 def draw(figure: Any, title: str, **layout: Any) -> Markup:
     """Return a plotly figure for a page of `document`."""
     figure.update_layout(title=title, **(_LAYOUT | layout))
-    shown = _escaped(json.loads(figure.to_json()))
+    shown = _escaped(json.loads(figure.to_json(engine="json")))
     return Markup(
         '<div><div class="plotly-graph-div"></div><script type="application/json">{}</script></div>'
     ).format(htmlsafe_json_dumps(shown))

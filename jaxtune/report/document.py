@@ -55,7 +55,7 @@ def document(title: str, body: Iterable[str], *, evaluates: bool = False) -> str
     from plotly.offline import get_plotlyjs
 
     plotly = get_plotlyjs()
-    return _PAGE.format(
+    page = _PAGE.format(
         policy=_policy([plotly, _DRAW], evaluates),
         title=title,
         style=Markup(_STYLE),
@@ -63,6 +63,7 @@ def document(title: str, body: Iterable[str], *, evaluates: bool = False) -> str
         body=Markup("").join(body),
         draw=Markup(_DRAW),
     )
+    return page.encode("utf-8", "backslashreplace").decode()  # halves of a surrogate pair
 
 
 def _policy(scripts: Sequence[str], evaluates: bool) -> str:

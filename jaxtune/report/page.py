@@ -8,7 +8,7 @@ from typing import Any, Literal
 from markupsafe import Markup
 
 from jaxtune.config.keys import flatten
-from jaxtune.core.errors import UserError
+from jaxtune.core.errors import UserError, listed
 from jaxtune.core.files import read_json, write_text
 from jaxtune.core.text import without_credentials
 from jaxtune.report.charts import confusion, curve, histogram
@@ -79,10 +79,15 @@ def write_report(runs: list[Path], out: Path) -> Path:
     """Write the report of one or several runs to `out`.
 
     Raises:
-        UserError: a directory that is not a run, or has no metrics yet.
+        UserError: a directory that is not a run, has no metrics yet, or a damaged file.
 
     """
-    write_text(out, _page([_read(run) for run in runs]))
+    try:
+        page = _page([_read(run) for run in runs])
+    except RecursionError:
+        names = listed(str(run) for run in runs)
+        raise UserError(f"{names}: a JSON file there is nested too deeply to be shown.") from None
+    write_text(out, page)
     return out
 
 

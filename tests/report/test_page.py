@@ -315,6 +315,17 @@ def test_the_policy_stops_a_script_that_were_not_escaped(run, tmp_path):
     assert len([line for line in said if "Content Security Policy" in line]) >= 2
 
 
+def test_halves_of_characters_and_deep_values_do_no_harm(full_run, tmp_path):
+    with (full_run / "metrics.jsonl").open("a") as file:
+        file.write('{"split": "eval", "step": 4, "phase": "during", "\\ud800": 0.5}\n')
+    assert "\\ud800" in own(write_report([full_run], tmp_path / "report.html"))
+    (full_run / "env.json").write_text('{"a": ' + "[" * 900 + "]" * 900 + "}")
+    try:
+        write_report([full_run], tmp_path / "report.html")
+    except UserError as error:
+        assert "nested too deeply" in str(error)  # noqa: PT017 (or it is shown)
+
+
 def test_numbers_that_are_texts_are_shown_as_texts(full_run, tmp_path):
     """In a configuration, too, and in the name of the directory."""
     directory = full_run.rename(full_run.with_name("<script>alert(1)</script>".replace("/", "-")))
