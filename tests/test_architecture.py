@@ -92,7 +92,7 @@ def test_test_modules_do_not_import_each_other():
 
 
 def test_tests_mirror_the_package():
-    own = {"support", "parity", "scripts"}
+    own = {"support", "parity", "scripts", "fuzz"}
     folders = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*")}
     assert not [
         str(folder)

@@ -160,7 +160,7 @@ def _read(path: Path) -> tuple[dict, dict[str, str]]:
     return tree, places
 
 
-def _parse(text: str, origin: str) -> tuple[yaml.Node, Any]:
+def _parse(text: str, origin: str) -> tuple[yaml.Node | None, Any]:
     """Return the node and the value of a text in YAML.
 
     Raises:
@@ -229,7 +229,7 @@ def _is_usable(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _locate(node: yaml.Node, path: Path, prefix: str, places: dict[str, str]) -> None:
+def _locate(node: yaml.Node | None, path: Path, prefix: str, places: dict[str, str]) -> None:
     """Note where each key is written.
 
     Raises:

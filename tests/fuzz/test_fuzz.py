@@ -1,5 +1,5 @@
-"""Damaged and hostile files end in a result or in a message for the user, never in another error, and
-never hang. Seeded: case n is the same everywhere.
+"""Damaged and hostile files end in a result or in a message for the user, never in another error,
+and never hang. Seeded: case n is the same everywhere.
 
 JAXTUNE_FUZZ_CASES says how many cases each kind of file gets, JAXTUNE_FUZZ_FIRST the first of them;
 `scripts/test --fuzz MINUTES` goes on to further ones.
