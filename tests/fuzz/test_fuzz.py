@@ -34,9 +34,9 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "layout-0"
 SECONDS = 20
 WORDS = tools.byte_tokenizer(None, "</s>")
 VALUES = [
-    None, True, False, 0, -1, 1, 2**31, 2**63, -(2**64), 10**400, 0.5, 1e308, "", "x", "\0", "\x1b[2J",
-    "\ud800", "../../etc/passwd", "<script>alert(1)</script>", "a" * 10_000, [], [None], [[]], {},
-    {"a": {"b": []}}, [1] * 300,
+    None, True, False, 0, -1, 1, 2**31, 2**63, -(2**64), 10**400, 0.5, 1e308, "", "x", "\0",
+    "\x1b[2J", "\ud800", "../../etc/passwd", "<script>alert(1)</script>", "a" * 10_000, [], [None],
+    [[]], {}, {"a": {"b": []}}, [1] * 300,
 ]  # fmt: skip
 BITS = [
     b"",
