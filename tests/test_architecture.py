@@ -280,10 +280,11 @@ OPTIONS = {
         "--process",
         "--processes",
         "--quiet",
+        "--verify-cache",
         "arguments",
     ],
     "plan": ["--data", "--json", "--model", "--on", "--search", "arguments"],
-    "data": ["--data", "--json", "--model", "--rows", "arguments"],
+    "data": ["--data", "--json", "--model", "--rows", "--verify-cache", "arguments"],
     "eval": [
         "--adapter",
         "--against",

@@ -6,6 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
+from jaxtune.core.patterns import fullmatch
+
 ALL_LINEAR = "all-linear"
 
 Names = tuple[str, ...] | str
@@ -96,7 +98,7 @@ class AdapterConfig:
     def _layer(self, name: str) -> int | None:
         # The first number of a name is the layer's; an expert's comes after it.
         patterns = self.layers_pattern or (r"[^.]*",)
-        numbers = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in patterns)
+        numbers = (fullmatch(rf"(?:.*?\.)?{pattern}\.(\d+)\..*", name) for pattern in patterns)
         return next((int(number[1]) for number in numbers if number), None)
 
     def is_saved(self, name: str) -> bool:
@@ -114,7 +116,7 @@ def matches(names: Names, name: str) -> bool:
     expression describes.
     """
     if isinstance(names, str):
-        return re.fullmatch(names, name) is not None
+        return fullmatch(names, name) is not None
     return any(name == end or name.endswith("." + end) for end in names)
 
 

@@ -1,7 +1,6 @@
 """The numbers of a low-rank adapter, and what `adapter_config.json` of PEFT calls them."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -17,6 +16,7 @@ from jaxtune.adapters.config import (
 )
 from jaxtune.adapters.starts import start_of_peft
 from jaxtune.config.types import Index
+from jaxtune.core.patterns import fullmatch
 
 Number = TypeVar("Number", int, float)
 
@@ -159,5 +159,5 @@ def fields_of_peft(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _by_pattern(patterns: tuple[tuple[str, Number], ...], name: str, otherwise: Number) -> Number:
     return next(
-        (value for key, value in patterns if re.match(rf"(.*\.)?({key})$", name)), otherwise
+        (value for key, value in patterns if fullmatch(rf"(.*\.)?({key})", name)), otherwise
     )

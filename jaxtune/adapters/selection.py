@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from jaxtune.core.errors import UserError, listed
+from jaxtune.core.patterns import fullmatch
 
 EVERYTHING = "all"
 _LAYER = re.compile(r"(.*\.layers\.)(\d+)(\..*)")
@@ -80,4 +81,4 @@ class Selection:
             return parts is not None and int(parts[2]) >= self.layers - int(last[1])
         if entry in _GROUPS:
             return re.fullmatch(_GROUPS[entry], name) is not None
-        return re.search(rf"(^|\.)({entry})(\.|$)", name) is not None
+        return fullmatch(rf"(.*\.)?({entry})(\..*)?", name) is not None

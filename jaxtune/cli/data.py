@@ -8,6 +8,8 @@ jaxtune data --model MODEL --data FILE [key=value ...]
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from jaxtune.core.text import visible
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -22,12 +24,13 @@ _MAX_CHARACTERS = 2000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    from jaxtune.cli.options import add_config, add_json
+    from jaxtune.cli.options import add_config, add_json, add_verify_cache
 
     add_config(parser)
     parser.add_argument(
         "--rows", type=int, default=3, metavar="N", help="rows to show (default: 3)"
     )
+    add_verify_cache(parser)
     add_json(parser)
 
 
@@ -35,13 +38,14 @@ def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from rich.console import Console
 
-    from jaxtune.cli.options import config_of, write_json
+    from jaxtune.cli.options import apply_verify_cache, config_of, write_json
     from jaxtune.core import runtime
     from jaxtune.core.errors import UserError
     from jaxtune.tracking.progress import Reporter
     from jaxtune.training.inputs import read_inputs
 
     runtime.start()
+    apply_verify_cache(options)
     config = config_of(options)
     lenient = config.model_copy(
         update={"data": config.data.model_copy(update={"on_error": "skip"})}
@@ -83,7 +87,7 @@ def _summarize(inputs: "Inputs") -> dict[str, Any]:
 
 def _show_part(console: "Console", name: str, part: dict[str, Any]) -> None:
     title = {"train": "Training data", "eval": "Evaluation data"}[name]
-    console.print(f"{title}: {part['source']}", style="bold", markup=False)
+    console.print(visible(f"{title}: {part['source']}"), style="bold", markup=False)
     packed = "packed rows" if part["packing"] else "padded rows"
     dropped = part["dropped"] + part["bad"]
     lines = [
@@ -106,7 +110,7 @@ def _show_part(console: "Console", name: str, part: dict[str, Any]) -> None:
         ),
     ]
     for label, text in lines:
-        console.print(f"  {label:<12} {text}", markup=False)
+        console.print(visible(f"  {label:<12} {text}"), markup=False)
     _show_lengths(console, part["lengths"])
     reasons = {
         "truncated": "cut off by data.max_length",
@@ -116,7 +120,7 @@ def _show_part(console: "Console", name: str, part: dict[str, Any]) -> None:
     for kind, rows in part["places"].items():
         console.print(f"  {rows['count']:,} rows {reasons[kind]}:", markup=False)
         for location in rows["first"][:_MAX_LOCATIONS]:
-            console.print(f"    {location}", markup=False)
+            console.print(visible(f"    {location}"), markup=False)
         if (more := rows["count"] - _MAX_LOCATIONS) > 0:
             console.print(f"    and {more:,} more (see --json FILE)", markup=False)
     console.print()
@@ -137,7 +141,7 @@ def _show_lengths(console: "Console", lengths: dict[str, list[int]]) -> None:
 def _show_classes(console: "Console", classes: list[tuple[str, int]]) -> None:
     if classes:
         counts = ", ".join(f"{name!r} {count:,}" for name, count in classes)
-        console.print(f"Answers: {counts}", markup=False)
+        console.print(visible(f"Answers: {counts}"), markup=False)
         console.print()
 
 
@@ -159,7 +163,7 @@ def _show_rows(
         )
         text = Text()
         for piece in split_text(examples, number, tokenizer):
-            shown = piece.text
+            shown = visible(piece.text)
             if len(shown) > _MAX_CHARACTERS:
                 shown = f"{shown[:_MAX_CHARACTERS]} ..."
             if piece.supervised:
@@ -172,6 +176,6 @@ def _show_rows(
 
 def _show_warnings(console: "Console", warnings: list[str]) -> None:
     for line in warnings:
-        console.print(f"Warning: {line}", style="yellow", markup=False)
+        console.print(visible(f"Warning: {line}"), style="yellow", markup=False)
     if not warnings:
         console.print("Nothing looks wrong.")

@@ -7,7 +7,10 @@ jaxtune generate MODEL [--adapter DIR] --file prompts.jsonl
 
 import argparse
 import json
+import sys
 from typing import TYPE_CHECKING, Any
+
+from jaxtune.core.text import visible
 
 if TYPE_CHECKING:
     from jaxtune.inference.speed import Speed
@@ -83,7 +86,9 @@ def run(options: argparse.Namespace) -> None:
     ]
     if options.json != "-":
         for answer in answers:
-            print(json.dumps(answer, ensure_ascii=False) if options.file else answer["answer"])
+            line = json.dumps(answer, ensure_ascii=False) if options.file else answer["answer"]
+            # In a file or a pipe an answer keeps its bytes.
+            print(visible(line) if sys.stdout.isatty() else line)
     reporter.say(speed_text(result.speed))
     details = [
         {

@@ -42,23 +42,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     if arguments is None and options.command in (*_COMPUTE, "quickstart", "chat", "sweep"):
         _restart_with_huge_pages()
-    from jaxtune.core.errors import RunError, UserError
+    from jaxtune.core.errors import RunError, UserError, is_panic
 
     if os.environ.get("JAXTUNE_DEBUG") == "1":
         return _run(options)
     try:
         return _run(options)
     except UserError as error:
-        print(f"jaxtune: {error}", file=sys.stderr)
+        _print_error(str(error))
         return 2
     except RunError as error:
-        print(f"jaxtune: {error}", file=sys.stderr)
+        _print_error(str(error))
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED + 2
     except BrokenPipeError:
         return 1
     except Exception as error:
+        return _report_unexpected(error)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
         return _report_unexpected(error)
 
 
@@ -161,21 +165,29 @@ def _version() -> str:
     return f"jaxtune {__version__}"
 
 
-def _report_unexpected(error: Exception) -> int:
+def _print_error(text: str) -> None:
+    """Print a message: what it quotes of files and URLs cannot command a terminal, and names no
+    credentials.
+    """
+    from jaxtune.core.text import visible, without_credentials
+
+    print(f"jaxtune: {visible(without_credentials(text))}", file=sys.stderr)
+
+
+def _report_unexpected(error: BaseException) -> int:
     """Print an error that no command expected, and return the exit status."""
     from jaxtune.core.distributed import is_main
     from jaxtune.core.errors import Interrupted, describe_os_error, status
 
     if isinstance(error, Interrupted):
         if is_main():
-            print(f"jaxtune: {error}", file=sys.stderr)
+            _print_error(str(error))
         return INTERRUPTED + error.number
     if isinstance(error, OSError) and (text := describe_os_error(error)):
-        print(f"jaxtune: {text}", file=sys.stderr)
+        _print_error(text)
         return status(error)
-    print(
-        f"jaxtune: {type(error).__name__}: {error}\nThis is a bug in jaxtune. Set JAXTUNE_DEBUG=1 "
-        "to see where.",
-        file=sys.stderr,
+    _print_error(
+        f"{type(error).__name__}: {error}\nThis is a bug in jaxtune. Set JAXTUNE_DEBUG=1 to see "
+        "where."
     )
     return 1

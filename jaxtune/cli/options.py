@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,23 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", help="the same as model.source=...")
     parser.add_argument("--data", help="the same as data.train=...")
+
+
+def add_verify_cache(parser: argparse.ArgumentParser) -> None:
+    """Add `--verify-cache`."""
+    parser.add_argument(
+        "--verify-cache",
+        action="store_true",
+        help="compare all of the cached tokens with their digests, not a sample",
+    )
+
+
+def apply_verify_cache(options: argparse.Namespace) -> None:
+    """Let what is read from the cache be verified as a whole, if asked to."""
+    from jaxtune.data.store import VERIFY_ALL
+
+    if options.verify_cache:
+        os.environ[VERIFY_ALL] = "1"
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    from jaxtune.cli.options import add_config, add_json, add_processes
+    from jaxtune.cli.options import add_config, add_json, add_processes, add_verify_cache
 
     add_config(parser)
     parser.add_argument(
@@ -23,15 +23,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     add_processes(parser)
+    add_verify_cache(parser)
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    from jaxtune.cli.options import config_of, write_json
+    from jaxtune.cli.options import apply_verify_cache, config_of, write_json
     from jaxtune.tracking.progress import Reporter
     from jaxtune.workflows.train import run as train
 
+    apply_verify_cache(options)
     result = train(config_of(options), Reporter(options.quiet), fresh=options.fresh)
     print(run_text(result))
     write_json(options.json, run_json(result))

@@ -4,6 +4,7 @@ Errors name the file, the line, the key and the nearest valid name.
 """
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,11 +15,13 @@ from pydantic import BaseModel, ValidationError
 from jaxtune.config.keys import flatten, keys, nest
 from jaxtune.config.schema import Config
 from jaxtune.config.sweep import Sweep
-from jaxtune.core.errors import UserError, nearest
+from jaxtune.core.errors import UserError, first_line, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
 
 COMMAND_LINE = "command line"
+_MOST_BYTES, _MOST_NODES, _DEEPEST = 1 << 20, 20_000, 50
+_LARGEST = 2**63 - 1
 _TYPES = ("str", "int", "float", "bool", "none", "list", "dict")
 
 
@@ -54,11 +57,12 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
         if not equals or not key:
             raise UserError(f"{COMMAND_LINE}: '{override}' is not of the form section.key=value.")
         try:
-            _assign(tree, key.strip(), yaml.load(text, _Loader))
+            value = _parse(text, f"{COMMAND_LINE}: {key}")[1]
         except yaml.YAMLError:
             raise UserError(
                 f"{COMMAND_LINE}: the value of {key} is not YAML: {text!r}. Quote it."
             ) from None
+        _assign(tree, key.strip(), value)
         places[key.strip()] = COMMAND_LINE
     return validated(tree, places, str(path) if path else COMMAND_LINE)
 
@@ -105,6 +109,7 @@ def load_sweep(path: Path) -> Sweep:
 
 
 def _validated(model: type[Model], tree: dict, places: dict[str, str], origin: str) -> Model:
+    _check_numbers(tree, places, origin)
     try:
         return model.model_validate(tree)
     except ValidationError as error:
@@ -137,13 +142,12 @@ def _read(path: Path) -> tuple[dict, dict[str, str]]:
     except (IsADirectoryError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a YAML file: {error}.") from None
     try:
-        node = yaml.compose(text, _Loader)
-        tree = yaml.load(text, _Loader)
+        node, tree = _parse(text, str(path))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise UserError(
-            f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}."
+            f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or first_line(error)}."
         ) from None
     if tree is None:
         return {}, {}
@@ -156,7 +160,86 @@ def _read(path: Path) -> tuple[dict, dict[str, str]]:
     return tree, places
 
 
-def _locate(node: yaml.Node, path: Path, prefix: str, places: dict[str, str]) -> None:
+def _parse(text: str, origin: str) -> tuple[yaml.Node | None, Any]:
+    """Return the node and the value of a text in YAML.
+
+    Raises:
+        YAMLError: it is none.
+        UserError: it is too large, too deep, or holds a number of thousands of digits.
+
+    """
+    if len(text) > _MOST_BYTES:
+        raise UserError(f"{origin}: more than {_MOST_BYTES >> 20} MiB of YAML.")
+    too_deep = UserError(
+        f"{origin}: nested more than {_DEEPEST} deep, or with aliases that stand for more than "
+        f"{_MOST_NODES:,} values. Write the values out."
+    )
+    try:
+        node = yaml.compose(text, _Loader)
+        if node is not None and _size(node, 0) > _MOST_NODES:
+            raise too_deep
+        return node, yaml.load(text, _Loader)
+    except RecursionError:
+        raise too_deep from None
+    except ValueError as error:  # an integer, or a date that there is not
+        raise UserError(f"{origin}: {error}. Quote what is meant as a text.") from None
+
+
+def _size(node: yaml.Node, depth: int) -> int:
+    """Return how many values a node stands for with its aliases written out, or one more than may
+    be.
+    """
+    if depth > _DEEPEST:
+        raise RecursionError
+    size = 1
+    if isinstance(node, yaml.CollectionNode):
+        for item in node.value:
+            for part in item if isinstance(item, tuple) else (item,):
+                size += _size(part, depth + 1)
+                if size > _MOST_NODES:
+                    return size
+    return size
+
+
+def _check_numbers(value: Any, places: dict[str, str], origin: str, key: str = "") -> None:
+    """Refuse numbers that are none, or that no field can hold.
+
+    Raises:
+        UserError: with the key.
+
+    """
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_numbers(item, places, origin, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_numbers(item, places, origin, key)
+    elif not _is_usable(value):
+        text = str(value)
+        shown = text if len(text) < 30 else f"{text[:20]}..."
+        raise UserError(
+            f"{places.get(key, origin)}: {key} = {shown} is not a number that can be used."
+        )
+
+
+def _is_usable(value: Any) -> bool:
+    """Return whether a value is a finite number of at most 64 bits, or no number."""
+    if isinstance(value, int):
+        return abs(value) <= _LARGEST
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _locate(node: yaml.Node | None, path: Path, prefix: str, places: dict[str, str]) -> None:
+    """Note where each key is written.
+
+    Raises:
+        UserError: a key is given twice.
+
+    """
+    if isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            _locate(value, path, f"{prefix.removesuffix('.')}[{number}].", places)
+        return
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:

@@ -39,6 +39,12 @@ def _is_schedule_free(config: "Config") -> bool:
     return config.optimizer.name == "schedule-free"
 
 
+def _smooths(config: "Config") -> bool:
+    """Return whether the loss is of the logistic kind, in which labels may be smoothed."""
+    objective = config.train.objective
+    return objective == "simpo" or (objective == "dpo" and config.preference.dpo_loss == "sigmoid")
+
+
 CONFIG_RULES: "Sequence[Rule[Config]]" = (
     Rule(
         lambda c: c.train.batch_size % (c.train.micro_batch_size or 1) != 0,
@@ -101,6 +107,21 @@ CONFIG_RULES: "Sequence[Rule[Config]]" = (
     Rule(
         lambda c: _is_schedule_free(c) and c.optimizer.schedule != "constant",
         "optimizer.name=schedule-free replaces the schedule. Set optimizer.schedule=constant",
+    ),
+    Rule(
+        lambda c: _is_schedule_free(c) and c.optimizer.betas[0] == 0,
+        "optimizer.name=schedule-free averages by the first of optimizer.betas, which must be "
+        "above 0. Set optimizer.betas=[0.9, 0.999]",
+    ),
+    Rule(
+        lambda c: c.preference.label_smoothing > 0 and not _smooths(c),
+        "preference.label_smoothing is for train.objective=simpo and for dpo with "
+        "preference.dpo_loss=sigmoid, and train.objective is {train.objective}. Set it to 0",
+    ),
+    Rule(
+        lambda c: c.on_pairs and c.data.train_on == "all",
+        "train.objective={train.objective} compares the last answer of each row, and nothing else "
+        "is trained. Leave data.train_on out",
     ),
     Rule(
         lambda c: _is_schedule_free(c) and c.train.ema > 0,

@@ -215,7 +215,9 @@ class OptimizerSection(Section):
     warmup: NonNegative = 0.03
     """Below 1, a fraction of all steps; otherwise optimizer steps."""
     betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    """Decay of the first and second moment; for SGD, Lion and Muon the first is the momentum."""
+    """Decay of the first and second moment; for SGD, Lion and Muon the first is the momentum.
+    Lion's are [0.9, 0.99] where they are not given, as in its paper.
+    """
     eps: Positive = 1.0e-8
     """Added to the root of AdamW's second moment."""
     weight_decay: NonNegative = 0.0
@@ -225,9 +227,10 @@ class OptimizerSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_to_constant(cls, given: Any) -> Any:
-        free = isinstance(given, dict) and given.get("name") == "schedule-free"
-        return {"schedule": "constant"} | given if free else given
+    def _defaults_of_the_rule(cls, given: Any) -> Any:
+        own = {"schedule-free": {"schedule": "constant"}, "lion": {"betas": [0.9, 0.99]}}
+        name = given.get("name") if isinstance(given, dict) else None
+        return own[name] | given if isinstance(name, str) and name in own else given
 
 
 class TrainSection(Section):
@@ -278,7 +281,7 @@ class PreferenceSection(Section):
     dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"
     """The form of DPO's loss."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of pairs assumed to be labeled the wrong way round (conservative DPO)."""
+    """Share of pairs assumed to be labeled the wrong way round (conservative DPO); also SimPO's."""
     margin: NonNegative = 1.0
     """SimPO's target margin, in units of its reward."""
     desirable_weight: Positive = 1.0

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.core.errors import Interrupted, UserError, describe_os_error, listed, status
+from jaxtune.core.text import visible
 
 HEARTBEAT = 20
 _FAILURE, _SHOWN = "jaxtune/failure", "jaxtune/shown"
@@ -320,7 +321,7 @@ def fail_all(error: Exception) -> None:
 def say_error(text: str) -> None:
     """Print to stderr; a reader that is gone must not keep a process from ending."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"jaxtune: {text}", file=sys.stderr, flush=True)
+        print(f"jaxtune: {visible(text)}", file=sys.stderr, flush=True)
 
 
 def _report(error: BaseException) -> None:

@@ -72,7 +72,7 @@ def listed(names: Iterable[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or its type's name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
@@ -86,6 +86,11 @@ def describe_os_error(error: OSError) -> str | None:
     name = error.filename
     place = f"{name.decode(errors='replace') if isinstance(name, bytes) else name}: "
     return f"{place if name is not None else ''}{_ADVICE[error.errno]}."
+
+
+def is_panic(error: BaseException) -> bool:
+    """Return whether an error is a panic of a library in Rust, which is no `Exception`."""
+    return type(error).__name__ == "PanicException"
 
 
 def status(error: BaseException) -> int:

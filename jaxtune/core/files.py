@@ -20,6 +20,10 @@ from jaxtune.core.locks import held
 _NEW, _OLD = "jaxtune-new-", "jaxtune-old-"
 """What a temporary name has after the name it stands for."""
 
+_MODEL_SUFFIXES = (
+    ".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors", ".bin", ".pth", ".gguf",
+)  # fmt: skip
+
 
 def shown(path: str | Path) -> str:
     """Return a path as a person would type it: relative to the working directory, if inside it."""
@@ -29,12 +33,21 @@ def shown(path: str | Path) -> str:
         return str(path)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace the file at `path` by `text`; readers see the old text or the new, never a part."""
+def write_text(path: Path, text: str, mode: int | None = None) -> None:
+    """Replace the file at `path` by `text`; readers see the old text or the new, never a part.
+
+    Args:
+        path: the file.
+        text: what it holds then.
+        mode: its permissions; by default as the umask says.
+
+    """
     with _staged(path) as staging:
         with staging.open("w", encoding="utf-8") as file:
             file.write(text)
         _make_durable(staging)
+        if mode is not None:
+            staging.chmod(mode)
         os.replace(staging, path)
 
 
@@ -68,6 +81,51 @@ def read_json(path: Path) -> Any:
         raise UserError(
             f"{path} is not valid JSON: {error}. Write or download the file again."
         ) from None
+
+
+def check_inside(directory: Path, file: Path) -> Path:
+    """Return a file of a directory that others may have filled, if it may be read.
+
+    The hub's cache, whose files are links into the folder of blobs beside its snapshots, is inside.
+
+    Raises:
+        UserError: its links lead out of the directory, or it is a pipe, a socket or a device.
+
+    """
+    home = directory.resolve()
+    try:
+        real = file.resolve()
+    except (OSError, RuntimeError):
+        raise UserError(f"{file} is a link that leads nowhere. Remove it.") from None
+    models = (path.parent for path in (home, *home.parents) if path.name == "snapshots")
+    roots = [home, *(model / "blobs" for model in models if "--" in model.name)]
+    if not any(real.is_relative_to(root) for root in roots):
+        raise UserError(
+            f"{file} is a link that leads out of the directory, to {real}. If you trust it, put a "
+            "copy in its place."
+        )
+    if real.exists() and not real.is_file() and not real.is_dir():
+        raise UserError(f"{file} is a pipe, a socket or a device, not a file. Remove it.")
+    return file
+
+
+def check_directory(directory: Path) -> None:
+    """Check the files of a model's or an adapter's directory as `check_inside` does, before any is
+    read or copied.
+
+    Raises:
+        UserError: as `check_inside`.
+
+    """
+    if not directory.is_dir():
+        if directory.exists() and not directory.is_file():
+            raise UserError(f"{directory} is a pipe, a socket or a device, not a file.")
+        return
+    for entry in sorted(directory.iterdir()):
+        if entry.suffix in _MODEL_SUFFIXES:
+            check_inside(directory, entry)
+    for entry in sorted(directory.glob("additional_chat_templates/*")):
+        check_inside(directory, entry)
 
 
 def default_cache_root() -> Path:

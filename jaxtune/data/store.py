@@ -9,6 +9,7 @@ import hashlib
 import json
 import mmap
 import os
+import random
 import shutil
 import tempfile
 import time
@@ -28,8 +29,13 @@ from jaxtune.data.batch import CHOSEN, REJECTED
 from jaxtune.data.chat.tokenize import Document
 from jaxtune.data.sources.row import RowLocation
 
-VERSION = 1
+VERSION = 2
 """Increased whenever the same rows would give other files."""
+
+VERIFY_ALL = "JAXTUNE_VERIFY_CACHE"
+"""Set in the environment, a store is compared with its digests as a whole when it is opened,
+and not only in a sample of its blocks.
+"""
 
 TEXT, REWRITTEN, TWO_BOS, NOT_ENDED, GOOD, BAD = 1, 2, 4, 8, 16, 32
 """Marks of a document: raw text; one answer's part of a row; begins with BOS twice; its last
@@ -46,6 +52,7 @@ _SPAN = np.dtype([("begin", "<i4"), ("end", "<i4"), ("weight", "<f4")])
 _MANIFEST = "manifest.json"
 _ARRAYS = {"ids": np.dtype("<i4"), "documents": _DOCUMENT, "spans": _SPAN}
 _UNFINISHED = ".unfinished."
+_BLOCK_BYTES, _SAMPLED_BLOCKS = 4 << 20, 16
 _STALE_SECONDS = 24 * 3600
 _MOST_BYTES = 50 << 30
 _PROBED_DOCUMENTS, _PROBED_TOKENS = 1 << 14, 1 << 22  # where the ends of answers are looked up
@@ -149,10 +156,14 @@ class Writer:
 
     def __init__(self, directory: Path, tokenizer: Tokenizer) -> None:
         self._directory = directory
-        self._files: dict[str, BinaryIO] = {name: (directory / name).open("wb") for name in _ARRAYS}
+        self._files: dict[str, BinaryIO] = {
+            name: open(directory / name, "wb", opener=_private)  # noqa: SIM115 (see `abandon`)
+            for name in _ARRAYS
+        }
         self._counts = dict.fromkeys(_ARRAYS, 0)
         self._names: dict[str, int] = {}
         self._digest = hashlib.blake2b(digest_size=16)
+        self._blocks = {name: _BlockDigests() for name in _ARRAYS}
         self._largest = -1
         self._kinds: set[str] = set()
         self._bos = tokenizer.bos_token_id
@@ -202,10 +213,12 @@ class Writer:
             "counts": self._counts,
             "files": list(self._names),
             "digest": self._digest.hexdigest(),
+            "blocks": {name: blocks.close() for name, blocks in self._blocks.items()},
             "largest_token": self._largest,
             "kinds": sorted(self._kinds),
         }
-        with (self._directory / _MANIFEST).open("w", encoding="utf-8") as file:
+        path = self._directory / _MANIFEST
+        with open(path, "w", encoding="utf-8", opener=_private) as file:
             json.dump(manifest, file)
             file.flush()
             os.fsync(file.fileno())
@@ -222,6 +235,7 @@ class Writer:
     def _write(self, name: str, values: np.ndarray) -> None:
         data = values.astype(_ARRAYS[name], copy=False).tobytes()
         self._files[name].write(data)
+        self._blocks[name].update(data)
         self._counts[name] += len(values)
         if name != "documents":
             self._digest.update(data)
@@ -268,7 +282,63 @@ def open_store(path: Path) -> Store | None:
         _ = store.ids, store.documents, store.spans
     except OSError:
         return None
-    return store
+    return store if _is_intact(store) else None
+
+
+class _BlockDigests:
+    """The digests of a file's blocks, as it is written."""
+
+    def __init__(self) -> None:
+        self._digests: list[str] = []
+        self._block, self._size = _block_hash(), 0
+
+    def update(self, data: bytes) -> None:
+        """Add bytes."""
+        view = memoryview(data)
+        while view:
+            part = view[: _BLOCK_BYTES - self._size]
+            self._block.update(part)
+            self._size, view = self._size + len(part), view[len(part) :]
+            if self._size == _BLOCK_BYTES:
+                self._end_block()
+
+    def close(self) -> list[str]:
+        """Return the digests of all blocks."""
+        if self._size:
+            self._end_block()
+        return self._digests
+
+    def _end_block(self) -> None:
+        self._digests.append(self._block.hexdigest())
+        self._block, self._size = _block_hash(), 0
+
+
+def _block_hash() -> Any:
+    return hashlib.blake2b(digest_size=16)
+
+
+def _is_intact(store: Store) -> bool:
+    """Return whether a store's files are what was written: of each some blocks, the first and the
+    last among them, or all (see VERIFY_ALL).
+    """
+    for name in _ARRAYS:
+        digests = store.manifest["blocks"][name]
+        numbers = range(len(digests))
+        if len(numbers) > _SAMPLED_BLOCKS and not os.environ.get(VERIFY_ALL):
+            inner = random.sample(numbers[1:-1], _SAMPLED_BLOCKS - 2)
+            numbers = [0, *sorted(inner), len(digests) - 1]
+        with (store.path / name).open("rb") as file:
+            for number in numbers:
+                file.seek(number * _BLOCK_BYTES)
+                block = _block_hash()
+                block.update(file.read(_BLOCK_BYTES))
+                if block.hexdigest() != digests[number]:
+                    return False
+    return True
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 @contextmanager
@@ -282,6 +352,7 @@ def new_store(path: Path, tokenizer: Tokenizer) -> Iterator[Writer]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.chmod(0o700)  # rows may be private
         _make_room(path.parent)
         staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=_UNFINISHED))
     except OSError as error:

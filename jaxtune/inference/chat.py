@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxtune.core.errors import UserError
+from jaxtune.core.text import visible
 from jaxtune.data.chat.tokenize import prompt_ids
 from jaxtune.data.formats.conversation import Conversation
 from jaxtune.inference.engine import Engine
@@ -110,7 +111,7 @@ class Chat:
                 try:
                     self._handle(line)
                 except UserError as error:
-                    self.console.print(str(error), style="yellow", markup=False)
+                    self.console.print(visible(str(error)), style="yellow", markup=False)
 
     def _read_line(self) -> str:
         line = self._read("> ")
@@ -165,7 +166,8 @@ class Chat:
         try:
             for part in self.model.answer(self.messages, self._attempts):
                 text += part
-                self.console.out(part, end="", highlight=False)
+                shown = visible(part) if self.console.is_terminal else part
+                self.console.out(shown, end="", highlight=False)
         except KeyboardInterrupt:
             self.console.out(" ...", end="")
         finally:
@@ -209,5 +211,5 @@ def _columns(tuned: str, base: str) -> Table:
     table = Table(expand=True)
     for name in ("this model", "before training"):
         table.add_column(name, ratio=1)
-    table.add_row(Text(tuned), Text(base))
+    table.add_row(Text(visible(tuned)), Text(visible(base)))
     return table

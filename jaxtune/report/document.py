@@ -1,8 +1,15 @@
-"""A page in one file that opens without a network, with plotly's script in it; its tables."""
+"""A page in one file that opens without a network, with plotly's script in it; its tables.
 
-import html
-from collections.abc import Sequence
+All that a page shows is data of whoever wrote the run directory. HTML is `Markup`, which escapes
+whatever is put into it, and a policy in the page's head lets only its own scripts run.
+"""
+
+import base64
+import hashlib
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from markupsafe import Markup
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem;
@@ -19,36 +26,75 @@ td.number, th.number { font-variant-numeric: tabular-nums; text-align: right }
 pre { background: #f6f8fa; padding: .8rem; overflow: auto; white-space: pre-wrap; font-size: 13px }
 .muted { color: #656d76 } .scroll { overflow-x: auto }
 """
+# The figures are JSON, which is no script: what draws them is the same for every page.
+_DRAW = """
+for (const data of document.querySelectorAll("script[type='application/json']")) {
+  const figure = JSON.parse(data.textContent);
+  const options = {displayModeBar: false, responsive: true};
+  Plotly.newPlot(data.previousElementSibling, figure.data, figure.layout, options);
+}
+"""
+_PAGE = Markup(
+    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+    '<meta http-equiv="Content-Security-Policy" content="{policy}">'
+    "<title>{title}</title><style>{style}</style>"
+    "<script>{plotly}</script></head><body>{body}<script>{draw}</script></body></html>\n"
+)
 
 
-class Cell(str):
-    """HTML that a table shows unescaped."""
+def document(title: str, body: Iterable[str], *, evaluates: bool = False) -> str:
+    """Return a complete page.
 
+    Args:
+        title: its title.
+        body: its parts; what is no `Markup` is escaped.
+        evaluates: whether a chart compiles programs for the graphics card as it is drawn, as
+            parallel coordinates do.
 
-def document(title: str, body: Sequence[str]) -> str:
-    """Return a complete page."""
+    """
     from plotly.offline import get_plotlyjs
 
+    plotly = get_plotlyjs()
+    page = _PAGE.format(
+        policy=_policy([plotly, _DRAW], evaluates),
+        title=title,
+        style=Markup(_STYLE),
+        plotly=Markup(plotly),
+        body=Markup("").join(body),
+        draw=Markup(_DRAW),
+    )
+    return page.encode("utf-8", "backslashreplace").decode()  # halves of a surrogate pair
+
+
+def _policy(scripts: Sequence[str], evaluates: bool) -> str:
+    """Return what a browser may do with the page: run these scripts, and fetch nothing.
+
+    Plotly sets styles as it draws, so those have no hashes; without a network they do no harm.
+    """
+    digests = (hashlib.sha256(script.encode()).digest() for script in scripts)
+    hashes = [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
+    sources = " ".join([*hashes, *(["'unsafe-eval'"] if evaluates else [])])
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
-        f"<script>{get_plotlyjs()}</script></head><body>{''.join(body)}</body></html>\n"
+        f"default-src 'none'; script-src {sources}; style-src 'unsafe-inline'; img-src data: blob:;"
+        " base-uri 'none'; form-action 'none'"
     )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> Markup:
     """Return a table whose rows begin with their names; the other cells are aligned right."""
-    names = "".join(f'<th class="number">{html.escape(name)}</th>' for name in head[1:])
-    lines = [f"<tr><th>{html.escape(head[0])}</th>{names}</tr>"]
+    number = Markup('<th class="number">{}</th>')
+    names = Markup("").join(number.format(_cell(name)) for name in head[1:])
+    lines = [Markup("<tr><th>{}</th>{}</tr>").format(_cell(head[0]), names)]
     for row in rows:
-        cells = "".join(f'<td class="number">{_cell_html(value)}</td>' for value in row[1:])
-        lines.append(f"<tr><th>{_cell_html(row[0])}</th>{cells}</tr>")
-    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+        cells = (Markup('<td class="number">{}</td>').format(_cell(value)) for value in row[1:])
+        line = Markup("<tr><th>{}</th>{}</tr>")
+        lines.append(line.format(_cell(row[0]), Markup("").join(cells)))
+    return Markup('<div class="scroll"><table>{}</table></div>').format(Markup("").join(lines))
 
 
-def grid(charts: Sequence[str]) -> str:
+def grid(charts: Iterable[str]) -> Markup:
     """Place charts beside each other where there is room."""
-    return f'<div class="grid">{"".join(charts)}</div>'
+    return Markup('<div class="grid">{}</div>').format(Markup("").join(charts))
 
 
 def number_text(value: Any) -> str:
@@ -60,12 +106,12 @@ def number_text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def interval_text(interval: Sequence[float] | None) -> str:
+def interval_text(interval: Any) -> str:
     """Return the ends of an interval, or an empty text where there is none."""
-    return f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else ""
+    if not isinstance(interval, list | tuple) or len(interval) != 2:
+        return ""
+    return " to ".join(number_text(float(end) if isinstance(end, int) else end) for end in interval)
 
 
-def _cell_html(value: Any) -> str:
-    if isinstance(value, Cell):
-        return value
-    return html.escape(value if isinstance(value, str) else number_text(value))
+def _cell(value: Any) -> str:
+    return value if isinstance(value, str) else number_text(value)

@@ -1,6 +1,5 @@
 """The page of a search: its trials, their results, and which keys mattered."""
 
-import html
 import warnings
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 import optuna
 import plotly.graph_objects as go
+from markupsafe import Markup
 from optuna.trial import FrozenTrial, TrialState
 
 from jaxtune.config.load import load_sweep
@@ -16,14 +16,8 @@ from jaxtune.config.sweep import Range, Sweep
 from jaxtune.core.errors import UserError, first_line
 from jaxtune.core.files import write_text
 from jaxtune.report.charts import curve, draw
-from jaxtune.report.document import (
-    Cell,
-    document,
-    grid,
-    interval_text,
-    number_text,
-    table,
-)
+from jaxtune.report.document import document, grid, interval_text, number_text, table
+from jaxtune.report.fields import as_number, as_object, objects
 from jaxtune.tracking.metrics_log import AFTER, BEFORE, phase_of, read_metrics
 
 NAME, BASE, STUDY, TRIALS, REPORT = "sweep.yaml", "base.yaml", "study.db", "trials", "report.html"
@@ -87,27 +81,26 @@ def write_sweep_report(study: optuna.Study, sweep: Sweep, directory: Path) -> Pa
     out = directory / REPORT
     done = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
     title = f"{directory}: {len(done)} of {sweep.trials} trials, by {sweep.metric}"
-    body = [f"<h1>{html.escape(title)}</h1>"]
+    body = [Markup("<h1>{}</h1>").format(title)]
     body += [_best(study, directory)] if done else []
     body += [
         _trials(study, sweep, directory),
         _plots(study, sweep, done),
         _curves(study, directory),
     ]
-    write_text(out, document(str(directory), body))
+    write_text(out, document(str(directory), body, evaluates=True))
     return out
 
 
-def _best(study: optuna.Study, directory: Path) -> str:
+def _best(study: optuna.Study, directory: Path) -> Markup:
     best = study.best_trial
     keys = " ".join(f"{key}={value}" for key, value in best.params.items())
-    return (
-        f"<p>The best is {_link(best, directory)}: {number_text(best.value)}.</p>"
-        f"<pre>{html.escape(keys)}</pre>"
+    return Markup("<p>The best is {}: {}.</p><pre>{}</pre>").format(
+        _link(best, directory), number_text(best.value), keys
     )
 
 
-def _trials(study: optuna.Study, sweep: Sweep, directory: Path) -> str:
+def _trials(study: optuna.Study, sweep: Sweep, directory: Path) -> Markup:
     ordered = sorted(study.get_trials(deepcopy=False), key=lambda trial: _rank(trial, study))
     rows = []
     for trial in ordered:
@@ -116,19 +109,21 @@ def _trials(study: optuna.Study, sweep: Sweep, directory: Path) -> str:
         interval = _interval(trial, sweep.metric, directory)
         rows.append([_link(trial, directory), *values, value, interval, _state(trial)])
     head = ["trial", *sweep.parameters, sweep.metric, "95% interval", ""]
-    return f"<h2>Trials, the best first</h2>{table(head, rows)}"
+    return Markup("<h2>Trials, the best first</h2>{}").format(table(head, rows))
 
 
 def _interval(trial: FrozenTrial, metric: str, directory: Path) -> str:
     if trial.state != TrialState.COMPLETE:
         return ""
     evaluations = [row for row in _rows(trial, directory) if phase_of(row) in (BEFORE, AFTER)]
-    return interval_text(evaluations[-1].get("intervals", {}).get(metric)) if evaluations else ""
+    intervals = as_object(evaluations[-1].get("intervals")) if evaluations else {}
+    return interval_text(intervals.get(metric))
 
 
 def _state(trial: FrozenTrial) -> str:
     twin = trial.user_attrs.get("same as")
-    note = trial.user_attrs.get("reason") or ("" if twin is None else f"as trial {twin + 1}")
+    number = as_number(twin)
+    note = trial.user_attrs.get("reason") or ("" if number is None else f"as trial {number + 1:g}")
     return f"{_STATES.get(trial.state, '')} {note}".strip()
 
 
@@ -138,31 +133,31 @@ def _rank(trial: FrozenTrial, study: optuna.Study) -> tuple[bool, float]:
     return False, trial.value if _is_minimized(study) else -trial.value
 
 
-def _plots(study: optuna.Study, sweep: Sweep, done: list[FrozenTrial]) -> str:
+def _plots(study: optuna.Study, sweep: Sweep, done: list[FrozenTrial]) -> Markup:
     if len(done) < 2:
-        return ""
+        return Markup("")
     charts = [_history(study, sweep, done)]
     varied = [
         key for key in sweep.parameters if len({str(trial.params[key]) for trial in done}) > 1
     ]
-    note = ""
+    note = Markup("")
     importances = importance(study, varied) if len(done) >= _MIN_TRIALS and varied else {}
     if importances:
         charts.append(_bars(importances))
-        note = "Importance: how a key tells the better half of the trials from all (PED-ANOVA)."
+        text = "Importance: how a key tells the better half of the trials from all (PED-ANOVA)."
         if len(done) < _FEW_TRIALS:
-            note += f" {len(done)} trials are few: read it as a hint."
-        note = f'<p class="muted">{note}</p>'
+            text += f" {len(done)} trials are few: read it as a hint."
+        note = Markup('<p class="muted">{}</p>').format(text)
     charts += [_by_key(sweep, key, done) for key in varied]
     if len(varied) > 1:
         coordinates = optuna.visualization.plot_parallel_coordinate(
             study, params=varied, target_name=sweep.metric
         )
         charts.append(draw(coordinates, "All keys at once"))
-    return f"<h2>What mattered</h2>{note}{grid(charts)}"
+    return Markup("<h2>What mattered</h2>{}{}").format(note, grid(charts))
 
 
-def _history(study: optuna.Study, sweep: Sweep, done: list[FrozenTrial]) -> str:
+def _history(study: optuna.Study, sweep: Sweep, done: list[FrozenTrial]) -> Markup:
     numbers = [trial.number + 1 for trial in done]
     values = [float(trial.value or 0) for trial in done]
     accumulate = np.minimum.accumulate if _is_minimized(study) else np.maximum.accumulate
@@ -173,7 +168,7 @@ def _history(study: optuna.Study, sweep: Sweep, done: list[FrozenTrial]) -> str:
     return draw(go.Figure(lines), f"{sweep.metric}, trial by trial", xaxis_title="trial")
 
 
-def _by_key(sweep: Sweep, key: str, done: list[FrozenTrial]) -> str:
+def _by_key(sweep: Sweep, key: str, done: list[FrozenTrial]) -> Markup:
     options = sweep.parameters[key]
     axis: dict[str, Any] = {"title": key}
     if not isinstance(options, Range):
@@ -206,13 +201,13 @@ def importance(study: optuna.Study, keys: list[str]) -> dict[str, float]:
             return {}
 
 
-def _bars(importances: dict[str, float]) -> str:
+def _bars(importances: dict[str, float]) -> Markup:
     names = list(reversed(importances))
     bars = go.Bar(x=[importances[name] for name in names], y=names, orientation="h")
     return draw(go.Figure(bars), "Importance of keys")
 
 
-def _curves(study: optuna.Study, directory: Path) -> str:
+def _curves(study: optuna.Study, directory: Path) -> Markup:
     train: dict[str, tuple[list, list]] = {}
     evaluations: dict[str, tuple[list, list]] = {}
     for trial in study.get_trials(deepcopy=False):
@@ -223,9 +218,9 @@ def _curves(study: optuna.Study, directory: Path) -> str:
                 steps = [row["step"] for row in of_split]
                 lines[f"trial {trial.number + 1}"] = steps, [row["loss"] for row in of_split]
     if not train:
-        return ""
+        return Markup("")
     charts = [curve("Training loss", train), curve("Evaluation loss", evaluations)]
-    return f"<h2>Curves</h2>{grid(charts)}"
+    return Markup("<h2>Curves</h2>{}").format(grid(charts))
 
 
 def _is_minimized(study: optuna.Study) -> bool:
@@ -233,10 +228,12 @@ def _is_minimized(study: optuna.Study) -> bool:
 
 
 def _rows(trial: FrozenTrial, directory: Path) -> list[dict[str, Any]]:
-    return read_metrics(trial_directory(directory, trial.number))
+    rows = objects(read_metrics(trial_directory(directory, trial.number)))
+    return [row for row in rows if "split" in row and "step" in row]
 
 
-def _link(trial: FrozenTrial, directory: Path) -> Cell:
+def _link(trial: FrozenTrial, directory: Path) -> str:
     name = f"trial {trial.number + 1}"
     page = trial_directory(directory, trial.number) / REPORT
-    return Cell(f'<a href="{page.relative_to(directory)}">{name}</a>' if page.exists() else name)
+    link = Markup('<a href="{}">{}</a>').format(page.relative_to(directory), name)
+    return link if page.exists() else name

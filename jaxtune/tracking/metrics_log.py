@@ -140,7 +140,7 @@ def _row_of(line: str) -> dict[str, Any] | None:
     """Return the row in a line; None where it is damaged."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     is_row = (
         isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("split"), str)

@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.table import Column
 
 from jaxtune.core.distributed import is_main
+from jaxtune.core.text import visible, without_credentials
 from jaxtune.tracking.logger import LOGGER, is_configured
 
 REPORTS = 20
@@ -128,6 +129,7 @@ def training_text(row: dict[str, Any]) -> str:
 def _emit(console: Console, text: str, level: int = logging.INFO) -> None:
     if console.quiet:
         return
+    text = visible(without_credentials(text))
     if is_configured():
         LOGGER.log(level, "%s", text)
     else:

@@ -125,15 +125,10 @@ def read_config_file(directory: Any) -> Config:
 
     """
     path = directory / CONFIG
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is damaged: {first_line(error)}.") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} is damaged: it holds no configuration.")
-    return validated(tree, origin=str(path))
+    config = load_config(path)
+    if not path.read_text(encoding="utf-8").strip():
+        raise UserError(f"{path} is damaged: it is empty.")
+    return config
 
 
 def check_layout(directory: Any) -> None:

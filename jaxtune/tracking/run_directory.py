@@ -14,6 +14,7 @@ from jaxtune.config.traits import Trait
 from jaxtune.core.errors import UserError, listed
 from jaxtune.core.files import Replacement, remove_leftovers, remove_made, write_json, write_text
 from jaxtune.core.locks import Lock, LockHeldError
+from jaxtune.core.text import without_credentials
 from jaxtune.tracking.ownership import (
     CONFIG,
     DATA_SUMMARY,
@@ -149,7 +150,8 @@ class RunDirectory:
         self._elsewhere.mkdir(parents=True, exist_ok=True)
         for name in COPIED:
             if (self.path / name).exists():
-                write_whole(self._elsewhere / name, (self.path / name).read_text(encoding="utf-8"))
+                text = (self.path / name).read_text(encoding="utf-8")
+                write_whole(self._elsewhere / name, without_credentials(text))
 
     def replacement(self, name: str) -> Replacement:
         """Return the leave to replace an output, `adapter` or `model`, by a new one."""
@@ -182,10 +184,13 @@ class RunDirectory:
         """Write whose the directory is, then what the run is."""
         made = {name: made_in(self.path, self._marker, name) for name in OUTPUTS}
         self._note(
-            made=made, day=str(day), data=data, config=config.model_dump(mode="json"),
+            made=made, day=str(day), data=data, config=_public(config),
             saved=self.has_saved or _has_checkpoints(self._place),
         )  # fmt: skip
-        write_text(self.path / CONFIG, dump(config))
+        text = dump(config)
+        # A run goes on from this file: it keeps the credentials of its URLs, for its owner.
+        is_secret = without_credentials(text) != text
+        write_text(self.path / CONFIG, text, 0o600 if is_secret else None)
         write_json(
             self.path / ENVIRONMENT,
             {"layout": LAYOUT, **environment(), "day": str(day), "data": data},
@@ -209,8 +214,7 @@ class RunDirectory:
             f"run made in {self.path}."
         )
         if before.config is not None:
-            now = flatten(config.model_dump(mode="json"))
-            earlier = flatten(before.config.model_dump(mode="json"))
+            now, earlier = flatten(_public(config)), flatten(_public(before.config))
             fixed = [key for key in now if key not in keys_with(Trait.RESUMABLE)]
             if differing := [key for key in fixed if now[key] != earlier[key]]:
                 changes = listed(
@@ -323,6 +327,11 @@ def _check_checkpoints(
 
 def _has_checkpoints(place: Any) -> bool:
     return place.is_dir() and any(entry.name.isdigit() for entry in place.iterdir())
+
+
+def _public(config: Config) -> dict[str, Any]:
+    """Return a configuration's values without the credentials of its URLs."""
+    return json.loads(without_credentials(config.model_dump_json()))
 
 
 def _is_json(path: Any) -> bool:

@@ -4,6 +4,7 @@ continues.
 
 import contextlib
 import importlib
+import json
 import logging
 import os
 import secrets
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 
 from jaxtune.config.schema import Config
 from jaxtune.core.errors import UserError
+from jaxtune.core.text import without_credentials
 
 _PROJECT = "jaxtune"
 _TENSORBOARD, _IDENTITY = "tensorboard", "wandb-id"
@@ -129,7 +131,7 @@ class _WandB:
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", _PROJECT), name=Path(config.run.dir).name,
             id=identity.read_text(), resume="allow",
-            dir=config.run.dir, config=config.model_dump(),
+            dir=config.run.dir, config=_public(config),
             settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
         self._run.define_metric("*", step_metric="step")
@@ -147,7 +149,7 @@ class _Trackio:
         self._run = _module("trackio").init(
             project=project,
             name=Path(config.run.dir).name,
-            config=config.model_dump(),
+            config=_public(config),
             resume="allow",
         )
 
@@ -163,3 +165,8 @@ _TRACKERS: dict[str, Callable[[Config], Tracker]] = {
     "wandb": _WandB,
     "trackio": _Trackio,
 }
+
+
+def _public(config: Config) -> dict[str, Any]:
+    """Return a configuration without the credentials of its URLs."""
+    return json.loads(without_credentials(config.model_dump_json()))

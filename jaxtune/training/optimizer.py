@@ -1,7 +1,6 @@
 """The optimizer and its schedule, both counted in optimizer steps."""
 
 import math
-import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ from flax import nnx
 
 from jaxtune.config.schema import Config, OptimizerSection
 from jaxtune.core.errors import UserError, listed
+from jaxtune.core.patterns import fullmatch
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.names import names_of
 
@@ -256,7 +256,7 @@ def _named(pattern: str, leaf: Leaf) -> bool:
     One that matches some of them only is an error, since they are one array.
     """
     hits = {
-        re.search(rf"(^|\.)({pattern})(\.|$)", f"{name}.{leaf.name}") is not None
+        fullmatch(rf"(.*\.)?({pattern})(\..*)?", f"{name}.{leaf.name}") is not None
         for name in leaf.names
     }
     if len(hits) > 1:

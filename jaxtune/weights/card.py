@@ -1,8 +1,18 @@
-"""The model card: the `README.md` of an export."""
+"""The model card: the `README.md` of an export.
+
+Names of models, files and metrics are data: in a card they stand as code, which no Markdown, HTML
+or YAML can end.
+"""
+
+import re
+
+import yaml
 
 from jaxtune.weights.formats.format import Format
 from jaxtune.weights.source import Source
 from jaxtune.weights.verify import Comparison
+
+_ONE_LINE = 1 << 20
 
 
 def model_card(
@@ -20,7 +30,7 @@ def model_card(
     """
     checker = export_format.checked_by
     if comparison.torch_difference is None:
-        checked = f"{checker} not run ({comparison.torch_note})"
+        checked = f"{checker} not run ({code(comparison.torch_note or '')})"
     else:
         checked = f"{comparison.torch_difference:.1e} by {checker}"
     rounded = ""
@@ -33,14 +43,10 @@ def model_card(
     largest = f"{comparison.largest_logit:.1f}"
     merged = " An adapter is merged into it, in float32." if is_merged else ""
     return f"""---
-library_name: {export_format.library}
-{_base_model(source)}
----
-{export_format.description} Made by jaxtune from `{source.name}`.{merged}
+{_header(export_format, source)}---
+{export_format.description} Made by jaxtune from {code(source.name)}.{merged}
 
-```python
-{export_format.usage(source)}
-```
+{code_block(export_format.usage(source), "python")}
 {about}
 ## Verified before it was written
 
@@ -49,10 +55,32 @@ Over {comparison.tokens} tokens of text, logits up to {largest} differ from the 
 """
 
 
-def _base_model(source: Source) -> str:
-    """Return the card's line on the base, which must be the id of a repository without revision:
-    the hub refuses a card with anything else.
+def _header(export_format: Format, source: Source) -> str:
+    """Return the card's metadata; the base must be the id of a repository without revision: the hub
+    refuses a card with anything else.
     """
-    if (repository := source.repository) is None:
-        return "# base_model is left out: it was no model of the hub"
-    return f"base_model: {repository[0]}"
+    header = {"library_name": export_format.library}
+    repository = source.repository
+    if repository is not None:
+        header["base_model"] = repository[0]
+    text = yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=_ONE_LINE)
+    note = "# base_model is left out: it was no model of the hub\n"
+    return text + (note if repository is None else "")
+
+
+def code(text: str) -> str:
+    """Return a text as Markdown's code within a line, whatever it holds."""
+    line = " ".join(text.split())
+    fence = "`" * (_longest_run(line) + 1)
+    padding = " " if "`" in line or not line else ""
+    return f"{fence}{padding}{line}{padding}{fence}"
+
+
+def code_block(text: str, language: str) -> str:
+    """Return a text as Markdown's block of code, whatever it holds."""
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)

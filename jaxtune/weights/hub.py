@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jaxtune.core.errors import UserError
-from jaxtune.core.files import read_json
+from jaxtune.core.files import check_inside, read_json
 from jaxtune.weights.tokenizer_files import TEMPLATES, TOKENIZER_FILES
 
 _FILES = [
@@ -98,6 +98,8 @@ def push(directory: Path, name: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
+    for entry in directory.rglob("*"):
+        check_inside(directory, entry)
     with _errors_explained(name, None):
         api = HfApi()
         try:

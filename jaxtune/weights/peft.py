@@ -25,7 +25,7 @@ from jaxtune.adapters.method import (
 from jaxtune.adapters.tokens import TOKEN_ROWS
 from jaxtune.core.distributed import fetch
 from jaxtune.core.errors import UserError, listed
-from jaxtune.core.files import write_json
+from jaxtune.core.files import check_directory, write_json
 from jaxtune.core.sharding import sharding
 from jaxtune.models.decoder import CausalLM
 from jaxtune.weights import torch_files
@@ -160,6 +160,7 @@ def open_adapter(directory: str | Path) -> Adapter:
 
     """
     path = Path(directory).expanduser()
+    check_directory(path)
     weights = next((path / name for name in (WEIGHTS, TORCH) if (path / name).is_file()), None)
     if not (path / CONFIG).is_file() or weights is None:
         raise UserError(

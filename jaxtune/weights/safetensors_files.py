@@ -3,6 +3,7 @@
 import json
 import mmap
 import struct
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,10 @@ def open_file(path: Path) -> Tensors:
         # safe_open checks the header, and that the file is as long as the header says.
         file = safe_open(path, framework="np")
         names = file.keys()  # such a file is no mapping, so it cannot be iterated over itself
-        kinds = {name: file.get_slice(name).get_dtype() for name in names}
         with path.open("rb") as raw:
             size = struct.unpack("<Q", raw.read(8))[0]
             header = json.loads(raw.read(size), object_pairs_hook=_without_duplicates)
+            kinds = {name: header[name]["dtype"] for name in names}
             data = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
@@ -54,8 +55,8 @@ def open_file(path: Path) -> Tensors:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        counts = Counter(name for name, _ in pairs)
+        twice = sorted(name for name, count in counts.items() if count > 1)
         raise ValueError(f"its header has {listed(twice)} twice")
     return unique
 

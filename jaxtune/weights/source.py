@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune.core.errors import UserError
+from jaxtune.core.files import check_directory
 from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.weights import hub
 from jaxtune.weights.formats.registry import find_format
@@ -157,10 +158,12 @@ def resolve(model: str) -> Source:
     """
     path = Path(model).expanduser()
     if path.exists():
+        check_directory(path)
         return find_format(path).open(path, str(path.resolve()))
     if is_hub_id(model):
         name, _, revision = model.partition("@")
         path = hub.download_model(name, revision or None)
+        check_directory(path)
         return find_format(path).open(path, model)
     raise UserError(
         f"{model} does not exist. Give a directory with config.json, a .gguf file or a hub id "

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jaxtune.core.errors import UserError, first_line
-from jaxtune.core.files import read_json, write_json
+from jaxtune.core.errors import UserError, first_line, is_panic
+from jaxtune.core.files import check_directory, read_json, write_json
 from jaxtune.core.tokenizer import Tokenizer
 
 TOKENIZER_FILES = (
@@ -46,6 +46,7 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
         UserError: the tokenizer's files cannot be read.
 
     """
+    check_directory(directory)
     if not any((directory / name).exists() for name in TOKENIZER_FILES[:4]):
         return None
     _require_sentencepiece(directory)
@@ -54,11 +55,31 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
     _check_settings(directory / _CONFIG)
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         raise UserError(
-            f"{directory}: the tokenizer cannot be loaded: {type(error).__name__}: "
-            f"{first_line(error)}"
-        ) from error
+            f"{_named(directory)}: the tokenizer cannot be loaded: {type(error).__name__}: "
+            f"{first_line(error)}. Download or save it again."
+        ) from None
+
+
+def _named(directory: Path) -> Path:
+    """Return the tokenizer's file where it is the one that cannot be read."""
+    file = directory / "tokenizer.json"
+    return file if file.exists() and not _is_read(file) else directory
+
+
+def _is_read(file: Path) -> bool:
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        Backend.from_file(str(file))
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        return False
+    return True
 
 
 def _check_settings(path: Path) -> None:

@@ -15,7 +15,9 @@ from jaxtune.core import distributed, runtime
 from jaxtune.core.errors import UserError
 from jaxtune.core.files import Replacement, read_json, refuse_existing
 from jaxtune.core.mesh import make_mesh
+from jaxtune.core.text import without_credentials
 from jaxtune.data.prepare import Which
+from jaxtune.data.sources.opening import file_name
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.families.from_hf import from_hf
 from jaxtune.tracking.metrics_log import AFTER, BEFORE, phase_of, read_metrics
@@ -24,6 +26,7 @@ from jaxtune.tracking.progress import Reporter
 from jaxtune.tracking.record import checkpoint_directory, first_day, is_run, read_config
 from jaxtune.training.checkpoint import Checkpoints
 from jaxtune.training.setup import Setup, build_setup
+from jaxtune.weights.card import code, code_block
 from jaxtune.weights.consumers import Consumer, consumers
 from jaxtune.weights.convert import convert_model
 from jaxtune.weights.export import export_adapter, export_weights
@@ -281,7 +284,11 @@ def _data_section(config: Config, directory: Path) -> str:
 
 def _source_names(config: Config, part: Which) -> str:
     """Return the sources' names without their folders."""
-    return ", ".join(f"`{Path(entry.source).name}`" for entry in config.data.entries(part))
+    return ", ".join(code(_file_name(entry.source)) for entry in config.data.entries(part))
+
+
+def _file_name(source: str) -> str:
+    return file_name(without_credentials(source)) if "://" in source else Path(source).name
 
 
 def _hyperparameters(config: Config) -> str:
@@ -291,7 +298,7 @@ def _hyperparameters(config: Config) -> str:
         exclude={"data": {"train", "eval"}},
     )
     text = yaml.safe_dump(keys, sort_keys=False).rstrip()
-    return f"## Hyperparameters\n\n```yaml\n{text}\n```"
+    return f"## Hyperparameters\n\n{code_block(text, 'yaml')}"
 
 
 def _metrics(directory: Path) -> str:
@@ -301,7 +308,10 @@ def _metrics(directory: Path) -> str:
     names = [
         name for name, value in rows[-1].items() if isinstance(value, float) and name != "epoch"
     ]
-    lines = ["## Metrics on the evaluation data", "", f"| step | {' | '.join(names)} |"]
+    heads = " | ".join(
+        name if name.isidentifier() else code(name).replace("|", "\\|") for name in names
+    )
+    lines = ["## Metrics on the evaluation data", "", f"| step | {heads} |"]
     lines.append("|---" * (len(names) + 1) + "|")
     for row in rows:
         values = " | ".join(f"{row[name]:.4f}" for name in names)

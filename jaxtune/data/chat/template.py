@@ -6,7 +6,9 @@ from datetime import date
 from functools import cached_property
 from typing import Any
 
+from jaxtune.core.errors import UserError
 from jaxtune.core.tokenizer import Tokenizer
+from jaxtune.data.chat.sandbox import TemplateCost, bounded
 from jaxtune.data.formats.conversation import Conversation
 from jaxtune.data.sources.row import RowError
 
@@ -85,11 +87,20 @@ class ChatTemplate:
         """Return the text of one conversation, or why there is none.
 
         A template is a program of its author's and may fail with any exception.
+
+        Raises:
+            UserError: it takes more time or memory than any conversation needs.
+
         """
         if not conversation.messages:
             return ""
         try:
             return self._apply([conversation.messages], generate, **conversation.options)[0]
+        except TemplateCost as error:
+            raise UserError(
+                f"{conversation.location}: the chat template cannot be run: {error}. Use another "
+                "model or template."
+            ) from None
         except Exception as error:
             reason = f"{error}".strip().split("\n")[0] or type(error).__name__
             return RowError(
@@ -102,25 +113,27 @@ class ChatTemplate:
 
         options = dict(conversation.options)
         tools = options.pop("tools", None)
-        rendered: Any = render_jinja_template(
-            [conversation.messages],
-            tools=tools,
-            chat_template=self.source(tools),
-            return_assistant_tokens_mask=True,
-            **{**self.tokenizer.special_tokens_map, **options},
-        )
+        with bounded():
+            rendered: Any = render_jinja_template(
+                [conversation.messages],
+                tools=tools,
+                chat_template=self.source(tools),
+                return_assistant_tokens_mask=True,
+                **{**self.tokenizer.special_tokens_map, **options},
+            )
         return rendered[1][0]
 
     def _apply(
         self, conversations: list[list[dict[str, Any]]], generate: bool, **options: Any
     ) -> list[str]:
-        return self.tokenizer.apply_chat_template(
-            conversations,
-            chat_template=self.source(options.get("tools")),
-            tokenize=False,
-            add_generation_prompt=generate,
-            **options,
-        )
+        with bounded():
+            return self.tokenizer.apply_chat_template(
+                conversations,
+                chat_template=self.source(options.get("tools")),
+                tokenize=False,
+                add_generation_prompt=generate,
+                **options,
+            )
 
 
 def template_of(tokenizer: Tokenizer, day: date | None = None) -> ChatTemplate:

@@ -5,20 +5,20 @@ fit in memory.
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
-from jaxtune.data.sources.row import Row, RowError, RowLocation
+from jaxtune.data.sources.opening import PACKED, file_name
+from jaxtune.data.sources.parquet import read_parquet
+from jaxtune.data.sources.row import LONGEST, Row, RowError, RowLocation
 
 FileReader = Callable[[BinaryIO, str], Iterator[Row | RowError]]
 """Yields the rows of an open file; the second argument is its path, for the rows' locations."""
 
-LONGEST = 64 << 20
-"""Bytes of the longest line, cell or array element that is read; a longer one is a bad row."""
 _DOCUMENT_BYTES = 1 << 20
-_BATCH = 256
-_COMPRESSED = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".zip")
+_MOST_VALUES = 1 << 22
+_UNBOUNDED = 1 << 40
 _UTF8_BOM, _UTF16_BOMS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -26,8 +26,8 @@ def reader_of(path: str) -> FileReader | None:
     """Return the reader for a file's suffix, ignoring that of a compression; None where there is
     none.
     """
-    name = PurePosixPath(path.lower())
-    if name.suffix in _COMPRESSED:
+    name = PurePosixPath(file_name(path).lower())
+    if name.suffix in PACKED:
         name = PurePosixPath(name.stem)
     return READERS.get(name.suffix)
 
@@ -71,53 +71,79 @@ def read_table(handle: BinaryIO, path: str) -> Iterator[Row | RowError]:
 
 
 def _read_cells(text: io.TextIOWrapper, path: str) -> Iterator[Row | RowError]:
-    header = text.readline(1 << 20)
+    source = _BoundedLines(text)
+    header = source.header()
     separator = max(",;|\t", key=header.count)
-    names = next(csv.reader([header], delimiter=separator), [])
-    lines = csv.reader(text, delimiter=separator)
-    before = csv.field_size_limit(LONGEST)  # a setting of the whole process: restored at the end
     try:
-        while True:
-            location = RowLocation(path, lines.line_num + 2)
-            try:
-                cells = next(lines)
-            except StopIteration:
+        names = next(csv.reader([header], delimiter=separator), [])
+        if len(names) > _MOST_VALUES >> 8:
+            raise csv.Error(f"a header of {len(names):,} columns")
+    except csv.Error as error:
+        yield RowError(RowLocation(path, 1), f"not valid CSV: {error}")
+        return
+    # Strict: else all rows after a quote that is not closed would be read as one cell.
+    lines = csv.reader(source, delimiter=separator, strict=True)
+    while True:
+        location = RowLocation(path, source.number + 1)
+        source.size = 0
+        # A setting of the whole process. The lines are bounded, so cells need no limit of theirs.
+        before = csv.field_size_limit(_UNBOUNDED)
+        try:
+            cells = next(lines)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield RowError(location, f"not valid CSV: {error}")
+            if source.is_over:
                 return
-            except csv.Error as error:
-                yield RowError(location, f"not valid CSV: {error}")
-                continue
-            if not cells:
-                continue
-            if len(cells) != len(names):
-                yield RowError(
-                    location,
-                    f"{len(cells)} cells, and the header has {len(names)}. Quote cells that hold "
-                    "the separator.",
-                )
-            elif not all(map(is_text, cells)):
-                yield RowError(location, "not UTF-8. Convert the file to UTF-8.")
-            else:
-                yield Row(location, dict(zip(names, cells, strict=True)))
-    finally:
-        csv.field_size_limit(before)
+            continue
+        finally:
+            csv.field_size_limit(before)
+        if not cells:
+            continue
+        if len(cells) != len(names):
+            yield RowError(
+                location,
+                f"{len(cells)} cells, and the header has {len(names)}. Quote cells that hold "
+                "the separator.",
+            )
+        elif not all(map(is_text, cells)):
+            yield RowError(location, "not UTF-8. Convert the file to UTF-8.")
+        else:
+            yield Row(location, dict(zip(names, cells, strict=True)))
 
 
-def read_parquet(handle: BinaryIO, path: str) -> Iterator[Row | RowError]:
-    """Read Parquet, rows numbered from 1."""
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
+class _BoundedLines:
+    """The lines of a table, each read only as far as a row may be long.
 
-    number = 0
-    try:
-        for batch in ParquetFile(handle).iter_batches(batch_size=_BATCH):
-            for value in batch.to_pylist():
-                number += 1
-                yield Row(RowLocation(path, number), value)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        yield RowError(
-            RowLocation(path, number + 1),
-            f"not a whole Parquet file from here on: {str(error).splitlines()[0]}",
-        )
+    Attributes:
+        number: of the last line read, from 1.
+        size: characters read; set to 0 where a row begins.
+        is_over: whether the file ended, or a row was too long.
+
+    """
+
+    def __init__(self, text: io.TextIOWrapper) -> None:
+        self._text, self.number, self.size, self.is_over = text, 1, 0, False
+
+    def header(self) -> str:
+        """Return the first line, or its first mebibyte."""
+        return self._text.readline(1 << 20)
+
+    def __iter__(self) -> "_BoundedLines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline(LONGEST)
+        self.is_over = not line
+        if not line:
+            raise StopIteration
+        self.number += 1
+        self.size += len(line)
+        if self.size >= LONGEST:
+            self.is_over = True
+            raise csv.Error(f"a row of more than {LONGEST >> 20} MiB; the rest is not read")
+        return line
 
 
 def read_text_file(handle: BinaryIO, path: str) -> Iterator[Row | RowError]:
@@ -165,6 +191,8 @@ def _parse(line: bytes, location: RowLocation) -> Row | RowError:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         return RowError(location, f"not UTF-8 ({error.reason}). Convert the file to UTF-8.")
+    if _has_many_values(text):
+        return RowError(location, f"more than {_MOST_VALUES:,} values in a row")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -172,6 +200,11 @@ def _parse(line: bytes, location: RowLocation) -> Row | RowError:
             location, f"not valid JSON: {_reason(error)}. Each line must be one JSON object."
         )
     return _row_of(value, location)
+
+
+def _has_many_values(text: str) -> bool:
+    """Return whether JSON has so many values that they would take gigabytes, whatever they are."""
+    return len(text) > _MOST_VALUES and sum(map(text.count, ",[{")) > _MOST_VALUES
 
 
 def _row_of(value: Any, location: RowLocation) -> Row | RowError:
@@ -210,8 +243,14 @@ def _read_elements(text: io.TextIOWrapper, path: str) -> Iterator[Row | RowError
         line += buffer[: len(buffer) - len(rest)].count("\n")
         buffer, location = rest, RowLocation(path, line)
         if buffer.startswith("]"):
-            return
+            buffer = yield from _after_array(buffer[1:], text, location)
+            if not buffer:
+                return
+            continue
         try:
+            if _has_many_values(buffer):
+                yield RowError(location, f"more than {_MOST_VALUES:,} values from here on")
+                return
             value, end = decoder.raw_decode(buffer)
         except (ValueError, RecursionError) as error:
             hopeless = isinstance(error, RecursionError) or len(buffer) > LONGEST
@@ -229,6 +268,21 @@ def _read_elements(text: io.TextIOWrapper, path: str) -> Iterator[Row | RowError
             else RowError(location, "not UTF-8. Convert the file to UTF-8.")
         )
         buffer, size = buffer[end:], 1 << 16
+
+
+def _after_array(
+    rest: str, text: io.TextIOWrapper, location: RowLocation
+) -> Generator[RowError, None, str]:
+    """Return what follows the opening bracket of another array; yield an error where anything else
+    follows one.
+    """
+    while not (rest := rest.lstrip(" \t\r\n,")):
+        if not (rest := text.read(1 << 16)):
+            return ""
+    if rest.startswith("["):
+        return rest[1:] or text.read(1 << 16)
+    yield RowError(location, f"after this array comes {rest[:20]!r}. Write one array of all rows.")
+    return ""
 
 
 def is_text(value: str) -> bool:

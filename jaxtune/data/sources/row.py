@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 
 from jaxtune.core.errors import UserError
 
+LONGEST = 64 << 20
+"""Bytes of the longest row that is read; a longer one is a bad row."""
+
 
 class RowLocation(NamedTuple):
     """File and line, from 1; where there are no lines, the number of the row. Line 0 means the

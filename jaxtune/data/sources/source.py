@@ -4,23 +4,27 @@ location.
 
 import glob
 import hashlib
-import io
-import lzma
 import os
 import re
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
-
-from zstandard import ZstdError
+from typing import Any, Protocol
 
 from jaxtune.config.schema import DataSource
 from jaxtune.core.errors import UserError, listed
-from jaxtune.data.sources.readers import READERS, FileReader, reader_of
+from jaxtune.core.files import check_inside
+from jaxtune.core.text import without_credentials
+from jaxtune.data.sources.opening import (
+    DAMAGED,
+    is_archive,
+    open_bytes,
+    remote_files,
+    remote_identity,
+    streams,
+)
+from jaxtune.data.sources.readers import READERS, reader_of
 from jaxtune.data.sources.row import Row, RowError, RowLocation
 
 TRAIN, EVAL = "train", "eval"
@@ -32,7 +36,6 @@ _SPLIT_WORDS = {
 _SPLITS_OF = {TRAIN: ("train",), EVAL: ("validation", "test")}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?")
 _GLOB = re.compile(r"[*?\[]")
-_DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, ZstdError)
 
 
 class RowSource(Protocol):
@@ -70,7 +73,7 @@ def open_source(entry: DataSource, part: str) -> RowSource:
     """
     path = Path(entry.source).expanduser()
     if "://" in entry.source:
-        return Files(entry.source, _remote_files(entry.source), entry.rows)
+        return Files(entry.source, remote_files(entry.source), entry.rows)
     if path.is_file():
         if entry.split:
             raise UserError(
@@ -86,6 +89,8 @@ def open_source(entry: DataSource, part: str) -> RowSource:
         paths = sorted(
             name for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)
         )
+        for name in paths:
+            check_inside(_glob_root(path), Path(name))
         if not paths:
             raise UserError(f"{entry.source}: no file matches.")
         return Files(entry.source, paths, entry.rows)
@@ -108,9 +113,10 @@ class Files:
     """
 
     def __init__(self, name: str, paths: list[str], limit: int | None = None) -> None:
-        self.name, self.paths, self.limit = name, paths, limit
+        self.name, self.paths, self.limit = without_credentials(name), paths, limit
         self._done, self._open, self._size = 0, None, 0
-        self._readers = [_require_reader(path) for path in paths]
+        for path in paths:
+            _check_reader(path)
 
     def rows(self) -> Iterator[Row | RowError]:
         """Yield all rows in order; report a source without rows like a bad row."""
@@ -119,17 +125,12 @@ class Files:
     def _rows(self) -> Iterator[Row | RowError]:
         self._done, empty = 0, True
         self._size = sum(os.path.getsize(path) for path in self.paths if "://" not in path)
-        for path, reader in zip(self.paths, self._readers, strict=True):
-            with _open(path) as raw:
+        for path in self.paths:
+            with open_bytes(path) as raw:
                 self._open = raw
-                try:
-                    with _decompress(raw, path) as handle:
-                        for row in reader(handle, path):
-                            empty = False
-                            yield row
-                except _DAMAGED as error:
-                    yield RowError(RowLocation(path, 0), f"cannot be read to its end: {error}")
+                for row in _rows_of(raw, path):
                     empty = False
+                    yield row
             self._done += os.path.getsize(path) if "://" not in path else 0
             self._open = None
         if empty:
@@ -142,9 +143,12 @@ class Files:
             digest.update(f"\0{path}\0".encode())
             if "://" in path:
                 # The object's time or tag, so that it is not downloaded twice.
-                digest.update(_remote_system(path)[0].ukey(path).encode())
+                tag = remote_identity(path)
+                if tag is None:
+                    return None
+                digest.update(tag.encode())
                 continue
-            with _open(path) as file:
+            with open_bytes(path) as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
         return digest.hexdigest()
@@ -155,15 +159,33 @@ class Files:
         return self._done + inside, self._size
 
 
-def _require_reader(path: str) -> FileReader:
-    reader = reader_of(path)
-    if reader is None:
+def _rows_of(raw: Any, path: str) -> Iterator[Row | RowError]:
+    """Yield the rows of an open file; of an archive those of all its data files, of which there
+    must be one.
+    """
+    shown = without_credentials(path)
+    try:
+        archive, is_empty = is_archive(path), True
+        for name, handle in streams(raw, path):
+            reader = reader_of(name) or (None if archive and name != path else reader_of(path))
+            if reader is not None:
+                is_empty = False
+                yield from reader(handle, without_credentials(name))
+        if archive and is_empty:
+            yield RowError(
+                RowLocation(shown, 0), f"there is no data file in it ({listed(sorted(READERS))})"
+            )
+    except DAMAGED as error:
+        yield RowError(RowLocation(shown, 0), f"cannot be read to its end: {error}")
+
+
+def _check_reader(path: str) -> None:
+    if reader_of(path) is None and not is_archive(path):
         kinds = listed(sorted(READERS))
         raise UserError(
-            f"{path}: files of this kind are not read. Known are {kinds}, each also compressed "
-            "(.gz, .bz2, .xz, .zst, .zip)."
+            f"{without_credentials(path)}: files of this kind are not read. Known are {kinds}, "
+            "each also compressed (.gz, .bz2, .xz, .zst, .zip)."
         )
-    return reader
 
 
 class DataSet:
@@ -265,10 +287,12 @@ def _files_in(root: Path, split: str | None, part: str) -> list[str]:
     files = [
         file
         for file in sorted(root.rglob("*"))
-        if file.is_file()
+        if not file.is_dir()
         and reader_of(file.name)
         and not any(p.startswith((".", "_")) for p in file.relative_to(root).parts)
     ]
+    for file in files:
+        check_inside(root, file)
     files = [file for file in files if file.name not in ("dataset_info.json", "dataset_infos.json")]
     files = [file for file in files if not _is_text(file)] or files
     if not files:
@@ -303,49 +327,6 @@ def _is_text(file: Path) -> bool:
     return reader_of(file.name) is READERS[".txt"]
 
 
-def _remote_files(url: str) -> list[str]:
-    system, path = _remote_system(url)
-    try:
-        names = sorted(system.glob(path)) if _GLOB.search(path) else [path]
-        urls = [system.unstrip_protocol(name) for name in names if system.isfile(name)]
-    except (ValueError, OSError) as error:
-        raise UserError(f"{url} cannot be opened: {error}.") from None
-    if not urls:
-        raise UserError(f"{url}: there is no such file.")
-    return urls
-
-
-def _remote_system(url: str) -> tuple[Any, str]:
-    """Return the file system that a URL names, and the path there."""
-    from fsspec.core import url_to_fs
-
-    try:
-        return url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{url}: {error}.") from None
-
-
-def _open(path: str) -> BinaryIO:
-    try:
-        if "://" not in path:
-            return open(path, "rb")
-        import fsspec
-
-        remote: Any = fsspec.open(path, "rb")
-        return remote.open()
-    except OSError as error:
-        raise UserError(f"{path} cannot be opened: {error.strerror or error}.") from None
-
-
-def _decompress(raw: BinaryIO, path: str) -> BinaryIO:
-    """Return a stream of what a compressed file holds, by its last suffix."""
-    from fsspec.compression import compr
-    from fsspec.utils import infer_compression
-
-    kind = infer_compression(path)
-    if kind is None:
-        return raw
-    known: Any = compr
-    opened: Any = known[kind](raw, mode="rb")
-    buffered: Any = opened if isinstance(opened, io.BufferedIOBase) else io.BufferedReader(opened)
-    return buffered
+def _glob_root(pattern: Path) -> Path:
+    """Return the folder that a pattern names before its first wildcard."""
+    return next(parent for parent in pattern.parents if not _GLOB.search(str(parent)))

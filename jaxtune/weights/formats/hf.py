@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jaxtune.core.errors import UserError, listed
-from jaxtune.core.files import read_json, write_json
+from jaxtune.core.files import check_inside, read_json, write_json
 from jaxtune.weights import safetensors_files, torch_files
 from jaxtune.weights.formats.format import DirectoryFormat, ModelDirectory
 from jaxtune.weights.source import Source
@@ -76,7 +76,7 @@ def open_weights(path: Path) -> Tensors:
         if (path / index).exists():
             return _open_sharded(path, index, open_file)
         if (path / single).exists():
-            return open_file(path / single)
+            return open_file(check_inside(path, path / single))
     raise UserError(
         f"{path} holds no weights: there is no {SINGLE}, {INDEX}, {_TORCH_SINGLE} or "
         f"{_TORCH_INDEX}."
@@ -97,12 +97,7 @@ def _open_sharded(path: Path, name: str, open_file: Callable[[Path], Tensors]) -
             )
         if not (path / file).exists():
             raise UserError(f"{path / file}, named by {name}, does not exist. Download it again.")
-        if not _inside(path, path / file):
-            raise UserError(
-                f"{path / file}, named by {name}, leads out of the directory. "
-                "Do not use this model."
-            )
-        shard = open_file(path / file)
+        shard = open_file(check_inside(path, path / file))
         if twice := sorted(shard.keys() & tensors.keys()):
             raise UserError(
                 f"{path}: the tensors {listed(twice)} are in more than one file. Download it again."
@@ -124,15 +119,6 @@ def _open_sharded(path: Path, name: str, open_file: Callable[[Path], Tensors]) -
             "Download the model again."
         )
     return tensors
-
-
-def _inside(directory: Path, file: Path) -> bool:
-    """Return whether a file lies in the directory once links are followed; the hub's cache links
-    to the folder of blobs beside the snapshots.
-    """
-    real, home = file.resolve(), directory.resolve()
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
-    return real.is_relative_to(home) or (blobs is not None and real.is_relative_to(blobs))
 
 
 def write_weights(directory: Path, tensors: Tensors, shard_bytes: int | None = None) -> None:

@@ -1,5 +1,7 @@
 """An adapter in PEFT's format, beside its base; `weights.peft` reads and writes it."""
 
+import json
+
 from jaxtune.weights.formats.format import Format
 from jaxtune.weights.source import OverriddenSource, Source
 
@@ -17,11 +19,11 @@ class PeftFormat(Format):
         """See Format."""
         arguments = source.pretrained_arguments() or {"pretrained_model_name_or_path": source.name}
         name, revision = source.repository or (source.name, None)
-        base = f'"{name}"' + (f', revision="{revision}"' if revision else "")
+        base = _quoted(name) + (f", revision={_quoted(revision)}" if revision else "")
         if "gguf_file" in arguments:
             base = (
-                f'"{arguments["pretrained_model_name_or_path"]}", '
-                f'gguf_file="{arguments["gguf_file"]}"'
+                f"{_quoted(arguments['pretrained_model_name_or_path'])}, "
+                f"gguf_file={_quoted(arguments['gguf_file'])}"
             )
         size = source.config_json()["vocab_size"]
         is_resized = (
@@ -37,6 +39,11 @@ from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained({base}){resizing}
 model = PeftModel.from_pretrained(base, "path/of/this/directory")"""
+
+
+def _quoted(text: str) -> str:
+    """Return a text as a literal of Python; as JSON writes it, it is one."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 FORMAT = PeftFormat()

@@ -21,7 +21,8 @@ def main() -> None:
     sys.stdout.flush()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the server prints is no answer
-    server = xllamacpp.Server(_parameters(xllamacpp, question["path"], question["context"]))
+    library: Any = xllamacpp  # compiled: a type checker sees none of its names
+    server = library.Server(_parameters(xllamacpp, question["path"], question["context"]))
     address = server.listening_address
     # A token that is a part of a character has no probabilities in the server's answer: so another
     # is drawn, and the probabilities shown are those before the bias.
