@@ -226,20 +226,7 @@ def broadcast_from_main(ask: Callable[[], Any]) -> Any:
     return json.loads(client.blocking_key_value_get(key, _LONGEST))
 
 
-def assert_same(what: str, value: str) -> None:
-    """Check that all processes have the same `value`.
-
-    Raises:
-        UserError: this process has another one than the main process.
-
-    """
-    if broadcast_from_main(lambda: value) != value:
-        raise UserError(
-            f"Process {_index()} has another {what} than process 0. All must read the same files."
-        )
-
-
-def assert_same_values(what: str, values: Mapping[str, Any]) -> None:
+def assert_same(what: str, values: Mapping[str, Any]) -> None:
     """Check that all processes have the same values, which JSON can hold, by name.
 
     Raises:
@@ -254,8 +241,8 @@ def assert_same_values(what: str, values: Mapping[str, Any]) -> None:
     ]
     if differing:
         raise UserError(
-            f"Process {_index()} has another {what} than process 0: {listed(differing)}. Give all "
-            "processes the same command."
+            f"Process {_index()} has another {what} than process 0: {listed(differing)}. All must "
+            "have the same command and read the same files."
         )
 
 

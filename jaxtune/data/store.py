@@ -9,7 +9,6 @@ import hashlib
 import json
 import mmap
 import os
-import random
 import shutil
 import tempfile
 import time
@@ -26,6 +25,7 @@ from jaxtune.core.errors import UserError
 from jaxtune.core.files import cache_root, read_json
 from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.data.batch import CHOSEN, REJECTED
+from jaxtune.data.block_digests import BlockDigests, is_intact
 from jaxtune.data.chat.tokenize import Document
 from jaxtune.data.sources.row import RowLocation
 
@@ -52,7 +52,6 @@ _SPAN = np.dtype([("begin", "<i4"), ("end", "<i4"), ("weight", "<f4")])
 _MANIFEST = "manifest.json"
 _ARRAYS = {"ids": np.dtype("<i4"), "documents": _DOCUMENT, "spans": _SPAN}
 _UNFINISHED = ".unfinished."
-_BLOCK_BYTES, _SAMPLED_BLOCKS = 4 << 20, 16
 _STALE_SECONDS = 24 * 3600
 _MOST_BYTES = 50 << 30
 _PROBED_DOCUMENTS, _PROBED_TOKENS = 1 << 14, 1 << 22  # where the ends of answers are looked up
@@ -163,7 +162,7 @@ class Writer:
         self._counts = dict.fromkeys(_ARRAYS, 0)
         self._names: dict[str, int] = {}
         self._digest = hashlib.blake2b(digest_size=16)
-        self._blocks = {name: _BlockDigests() for name in _ARRAYS}
+        self._blocks = {name: BlockDigests() for name in _ARRAYS}
         self._largest = -1
         self._kinds: set[str] = set()
         self._bos = tokenizer.bos_token_id
@@ -282,59 +281,9 @@ def open_store(path: Path) -> Store | None:
         _ = store.ids, store.documents, store.spans
     except OSError:
         return None
-    return store if _is_intact(store) else None
-
-
-class _BlockDigests:
-    """The digests of a file's blocks, as it is written."""
-
-    def __init__(self) -> None:
-        self._digests: list[str] = []
-        self._block, self._size = _block_hash(), 0
-
-    def update(self, data: bytes) -> None:
-        """Add bytes."""
-        view = memoryview(data)
-        while view:
-            part = view[: _BLOCK_BYTES - self._size]
-            self._block.update(part)
-            self._size, view = self._size + len(part), view[len(part) :]
-            if self._size == _BLOCK_BYTES:
-                self._end_block()
-
-    def close(self) -> list[str]:
-        """Return the digests of all blocks."""
-        if self._size:
-            self._end_block()
-        return self._digests
-
-    def _end_block(self) -> None:
-        self._digests.append(self._block.hexdigest())
-        self._block, self._size = _block_hash(), 0
-
-
-def _block_hash() -> Any:
-    return hashlib.blake2b(digest_size=16)
-
-
-def _is_intact(store: Store) -> bool:
-    """Return whether a store's files are what was written: of each some blocks, the first and the
-    last among them, or all (see VERIFY_ALL).
-    """
-    for name in _ARRAYS:
-        digests = store.manifest["blocks"][name]
-        numbers = range(len(digests))
-        if len(numbers) > _SAMPLED_BLOCKS and not os.environ.get(VERIFY_ALL):
-            inner = random.sample(numbers[1:-1], _SAMPLED_BLOCKS - 2)
-            numbers = [0, *sorted(inner), len(digests) - 1]
-        with (store.path / name).open("rb") as file:
-            for number in numbers:
-                file.seek(number * _BLOCK_BYTES)
-                block = _block_hash()
-                block.update(file.read(_BLOCK_BYTES))
-                if block.hexdigest() != digests[number]:
-                    return False
-    return True
+    whole, digests = bool(os.environ.get(VERIFY_ALL)), manifest["blocks"]
+    is_whole = all(is_intact(path / name, digests[name], whole=whole) for name in _ARRAYS)
+    return store if is_whole else None
 
 
 def _private(path: str, flags: int) -> int:

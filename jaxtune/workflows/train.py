@@ -10,7 +10,6 @@ from typing import Any
 import jax
 
 from jaxtune.config.keys import flatten
-from jaxtune.config.load import dump
 from jaxtune.config.schema import Config
 from jaxtune.core import distributed, runtime
 from jaxtune.core.errors import UserError
@@ -94,16 +93,16 @@ def run(
     runtime.start()
     with distributed.fail_together():
         check_trackers(config)
-        distributed.assert_same_values(
-            "command", {**flatten(config.model_dump(mode="json")), "--fresh": fresh}
+        distributed.assert_same(
+            "configuration", {**flatten(config.model_dump(mode="json")), "--fresh": fresh}
         )
         config = adopt_adapter(config)
         day = date.fromisoformat(distributed.broadcast_from_main(lambda: _start_day(config, fresh)))
         setup = build_setup(config, reporter, day, objective)
         schedules = (("data.train", setup.schedule), ("data.eval", setup.eval_schedule))
         digests = {key: schedule.examples.digest for key, schedule in schedules if schedule}
-        distributed.assert_same("configuration", dump(config))
-        distributed.assert_same("training or evaluation data", str(digests))
+        distributed.assert_same("configuration", flatten(config.model_dump(mode="json")))
+        distributed.assert_same("training or evaluation data", digests)
         distributed.barrier("agreed")
         directory = None
         if distributed.is_main():

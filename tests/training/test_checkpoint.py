@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import jax
@@ -27,7 +26,6 @@ from jaxtune.tracking.record import read_config
 from jaxtune.training import checkpoint, setup
 from jaxtune.training.checkpoint import steps_saved
 from jaxtune.training.interrupt import StopRequest
-from jaxtune.training.watchdog import Watchdog
 from tests.support import tools
 from tests.support.cases import thinned
 
@@ -333,28 +331,6 @@ def test_sizes_are_noted_of_files_whose_owner_has_no_name(tmp_path, monkeypatch)
     assert checkpoint._sizes(epath.Path(tmp_path)) == {"part": 5}
 
 
-def test_a_step_that_hangs_is_noticed_and_others_are_not():
-    calls, expired = [], threading.Event()
-
-    def expire(seconds, doing):
-        calls.append((seconds, doing))
-        expired.set()
-
-    with Watchdog(0.5, expire) as watchdog:
-        for step in range(4):
-            time.sleep(0.2)
-            watchdog.alive(f"step {step}")
-        watchdog.rest()
-        assert not expired.wait(1.0)
-        watchdog.alive("step 5")
-        assert expired.wait(5.0)
-    assert calls == [(0.5, "step 5")]
-    with Watchdog(0.2, expire):
-        pass
-    time.sleep(0.5)
-    assert len(calls) == 1
-
-
 def test_a_hung_run_prints_where_it_stands_and_ends(finished, tmp_path):
     copied(finished, tmp_path / "run")
     for step in (6, 9):
@@ -390,16 +366,3 @@ def test_a_hung_run_prints_where_it_stands_and_ends(finished, tmp_path):
     )
     assert json.dumps(sorted(trained(tmp_path / "run"))) == "[1, 2, 3, 4]"
     np.testing.assert_equal(trained(tmp_path / "run")[4], trained(finished)[4])
-
-
-def test_a_hung_run_ends_though_nobody_reads_its_stderr():
-    code = (
-        "import time\n"
-        "from jaxtune.training.watchdog import Watchdog\n"
-        "with Watchdog(0.2):\n"
-        "    time.sleep(60)\n"
-    )
-    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
-    assert child.stderr is not None
-    child.stderr.close()
-    assert child.wait(timeout=50) == 1
