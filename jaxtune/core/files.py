@@ -180,12 +180,12 @@ class Replacement:
     """The leave to replace a directory that an earlier call made.
 
     Attributes:
-        made: the files that were made there, by their paths in it; no other is removed.
+        own: the files that were made there, by their paths in it; no other is removed.
         note: called with the files of the new directory before it takes its name.
 
     """
 
-    made: Collection[str]
+    own: Collection[str]
     note: Callable[[list[str]], None]
 
 
@@ -218,7 +218,7 @@ def new_directory(target: Path, *, replace: Replacement | None = None) -> Iterat
         if target.exists():
             target.rename(old)
         os.replace(staging, target)
-        if old.exists() and not remove_made(old, replace.made):
+        if old.exists() and not remove_made(old, replace.own):
             old.rename(_free_name(target))
 
 
@@ -231,7 +231,7 @@ def files_below(folder: Path) -> list[str]:
     )
 
 
-def remove_made(folder: Path, made: Collection[str]) -> bool:
+def remove_made(folder: Path, own: Collection[str]) -> bool:
     """Remove these files of a folder, the folders that become empty, and the folder if nothing is
     left of it.
 
@@ -239,7 +239,7 @@ def remove_made(folder: Path, made: Collection[str]) -> bool:
         Whether nothing is left.
 
     """
-    for name in made:
+    for name in own:
         path = folder / name
         path.unlink(missing_ok=True)
         for parent in path.parents:
@@ -249,13 +249,13 @@ def remove_made(folder: Path, made: Collection[str]) -> bool:
     return _remove_if_empty(folder)
 
 
-def remove_leftovers(target: Path, made: Collection[str] = ()) -> None:
+def remove_leftovers(target: Path, own: Collection[str] = ()) -> None:
     """Remove what a killed process left of a new `target`; an old one that it had renamed comes
     back if there is no new one.
 
     Args:
         target: a file or directory that is written under a temporary name.
-        made: the files of an old one, which go where there is a new one.
+        own: the files of an old one, which go where there is a new one.
 
     """
     if not target.parent.is_dir():
@@ -268,7 +268,7 @@ def remove_leftovers(target: Path, made: Collection[str] = ()) -> None:
                 if mark == _OLD and not os.path.lexists(target):
                     path.rename(target)
                 elif mark == _OLD:
-                    if not remove_made(path, made):
+                    if not remove_made(path, own):
                         path.rename(_free_name(target))
                 elif path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)

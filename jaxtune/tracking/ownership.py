@@ -105,9 +105,9 @@ def made_in(directory: Path, marker: dict[str, Any], name: str) -> list[str]:
 
     Of a run of a version that did not note them, all that are there where it has finished.
     """
-    made = marker.get("made")
-    if isinstance(made, dict):
-        return [str(file) for file in made.get(name, [])]
+    noted = marker.get("made")
+    if isinstance(noted, dict):
+        return [str(file) for file in noted.get(name, [])]
     return files_below(directory / name) if (directory / VERIFICATION).is_file() else []
 
 

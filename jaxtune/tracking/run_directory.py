@@ -155,13 +155,13 @@ class RunDirectory:
 
     def replacement(self, name: str) -> Replacement:
         """Return the leave to replace an output, `adapter` or `model`, by a new one."""
-        made = made_in(self.path, self._marker, name)
+        own = made_in(self.path, self._marker, name)
 
         def note(files: list[str]) -> None:
             others = self._marker.get("made", {})
-            self._note(made=others | {name: sorted({*made, *files})})
+            self._note(made=others | {name: sorted({*own, *files})})
 
-        return Replacement(made, note)
+        return Replacement(own, note)
 
     def _note(self, **values: Any) -> None:
         self._marker = write_marker(self.path, "run", self._marker | values)
@@ -182,9 +182,9 @@ class RunDirectory:
 
     def _claim(self, config: Config, data: dict[str, str], day: date) -> None:
         """Write whose the directory is, then what the run is."""
-        made = {name: made_in(self.path, self._marker, name) for name in OUTPUTS}
+        outputs = {name: made_in(self.path, self._marker, name) for name in OUTPUTS}
         self._note(
-            made=made, day=str(day), data=data, config=_public(config),
+            made=outputs, day=str(day), data=data, config=_public(config),
             saved=self.has_saved or _has_checkpoints(self._place),
         )  # fmt: skip
         text = dump(config)

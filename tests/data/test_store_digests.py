@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtune.config.schema import DataSection
-from jaxtune.data import store
+from jaxtune.data import block_digests, store
 from jaxtune.data.prepare import prepare
 from tests.support import tools
 
@@ -18,7 +18,7 @@ ROWS = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(
 def data(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXTUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(store.VERIFY_ALL, raising=False)
-    monkeypatch.setattr(store, "_BLOCK_BYTES", 256)
+    monkeypatch.setattr(block_digests, "_BLOCK_BYTES", 256)
     return DataSection(train=tools.write_rows(tmp_path / "rows.jsonl", ROWS), max_length=64)
 
 
@@ -54,7 +54,7 @@ def test_a_sample_is_compared_or_on_demand_all(data, monkeypatch):
     whole = path.read_bytes()
     assert len(whole) // 256 > 60
     change(path, len(whole) // 2)
-    monkeypatch.setattr(store.random, "sample", lambda numbers, count: list(numbers)[:count])
+    monkeypatch.setattr(block_digests.random, "sample", lambda numbers, count: list(numbers)[:count])
     assert store.open_store(cached()) is not None  # the middle is not in this sample
     monkeypatch.setenv(store.VERIFY_ALL, "1")
     assert store.open_store(cached()) is None
