@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxtune.core.files import locked
+from jaxtune.core.locks import locked
 
 PACKAGES = ("transformers==4.57.3", "tokenizers>=0.22,<0.23", "huggingface-hub<1")
 FOLDER = Path(tempfile.gettempdir()) / "jaxtune-tests-transformers-4.57.3"
