@@ -8,7 +8,7 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    from jaxtune.cli.options import add_model, add_writing
+    from jaxtune.cli.options import add_model, add_processes, add_writing
     from jaxtune.weights.formats.registry import model_format_names
 
     add_model(parser)
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to", required=True, metavar="FORMAT", help=f"one of {', '.join(model_format_names())}"
     )
     add_writing(parser)
+    add_processes(parser)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    from jaxtune.cli.options import add_json, add_model
+    from jaxtune.cli.options import add_json, add_model, add_processes
 
     add_model(parser)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -70,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat", action="store_true", help="with --harness: through the model's chat template"
     )
     add_json(parser)
+    add_processes(parser)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    from jaxtune.cli.options import add_writing
+    from jaxtune.cli.options import add_processes, add_writing
     from jaxtune.weights.formats.registry import format_names
 
     parser.add_argument("run_directory", metavar="RUN", help="a run directory, finished or stopped")
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "vLLM and llama.cpp do not (default: one rank and one scale that compute the same)",
     )
     add_writing(parser)
+    add_processes(parser)
 
 
 def run(options: argparse.Namespace) -> None:

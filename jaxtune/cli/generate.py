@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    from jaxtune.cli.options import add_json, add_model, add_sampling
+    from jaxtune.cli.options import add_json, add_model, add_processes, add_sampling
 
     add_model(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_sampling(parser)
     add_json(parser)
+    add_processes(parser)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ def start(cluster: Cluster | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import jax
 
+    use_own_precisions()
     # orbax warns of what this program reports itself.
     logging.getLogger("absl").setLevel(logging.ERROR)
     if os.environ.get("JAX_PLATFORMS") is None and distributed.only_compiles_for_tpu():
@@ -27,3 +28,12 @@ def start(cluster: Cluster | None = None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(default_cache_root() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     distributed.start(cluster)
+
+
+def use_own_precisions() -> None:
+    """Ignore JAX_DEFAULT_MATMUL_PRECISION: every product here says its own precision, and the
+    variable would also reach kernels that have only one, such as splash attention.
+    """
+    import jax
+
+    jax.config.update("jax_default_matmul_precision", None)

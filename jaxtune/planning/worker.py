@@ -16,6 +16,7 @@ from jaxtune.core.errors import RunError, UserError
 from jaxtune.core.files import read_json, write_json
 from jaxtune.core.hardware import Memory
 from jaxtune.core.mesh import AXES
+from jaxtune.core.runtime import use_own_precisions
 from jaxtune.planning.collectives import arrays_in_memory, collectives
 from jaxtune.planning.compiler_errors import largest_buffers, memory_shortage
 from jaxtune.planning.flops import count_flops
@@ -207,6 +208,7 @@ def _advice(config: Config, fields: dict[str, Any], lowered: Lowered) -> list[st
 
 def main(request_path: str, answer_path: str) -> None:
     """Read a request, and write the fields of its plan or an error."""
+    use_own_precisions()
     request = read_json(Path(request_path))
     try:
         answer = measure(validated(request["config"]), parse_target(request["on"]))

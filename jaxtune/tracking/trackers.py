@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,17 +44,20 @@ class Trackers:
     Args:
         config: the run.
         warn: told once of each tracker that fails.
+        step: the step that the run goes on from; what a tracker has of later ones is done again.
 
     Raises:
         UserError: a tracker that is not installed.
 
     """
 
-    def __init__(self, config: Config, warn: Callable[[str], None]) -> None:
+    def __init__(self, config: Config, warn: Callable[[str], None], step: int = 0) -> None:
         self._warn = warn
         self._open: dict[str, Tracker] = {}
         for name in config.run.trackers:
-            self._try(name, lambda name=name: self._open.update({name: _TRACKERS[name](config)}))
+            self._try(
+                name, lambda name=name: self._open.update({name: _TRACKERS[name](config, step)})
+            )
 
     def write(self, row: dict[str, Any]) -> None:
         """Pass on the numbers of a row, named after its split, such as train/loss."""
@@ -108,9 +112,15 @@ def _module(name: str) -> Any:
 
 
 class _TensorBoard:
-    def __init__(self, config: Config) -> None:
+    """TensorBoard's event files; a run that goes on says so, and TensorBoard then drops what an
+    earlier file has of the steps that are done again.
+    """
+
+    def __init__(self, config: Config, step: int) -> None:
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
-        self._writer = _module("tensorboard").Writer(str(Path(config.run.dir) / _TENSORBOARD))
+        folder = Path(config.run.dir) / _TENSORBOARD
+        _mark_restart(str(folder), step + 1)
+        self._writer = _module("tensorboard").Writer(str(folder))
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         for name, value in metrics.items():
@@ -120,10 +130,24 @@ class _TensorBoard:
         self._writer.close()
 
 
+def _mark_restart(folder: str, step: int) -> None:
+    """Write that what comes begins at a step. TensorBoard takes the first such mark for the
+    beginning, and files of earlier versions have none: so it is written twice.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    writer = EventFileWriter(folder)
+    start = SessionLog(status=SessionLog.START)
+    for _ in range(2):
+        writer.add_event(Event(wall_time=time.time(), step=step, session_log=start))
+    writer.close()
+
+
 class _WandB:
     """A Weights & Biases run; a run that is continued is the same run there."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, step: int) -> None:
         wandb = _module("wandb")
         identity = Path(config.run.dir) / _IDENTITY
         if not identity.exists():
@@ -144,7 +168,7 @@ class _WandB:
 
 
 class _Trackio:
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, step: int) -> None:
         project = os.environ.get("TRACKIO_PROJECT", _PROJECT)
         self._run = _module("trackio").init(
             project=project,
@@ -160,7 +184,7 @@ class _Trackio:
         self._run.finish()
 
 
-_TRACKERS: dict[str, Callable[[Config], Tracker]] = {
+_TRACKERS: dict[str, Callable[[Config, int], Tracker]] = {
     "tensorboard": _TensorBoard,
     "wandb": _WandB,
     "trackio": _Trackio,

@@ -3,6 +3,7 @@
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -32,6 +33,11 @@ from jaxtune.training.step import StepMetrics, train_step
 from jaxtune.training.watchdog import Watchdog
 
 Evaluate = Callable[[TrainState], dict[str, float]]
+
+_RECENT, _FEW, _DIVERGED = 50, 5, 1.5
+"""Steps whose losses are remembered; after how few of them the rate is to blame; how many times the
+least of them a loss is that diverges.
+"""
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,7 @@ class Recorder:
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak = peak * setup.mesh.size if peak else None
         self._since = time.monotonic()
+        self._losses: deque[float] = deque(maxlen=_RECENT)
 
     def restart_clock(self) -> None:
         """Do not count what was done since the last row (an evaluation, a checkpoint) to the
@@ -140,11 +147,32 @@ class Recorder:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise RunError(
                 f"Step {step}: the loss is {loss} and the gradient's norm {norm}. The run has "
-                "stopped; the checkpoints before it are kept. Lower optimizer.learning_rate, set "
-                "optimizer.clip_norm, or look at this step's rows, and start over with --fresh."
+                f"stopped; the checkpoints before it are kept. {self._advise(loss)}"
             )
+        self._losses.append(loss)
         self.task.update(step, training_text(row))
         return stop_reason
+
+    def _advise(self, loss: float) -> str:
+        """Return what probably made a loss or gradient that is not finite, and what to do."""
+        if not self._losses:
+            return (
+                "It is the first step of this start, before which the weights had changed little "
+                "or not at all: look at this step's rows, at the weights of model.source and "
+                "adapter.init, or compute in float32 (model.compute_dtype=float32)."
+            )
+        if len(self._losses) < _FEW or self._losses[-1] > _DIVERGED * min(self._losses):
+            return (
+                f"The loss was {self._losses[0]:.3g} at first and {self._losses[-1]:.3g} before: "
+                "training diverges. Lower optimizer.learning_rate or set optimizer.clip_norm, and "
+                "start over with --fresh."
+            )
+        cause = "loss" if not math.isfinite(loss) else "gradient"
+        return (
+            f"The loss had not risen before, so the {cause} of one of this step's rows is probably "
+            "not finite: look at them, or compute in float32 (model.compute_dtype=float32). If "
+            "they are as they should be, lower optimizer.learning_rate and start over with --fresh."
+        )
 
     def record_evaluation(
         self, state: TrainState, step: int, metrics: dict[str, float]

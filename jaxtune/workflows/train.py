@@ -151,13 +151,14 @@ def _run(
     is_new = checkpoints.latest is None
     distributed.broadcast_from_main(lambda: _check_not_lost(directory, is_new, config))
     state = setup.initial() if is_new else checkpoints.restore(setup.state_layout)
+    step = int(state.step)
     log = (
-        MetricsLog(path, int(state.step), Trackers(config, reporter.warn), reporter.warn)
+        MetricsLog(path, step, Trackers(config, reporter.warn, step), reporter.warn)
         if distributed.is_main()
         else NullMetricsLog()
     )
     evaluation = RunEvaluation(setup, log, reporter, metrics)
-    samples = Samples(setup, path, int(state.step))
+    samples = Samples(setup, path, step)
     try:
         before = _record_start(setup, state, evaluation, samples, reporter)
         if before and is_new:

@@ -54,7 +54,9 @@ def test_a_sample_is_compared_or_on_demand_all(data, monkeypatch):
     whole = path.read_bytes()
     assert len(whole) // 256 > 60
     change(path, len(whole) // 2)
-    monkeypatch.setattr(block_digests.random, "sample", lambda numbers, count: list(numbers)[:count])
+    monkeypatch.setattr(
+        block_digests.random, "sample", lambda numbers, count: list(numbers)[:count]
+    )
     assert store.open_store(cached()) is not None  # the middle is not in this sample
     monkeypatch.setenv(store.VERIFY_ALL, "1")
     assert store.open_store(cached()) is None

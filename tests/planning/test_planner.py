@@ -316,6 +316,12 @@ def test_the_command_prints_and_writes_it(plans, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_precision_in_the_environment_reaches_no_kernel(monkeypatch):
+    monkeypatch.setenv("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+    assert plan(shipped("llama-3.2-1b", "train.batch_size=4", "mesh.fsdp=1"), "v5e:1x1").fits
+
+
 def test_search_finds_what_fits_best_first(tmp_path):
     small = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 4096,

@@ -178,6 +178,7 @@ def test_a_nan_stops_the_run_names_the_step_and_keeps_the_checkpoint_before(
     assert code == 1
     last = read_metrics(tmp_path / "run")[-1]
     assert f"Step {last['step']}: the loss is" in err
+    assert "training diverges. Lower optimizer.learning_rate" in err
     assert last["loss"] is None or last["grad_norm"] is None
     assert steps_saved(read_config(tmp_path / "run"))[-1] == last["step"] - 1
 
