@@ -183,7 +183,7 @@ def is_better(value: float, before: float | None, metric: str) -> bool:
         metric: its name; see `config.schema.lower_is_better`.
 
     """
-    return math.isfinite(value) and _goodness(value, metric) > _goodness(before, metric)
+    return _goodness(value, metric) > _goodness(before, metric)
 
 
 def _goodness(value: Any, metric: str) -> float:

@@ -10,7 +10,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import yaml
 from etils import epath
 
 from jaxtune.config.load import load_config, validated, with_keys
@@ -223,9 +222,7 @@ def record_of(config: Config) -> Any:
 
 
 def recall(config: Config) -> None:
-    """Bring back the record of a run whose directory is gone, from beside its checkpoints. A file
-    of it that is damaged is left there.
-    """
+    """Bring back the record of a run whose directory is gone, from beside its checkpoints."""
     directory, elsewhere = Path(config.run.dir), record_directory(config)
     if elsewhere is None or is_run(directory) or not elsewhere.exists():
         return
@@ -234,19 +231,5 @@ def recall(config: Config) -> None:
     for name in sorted(COPIED, key=lambda name: name in (CONFIG, MARKER)):
         if not (elsewhere / name).exists():
             continue
-        with contextlib.suppress(UnicodeDecodeError):
-            text = (elsewhere / name).read_text()
-            if _is_readable(name, text):
-                write_text(directory / name, text)
-
-
-def _is_readable(name: str, text: str) -> bool:
-    """Return whether a file of the record is whole; rows are judged one by one when they are
-    read.
-    """
-    try:
-        if name in (MARKER, ENVIRONMENT):
-            return isinstance(json.loads(text), dict)
-        return name != CONFIG or isinstance(yaml.safe_load(text), dict)
-    except (ValueError, yaml.YAMLError):
-        return False
+        with contextlib.suppress(UnicodeDecodeError):  # damaged; other damage shows when it is read
+            write_text(directory / name, (elsewhere / name).read_text())
