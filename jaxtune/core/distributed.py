@@ -244,6 +244,7 @@ def assert_same(what: str, values: Mapping[str, Any]) -> None:
             f"Process {_index()} has another {what} than process 0: {listed(differing)}. All must "
             "have the same command and read the same files."
         )
+    barrier("compared")  # none goes on before all have compared
 
 
 def barrier(name: str) -> None:

@@ -312,7 +312,7 @@ def _make_durable(path: Path) -> None:
     """Write what the system has in memory of a file, or of all files below a folder, to disk."""
     names = [path / name for name in files_below(path)] if path.is_dir() else [path]
     for name in names:
-        if name.is_symlink():
+        if os.path.islink(name):
             continue
         handle = os.open(name, os.O_RDONLY)
         try:

@@ -79,13 +79,14 @@ def export_run(
     """
     if out is None:
         raise UserError("export: say where to with out=DIR (--out DIR).")
-    if exact and not get_format(to).keeps_adapter:
+    model_format = get_format(to)
+    if exact and not model_format.keeps_adapter:
         raise UserError(f"export: exact is for --to peft; --to {to} merges the adapter.")
     reporter, path = reporter or Reporter(quiet=True), Path(out)
     with distributed.main_only_path(path) as target:
         export = _Export(Path(run_dir), target, to, dtype, exact)
         comparison = _export(export, reporter)
-    readers = _consumers(export.directory, path) if get_format(to).keeps_adapter else ()
+    readers = _consumers(export.directory, path) if model_format.keeps_adapter else ()
     upload_export(path, push, reporter)
     return ExportResult(path, comparison, readers)
 

@@ -13,6 +13,7 @@ from jaxtune.config.schema import DataSection
 from jaxtune.core.mesh import make_mesh
 from jaxtune.evaluation.evaluate import EvalOptions, evaluate
 from jaxtune.tracking.metrics_log import read_metrics
+from jaxtune.tracking.ownership import write_marker
 from jaxtune.tracking.progress import Reporter
 from jaxtune.training import setup
 from jaxtune.weights import export
@@ -139,7 +140,7 @@ def test_a_run_that_goes_on_another_day_sees_the_same_date(train, tmp_path):
     )
     rows = tools.write_rows(tmp_path / "rows.jsonl", tools.sums(8))
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "env.json").write_text('{"day": "2024-02-09"}')
+    write_marker(tmp_path / "run", "run", {"day": "2024-02-09"})
     keys = [f"data.train={rows}", "checkpoint.every=1"]
     first = train(*keys, model=model)
     assert json.loads((first.dir / "env.json").read_text())["day"] == "2024-02-09"
