@@ -134,13 +134,14 @@ def _mark_restart(folder: str, step: int) -> None:
     """Write that what comes begins at a step. TensorBoard takes the first such mark for the
     beginning, and files of earlier versions have none: so it is written twice.
     """
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto import event_pb2
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+    messages: Any = event_pb2  # generated: a type checker sees none of its names
     writer = EventFileWriter(folder)
-    start = SessionLog(status=SessionLog.START)
+    start = messages.SessionLog(status=messages.SessionLog.START)
     for _ in range(2):
-        writer.add_event(Event(wall_time=time.time(), step=step, session_log=start))
+        writer.add_event(messages.Event(wall_time=time.time(), step=step, session_log=start))
     writer.close()
 
 
