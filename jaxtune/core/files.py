@@ -58,7 +58,12 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     """Write `rows` as JSON Lines, completely or not at all."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, jsonl_text(rows))
+
+
+def jsonl_text(rows: list[dict]) -> str:
+    """Return `rows` as JSON Lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 from jaxtune.core.errors import UserError
-from jaxtune.core.files import write_jsonl
+from jaxtune.core.files import jsonl_text, write_jsonl
 from jaxtune.weights.bundled import package_directory
 
 QUESTION = (
@@ -29,7 +29,7 @@ def write_news(directory: Path) -> tuple[Path, Path]:
     in both files.
 
     Raises:
-        UserError: the package is not installed.
+        UserError: the package is not installed, or a file of this name holds something else.
 
     """
     train, test = [], []
@@ -48,9 +48,24 @@ def write_news(directory: Path) -> tuple[Path, Path]:
         test += rows[train_rows : train_rows + test_rows]
     generator.shuffle(train)
     generator.shuffle(test)
-    write_jsonl(directory / "train.jsonl", train)
-    write_jsonl(directory / "test.jsonl", test)
-    return directory / "train.jsonl", directory / "test.jsonl"
+    return _keep(directory / "train.jsonl", train), _keep(directory / "test.jsonl", test)
+
+
+def _keep(path: Path, rows: list[dict]) -> Path:
+    """Write rows, unless they are there; return the file.
+
+    Raises:
+        UserError: it holds something else.
+
+    """
+    if not path.exists():
+        write_jsonl(path, rows)
+    elif path.read_text(encoding="utf-8", errors="replace") != jsonl_text(rows):
+        raise UserError(
+            f"{path} holds other rows than those of the package, and is kept. Choose another "
+            "directory, or move it away."
+        )
+    return path
 
 
 def _read_articles(folder: str, seen: set[str]) -> list[str]:
