@@ -27,6 +27,7 @@ COMMANDS = {
 }
 INTERRUPTED = 128
 _COMPUTE = ("train", "eval", "generate", "export", "convert")
+_OUTPUTS = ("json", "predictions", "out")
 _HUGE_PAGES = "glibc.malloc.hugetlb"
 
 
@@ -102,8 +103,12 @@ def _restart_with_huge_pages() -> None:
 
 def _run(options: argparse.Namespace) -> int:
     """Run a command; one that computes runs in all processes, and only the main one prints."""
+    from jaxtune.core.files import check_writable
     from jaxtune.tracking.logger import log_to_stderr
 
+    for name in _OUTPUTS:
+        if (path := getattr(options, name, None)) and path != "-":
+            check_writable(Path(path))
     if options.command not in _COMPUTE:
         with log_to_stderr():
             return options.run(options) or 0

@@ -150,6 +150,23 @@ def cache_root() -> Path:
     return Path(os.environ.get("JAXTUNE_CACHE") or default_cache_root())
 
 
+def check_writable(target: Path) -> None:
+    """Check, before anything long is done, that a file or directory can be made at `target`.
+
+    Raises:
+        UserError: one of the folders it would lie in is a file, or may not be written to.
+
+    """
+    folder = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
+    if not folder.is_dir():
+        raise UserError(f"{target} cannot be made: {folder} is no folder. Choose another place.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{target} cannot be made: {folder} may not be written to. Choose another place, or "
+            "change its permissions."
+        )
+
+
 def refuse_existing(target: Path) -> None:
     """Refuse to overwrite what is at `target`.
 

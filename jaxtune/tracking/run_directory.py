@@ -1,7 +1,6 @@
 """The run directory: the whole record of a run, which only the same run may continue."""
 
 import json
-import os
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -12,7 +11,14 @@ from jaxtune.config.load import dump, validated
 from jaxtune.config.schema import Config
 from jaxtune.config.traits import Trait
 from jaxtune.core.errors import UserError, listed
-from jaxtune.core.files import Replacement, remove_leftovers, remove_made, write_json, write_text
+from jaxtune.core.files import (
+    Replacement,
+    check_writable,
+    remove_leftovers,
+    remove_made,
+    write_json,
+    write_text,
+)
 from jaxtune.core.locks import Lock, LockHeldError
 from jaxtune.core.text import without_credentials
 from jaxtune.tracking.ownership import (
@@ -276,8 +282,7 @@ def check_place(config: Config, fresh: bool = False) -> None:
     """
     directory, place = Path(config.run.dir), checkpoint_directory(config)
     check_inputs(config, directory, place)
-    if os.path.lexists(directory) and not directory.is_dir():
-        raise UserError(f"run.dir: {directory} is a file. Set run.dir to another directory.")
+    check_writable(directory / MARKER)
     marker = read_marker(directory, "run")
     if marker is None and not is_earlier_run(directory):
         check_unclaimed(directory, OWN)

@@ -7,10 +7,13 @@ from pathlib import Path
 import jax
 import pytest
 
+from jaxtune.cli.main import main
 from jaxtune.core import runtime
+from jaxtune.core.errors import UserError
 from jaxtune.core.files import (
     Replacement,
     cache_root,
+    check_writable,
     new_directory,
     new_file,
     remove_leftovers,
@@ -122,3 +125,15 @@ def test_a_user_without_a_home_has_a_cache(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", unknown)
     assert cache_root().name == f"jaxtune-{os.getuid()}"
+
+
+def test_a_place_that_cannot_be_made_is_refused_before_anything_long(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "a" / "b")
+    check_writable(tmp_path / "file")
+    with pytest.raises(UserError, match="file is no folder"):
+        check_writable(tmp_path / "file" / "a" / "b")
+    assert main(["eval", "none", "--data", "none", "--json", str(tmp_path / "file" / "a")]) == 2
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the superuser may write anywhere
+    with pytest.raises(UserError, match="may not be written to"):
+        check_writable(tmp_path / "a")
