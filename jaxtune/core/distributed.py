@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.core.errors import Interrupted, UserError, describe_os_error, listed, status
+from jaxtune.core.heartbeats import Heartbeats, describe_death, describe_silence, find_dead
 from jaxtune.core.text import visible
 
 HEARTBEAT = 20
@@ -319,11 +320,12 @@ def _report(error: BaseException) -> None:
     if os.environ.get("JAXTUNE_DEBUG") == "1":
         traceback.print_exception(error)
     client, is_printing = _client(), is_main()
-    message = {
-        "process": jax.process_index(),
-        "text": _text(error),
-        "status": status(error),
-    }
+    number, text = jax.process_index(), _text(error)
+    if isinstance(error, jax.errors.JaxRuntimeError) and (
+        dead := find_dead(client, number, told=None if is_printing else _FAILURE)
+    ):
+        number, text = 0, describe_death(dead)
+    message = {"process": number, "text": text, "status": status(error)}
     try:
         client.key_value_set(_FAILURE, json.dumps(message))
     except jax.errors.JaxRuntimeError:  # another process was first
@@ -347,7 +349,13 @@ def _watch(ended: threading.Event) -> None:
     import jax
 
     client = _client()
+    heartbeats = Heartbeats(client, jax.process_index())
     while not ended.wait(_LOOK):
+        heartbeats.beat()
+        if is_main():
+            heartbeats.listen()
+            if silent := heartbeats.newly_silent():
+                say_error(describe_silence(silent))
         try:
             message = json.loads(client.key_value_try_get(_FAILURE))
         except jax.errors.JaxRuntimeError:  # no process has failed
@@ -357,6 +365,7 @@ def _watch(ended: threading.Event) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             client.blocking_key_value_get(_SHOWN, int(_GRACE * 1000))
         _leave(message["status"])
+    heartbeats.end()
 
 
 def _show_and_leave(client: Any) -> None:

@@ -275,6 +275,9 @@ def test_processes_compute_the_same_one_that_dies_ends_all_and_others_go_on(
     assert time.monotonic() - died < HEARTBEAT + 10
     assert codes[2] == -signal.SIGKILL
     assert all(code for code in codes), (tmp_path / "0.err").read_text()
+    said = (tmp_path / "0.err").read_text()
+    assert "jaxtune: process 2 " in said, said  # is gone, or has not been heard of
+    assert "Start the same command again" in said
     assert not any((tmp_path / "run").glob("adapter*"))
     codes = [process.wait(timeout=400) for process in launch(2, 4, arguments, tmp_path)]
     assert codes == [0, 0], (tmp_path / "0.err").read_text() + (tmp_path / "1.err").read_text()
