@@ -106,7 +106,8 @@ READ_BY_TRANSFORMERS = {
 }
 READ_HERE = {
     "llama": {}, "olmo2": {}, "smollm3": {}, "granite": {},
-    "phi3_long": {"hidden_size": 32, "intermediate_size": 64}, "phi3": {}, "qwen3_moe": {},
+    "phi3_long": {"hidden_size": 32, "intermediate_size": 64}, "phi3": {"sliding_window": None},
+    "qwen3_moe": {},
     "gemma2": {"query_pre_attn_scalar": 16},
     "mixtral": {"sliding_window": None},
 }  # fmt: skip
