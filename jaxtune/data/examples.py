@@ -2,6 +2,7 @@
 truncated or left out.
 """
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import numpy as np
 from jaxtune.core.tokenizer import Tokenizer
 from jaxtune.data.chat.answers import end_of_answer
 from jaxtune.data.chat.tokenize import Example
-from jaxtune.data.store import REWRITTEN, TEXT, Store, special_ids
+from jaxtune.data.store import BAD, GOOD, REWRITTEN, TEXT, Store, special_ids
 
 _BLOCK = 1 << 17  # documents looked at together, so that intermediate arrays stay small
 
@@ -84,6 +85,15 @@ class Examples:
         end, special = end_of_answer(tokenizer), special_ids(tokenizer)
         ends = {token for store, _ in self.stores for token in store.answer_ends(special)}
         return sorted(ends | ({end} if end is not None else set()))
+
+    def labels_digest(self) -> str:
+        """Return a digest of which answers are good and which bad; `digest` is of tokens alone."""
+        digest = hashlib.blake2b(digest_size=16)
+        for store, documents in self.stores:
+            marks = store.documents["marks"][documents] & (GOOD | BAD)
+            digest.update(np.ascontiguousarray(marks).tobytes())
+            store.release()
+        return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
         """Return counts for the terminal, `data.json` and the report."""

@@ -245,7 +245,8 @@ def _remove_matching(place: Any, is_own: Callable[[str], bool]) -> bool:
             entry.unlink()
     if len(own) < len(entries):
         return False
-    folder.rmdir()
+    if not os.path.islink(folder):  # a link to where there is room is the user's
+        folder.rmdir()
     return True
 
 

@@ -12,10 +12,11 @@ from typing import Any
 
 from etils import epath
 
-from jaxtune.config.load import load_config, validated, with_keys
+from jaxtune.config.load import dump, load_config, validated, with_keys
 from jaxtune.config.schema import Config
 from jaxtune.core.errors import UserError, first_line
 from jaxtune.core.files import write_text
+from jaxtune.core.text import without_credentials
 from jaxtune.tracking.metrics_log import FILE as METRICS
 from jaxtune.tracking.ownership import (
     CHECKPOINTS,
@@ -114,6 +115,14 @@ def load_run(path: Path | None, overrides: list[str] | None = None) -> Config:
     noted = marker.get("config") or {}
     is_untouched = noted.get("run", {}).get("dir") == config.run.dir
     return placed(config, path.parent) if is_untouched else config
+
+
+def write_config(path: Path, config: Config) -> None:
+    """Write a configuration; one whose URLs hold credentials is its owner's alone. They stay, since
+    a run goes on from this file.
+    """
+    text = dump(config)
+    write_text(path, text, 0o600 if without_credentials(text) != text else None)
 
 
 def read_config_file(directory: Any) -> Config:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.config.keys import flatten, keys_with
-from jaxtune.config.load import dump, validated
+from jaxtune.config.load import validated
 from jaxtune.config.schema import Config
 from jaxtune.config.traits import Trait
 from jaxtune.core.errors import UserError, listed
@@ -17,7 +17,6 @@ from jaxtune.core.files import (
     remove_leftovers,
     remove_made,
     write_json,
-    write_text,
 )
 from jaxtune.core.locks import Lock, LockHeldError
 from jaxtune.core.text import without_credentials
@@ -52,6 +51,7 @@ from jaxtune.tracking.record import (
     recall,
     record_directory,
     record_of,
+    write_config,
 )
 
 _LOCK = ".lock"
@@ -193,10 +193,7 @@ class RunDirectory:
             made=outputs, day=str(day), data=data, config=_public(config),
             saved=self.has_saved or _has_checkpoints(self._place),
         )  # fmt: skip
-        text = dump(config)
-        # A run goes on from this file: it keeps the credentials of its URLs, for its owner.
-        is_secret = without_credentials(text) != text
-        write_text(self.path / CONFIG, text, 0o600 if is_secret else None)
+        write_config(self.path / CONFIG, config)
         write_json(
             self.path / ENVIRONMENT,
             {"layout": LAYOUT, **environment(), "day": str(day), "data": data},

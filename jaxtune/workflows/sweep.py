@@ -15,7 +15,7 @@ import yaml
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from jaxtune.config.keys import keys_with
-from jaxtune.config.load import dump, load_config, load_sweep, with_keys
+from jaxtune.config.load import load_config, load_sweep, with_keys
 from jaxtune.config.schema import Config
 from jaxtune.config.sweep import Sweep
 from jaxtune.config.traits import Trait
@@ -37,6 +37,7 @@ from jaxtune.tracking.metrics_log import BEFORE, metric_names, phase_of, read_me
 from jaxtune.tracking.metrics_log import FILE as METRICS
 from jaxtune.tracking.ownership import MARKER, SAMPLES, read_marker, write_marker
 from jaxtune.tracking.progress import Reporter
+from jaxtune.tracking.record import write_config
 from jaxtune.training.callbacks import Callback
 from jaxtune.training.state import TrainState
 from jaxtune.workflows.search_space import (
@@ -301,7 +302,7 @@ def _refuse_another(directory: Path, base: Config, description: Sweep) -> None:
 
 def _record(directory: Path, base: Config, description: Sweep) -> None:
     """Write down what is searched."""
-    write_text(directory / BASE, dump(base))
+    write_config(directory / BASE, base)
     write_text(
         directory / NAME,
         yaml.safe_dump(description.model_dump(mode="json"), sort_keys=False, allow_unicode=True),

@@ -101,6 +101,12 @@ def run(
         setup = build_setup(config, reporter, day, objective)
         schedules = (("data.train", setup.schedule), ("data.eval", setup.eval_schedule))
         digests = {key: schedule.examples.digest for key, schedule in schedules if schedule}
+        if config.on_pairs:
+            digests |= {
+                f"{key} (labels)": schedule.examples.labels_digest()
+                for key, schedule in schedules
+                if schedule
+            }
         distributed.assert_same("configuration", flatten(config.model_dump(mode="json")))
         distributed.assert_same("training or evaluation data", digests)
         distributed.barrier("agreed")

@@ -173,3 +173,14 @@ def test_jaxtune_data_shows_both_answers(chat_model, tmp_path):
         "data", "--model", chat_model, "--data", path, "train.objective=dpo", "--json", "-"
     )
     assert json.loads(figures.stdout)["parts"]["train"]["examples"] == 6
+
+
+def test_labels_that_are_flipped_are_other_data(tmp_path, words):
+    """The tokens are the same, so a run that goes on would not notice it by them."""
+    rows = [{"prompt": f"{n}?", "completion": f"yes {n}", "label": n % 2 == 0} for n in range(6)]
+    flipped = [row | {"label": not row["label"]} for row in rows]
+    one, same, other = (
+        pairs(tmp_path, words, part, comparison="labels") for part in (rows, rows, flipped)
+    )
+    assert one.digest == other.digest
+    assert one.labels_digest() == same.labels_digest() != other.labels_digest()

@@ -9,6 +9,7 @@ import pytest
 
 from jaxtune.config.load import dump, load_config
 from jaxtune.core.errors import UserError
+from jaxtune.report.charts import curve
 from jaxtune.report.page import write_report
 
 CHART = 'class="plotly-graph-div"'
@@ -343,3 +344,11 @@ def test_what_is_not_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no metrics yet"):
         write_report([tmp_path], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_plotly_is_given_no_tags():
+    """It reads tags in its texts, and shows escaped ones as they are."""
+    figure = curve("<b>loss</b>", {"<i>run</i>": ([1], [2.0])})
+    drawn = json.loads(figure.partition('json">')[2].partition("</script>")[0])
+    assert drawn["layout"]["title"]["text"] == "&lt;b&gt;loss&lt;/b&gt;"
+    assert drawn["data"][0]["name"] == "&lt;i&gt;run&lt;/i&gt;"

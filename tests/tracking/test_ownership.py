@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import stat
 from datetime import date
 
 import pytest
@@ -86,6 +87,31 @@ def test_starting_over_removes_what_the_run_made_and_nothing_else(tmp_path):
     }  # fmt: skip
     assert json.loads((directory / MARKER).read_text())["id"] != identity
     assert warnings == [f"{directory / 'checkpoints'}: what the run did not make stays there."]
+
+
+def test_checkpoints_may_lie_behind_a_link(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "run").mkdir()
+    config = config_of(tmp_path / "run")
+    made(config)
+    shutil.move(tmp_path / "run" / "checkpoints", tmp_path / "scratch" / "checkpoints")
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "scratch" / "checkpoints")
+    opened(config, fresh=True, warn=lambda text: 1 / 0).close()
+    assert set(contents(tmp_path / "scratch")) == {"checkpoints/run.json"}
+    assert (tmp_path / "run" / "checkpoints").is_symlink()
+
+
+def test_credentials_of_urls_are_the_owners_alone(tmp_path):
+    secret = "https://user:hunter2@example.org/rows.jsonl?token=hunter3"
+    config = config_of(
+        tmp_path / "run", f"data.train={secret}", f"checkpoint.dir={tmp_path}/bucket"
+    )
+    made(config)
+    holders = {path for path, text in contents(tmp_path).items() if b"hunter" in text}
+    assert holders == {"run/config.yaml"}
+    assert stat.S_IMODE((tmp_path / "run" / "config.yaml").stat().st_mode) == 0o600
+    opened(config, warn=lambda text: None).close()  # it is the same run
+    assert read_config(tmp_path / "run") == config
 
 
 def test_a_file_beside_the_export_is_not_removed_with_it(tmp_path):
